@@ -1,0 +1,127 @@
+//! Whether the machine, and not only the process, may have crashed since the last run.
+//!
+//! What was written without an fsync survives the death of a process but not that of its machine.
+//! The kernel's boot id tells the two apart.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use quorate_storage::StorageError;
+use quorate_storage::vfs::Vfs;
+
+const FILE: &str = "run";
+const TEMPORARY: &str = "run.tmp";
+
+/// The mark of the run that is under way. Without [`Run::end`], it counts as crashed.
+#[derive(Debug)]
+pub struct Run {
+    vfs: Arc<dyn Vfs>,
+    dir: std::path::PathBuf,
+    boot_id: String,
+    tails_suspect: bool,
+}
+
+impl Run {
+    /// Begins a run under the machine's present boot.
+    ///
+    /// # Errors
+    /// When the mark cannot be read or written.
+    pub fn begin(vfs: Arc<dyn Vfs>, dir: &Path) -> Result<Self, StorageError> {
+        let path = Path::new("/proc/sys/kernel/random/boot_id");
+        let boot_id =
+            std::fs::read_to_string(path).map_err(|e| StorageError::io("read", path, e))?;
+        Self::begin_as(vfs, dir, boot_id.trim())
+    }
+
+    /// The same with a boot id from elsewhere.
+    pub fn begin_as(vfs: Arc<dyn Vfs>, dir: &Path, boot_id: &str) -> Result<Self, StorageError> {
+        let path = dir.join(FILE);
+        let known = vfs
+            .exists(&path)
+            .map_err(|e| StorageError::io("look for", &path, e))?;
+        let previous = if known {
+            let file = vfs
+                .open(&path)
+                .map_err(|e| StorageError::io("open", &path, e))?;
+            let mut bytes = [0u8; 128];
+            let len = file
+                .read_at(&mut bytes, 0)
+                .map_err(|e| StorageError::io("read", &path, e))?;
+            Some(String::from_utf8_lossy(&bytes[..len]).into_owned())
+        } else {
+            None
+        };
+        // No mark is a first start; a clean end or the same boot lost nothing.
+        let tails_suspect = previous.is_some_and(|previous| {
+            let previous = previous.trim();
+            previous != "ended" && previous != boot_id
+        });
+        let run = Self {
+            vfs,
+            dir: dir.to_path_buf(),
+            boot_id: boot_id.to_owned(),
+            tails_suspect,
+        };
+        run.write(&run.boot_id)?;
+        Ok(run)
+    }
+
+    /// True when unsynced writes of the run before this one may be lost.
+    pub fn tails_suspect(&self) -> bool {
+        self.tails_suspect
+    }
+
+    /// Everything is on disk: the next run need not suspect anything.
+    pub fn end(&self) -> Result<(), StorageError> {
+        self.write("ended")
+    }
+
+    fn write(&self, mark: &str) -> Result<(), StorageError> {
+        let path = self.dir.join(FILE);
+        let temporary = self.dir.join(TEMPORARY);
+        let io = |action| {
+            let temporary = temporary.clone();
+            move |e| StorageError::io(action, &temporary, e)
+        };
+        if self.vfs.exists(&temporary).map_err(io("look for"))? {
+            self.vfs.remove(&temporary).map_err(io("remove"))?;
+        }
+        let file = self.vfs.create(&temporary).map_err(io("create"))?;
+        file.write_all_at(mark.as_bytes(), 0).map_err(io("write"))?;
+        file.sync_all().map_err(io("fsync"))?;
+        self.vfs.rename(&temporary, &path).map_err(io("rename"))?;
+        self.vfs
+            .sync_dir(&self.dir)
+            .map_err(io("fsync the directory of"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quorate_storage::vfs::os::OsVfs;
+
+    fn begin(dir: &Path, boot: &str) -> Run {
+        Run::begin_as(Arc::new(OsVfs), dir, boot).unwrap()
+    }
+
+    #[test]
+    fn only_another_boot_after_an_unclean_end_makes_tails_suspect() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!begin(dir.path(), "a").tails_suspect(), "first start");
+        assert!(
+            !begin(dir.path(), "a").tails_suspect(),
+            "the process was killed"
+        );
+        assert!(
+            begin(dir.path(), "b").tails_suspect(),
+            "the machine crashed"
+        );
+        let run = begin(dir.path(), "b");
+        run.end().unwrap();
+        assert!(
+            !begin(dir.path(), "c").tails_suspect(),
+            "rebooted after a clean end"
+        );
+    }
+}

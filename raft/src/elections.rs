@@ -1,0 +1,434 @@
+//! Who leads what: elections after deaths, an even spread, and handing over at shutdown.
+//!
+//! openraft's timers are off, so an idle group costs nothing and every election is started here.
+//! Three things start one:
+//!
+//! - **A death.** When a majority of the nodes agrees that a node is gone, every survivor voids the
+//!   promises its replicas gave to leaders there, tells the others the ends of its logs, and stands
+//!   in the groups in which its own log is the longest.
+//! - **A group without a leader**, whatever the reason: candidates are tried in turn, the preferred
+//!   one first, each a little later than the one before.
+//! - **A better place.** A leader hands over to the preferred node once that node has been up for a
+//!   while and holds the log.
+//!
+//! All of it is about speed and never about safety: votes still need a majority and a log that is
+//! up to date, and no read trusts a lease.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
+use quorate_storage::{LogId, RaftGroupId};
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use crate::group::Group;
+use crate::host::{RaftEvent, RaftHost};
+use crate::link::{PeerEvent, RefuseCode};
+use crate::liveness::{LivenessEvent, PeerState};
+use crate::serve::Groups;
+use crate::tail_guard::{TailReport, TailVerdict, judge};
+use crate::types::NodeId;
+use crate::wire::{Answer, ToReplica, class, decode, encode};
+
+/// How often groups are looked over. Deaths do not wait for it.
+const SWEEP: Duration = Duration::from_millis(50);
+/// Elections started at the same time after a death.
+const ELECTIONS_AT_ONCE: usize = 256;
+/// How long a survivor waits for the others' log ends before it goes by what it has.
+const FAILOVER_PATIENCE: Duration = Duration::from_millis(100);
+const FIRST_ELECTION_RETRY: Duration = Duration::from_millis(10);
+const FIRST_ELECTION_TRIES: usize = 50;
+/// Leaderships handed to their preferred node in one second.
+const REBALANCE_PER_SECOND: usize = 16;
+/// A preferred node this many entries behind is not given the leadership yet.
+const REBALANCE_LAG_MAX: u64 = 256;
+
+/// "A majority holds `dead` to be gone; where do your logs of these groups end?"
+#[derive(Debug, Serialize, Deserialize)]
+struct FailoverRequest {
+    dead: NodeId,
+    groups: Vec<u64>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct FailoverAnswer {
+    ends: Vec<(u64, Option<(u64, u64)>)>,
+}
+
+/// Starts the tasks that keep every group led.
+pub(crate) fn start(host: &Arc<RaftHost>) {
+    tokio::spawn(follow_liveness(host.clone()));
+    tokio::spawn(follow_refusals(host.clone()));
+    tokio::spawn(sweep(host.clone()));
+}
+
+async fn follow_liveness(host: Arc<RaftHost>) {
+    let mut events = host.peers.liveness().events();
+    loop {
+        let event = tokio::select! {
+            () = host.stop.cancelled() => return,
+            event = events.recv() => event,
+        };
+        match event {
+            Ok(LivenessEvent::Dead { node, .. }) => {
+                host.events.send(RaftEvent::NodeDown { node }).ok();
+                tracing::warn!(node, "a majority agrees that the node is gone");
+                tokio::spawn(fail_over(host.clone(), node));
+            }
+            Ok(LivenessEvent::Alive { node, .. }) => {
+                host.events.send(RaftEvent::NodeUp { node }).ok();
+                tracing::info!(node, "node is up");
+                tokio::spawn(greet(host.clone(), node));
+            }
+            Ok(LivenessEvent::Suspect { node, .. }) => tracing::info!(node, "node is silent"),
+            // The sweep catches whatever was missed here.
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
+
+/// A node has come, perhaps as another process: what it led is asked for again, what is led here is
+/// sent to it at once.
+async fn greet(host: Arc<RaftHost>, node: NodeId) {
+    let groups = stream::iter(host.groups());
+    groups
+        .for_each_concurrent(ELECTIONS_AT_ONCE, |group| async move {
+            if group.is_leader() {
+                group.reset_backoff(node).await;
+            } else if group.doubt_leader(node) {
+                group.ask_who_leads().await;
+            }
+        })
+        .await;
+}
+
+/// A peer that knows this node's id with another disk will never let it in.
+async fn follow_refusals(host: Arc<RaftHost>) {
+    let mut events = host.peers.link().events();
+    loop {
+        let event = tokio::select! {
+            () = host.stop.cancelled() => return,
+            event = events.recv() => event,
+        };
+        match event {
+            Ok(PeerEvent::Refused {
+                node,
+                code: RefuseCode::KnownIdOtherDisk,
+                text: reason,
+            }) => {
+                host.events.send(RaftEvent::Refused { node, reason }).ok();
+            }
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
+
+/// Elects new leaders for all groups that the dead node led.
+async fn fail_over(host: Arc<RaftHost>, dead: NodeId) {
+    let began = Instant::now();
+    let mut orphans = host.groups();
+    orphans.retain(|g| g.last_known_leader() == Some(dead) && !g.tail().is_suspect());
+    if orphans.is_empty() {
+        return;
+    }
+    join_all(orphans.iter().map(|group| group.void_lease(dead))).await;
+    let request = encode(&FailoverRequest {
+        dead,
+        groups: orphans.iter().map(|group| group.id().0).collect(),
+    });
+    let others: Vec<NodeId> = host
+        .config
+        .nodes
+        .iter()
+        .map(|(node, _)| *node)
+        .filter(|node| *node != dead && *node != host.config.node_id)
+        .filter(|node| host.peers.liveness().state(*node) == PeerState::Up)
+        .collect();
+    let answers = join_all(others.into_iter().map(|node| {
+        let (link, request) = (host.peers.link().clone(), request.clone());
+        async move {
+            let answer = link
+                .call(node, class::FAILOVER, 0, request, FAILOVER_PATIENCE)
+                .await;
+            let answer: FailoverAnswer = decode(&answer.ok()?).ok()?;
+            Some((node, answer.ends))
+        }
+    }))
+    .await;
+    let mut best: HashMap<u64, (Option<LogId>, NodeId)> = HashMap::new();
+    for (node, ends) in answers.into_iter().flatten() {
+        for (group, end) in ends {
+            let candidate = (end.map(|(term, index)| LogId::new(term, index)), node);
+            let entry = best.entry(group).or_insert(candidate);
+            if longer(candidate, *entry) {
+                *entry = candidate;
+            }
+        }
+    }
+    let mine: Vec<Group> = orphans
+        .into_iter()
+        .filter(|group| {
+            let own = (group.last_log(), host.config.node_id);
+            best.get(&group.id().0)
+                .is_none_or(|other| longer(own, *other))
+        })
+        .collect();
+    let stood = mine.len();
+    stream::iter(mine)
+        .for_each_concurrent(ELECTIONS_AT_ONCE, |group| async move {
+            group.stand_for_election().await
+        })
+        .await;
+    tracing::info!(dead, stood, elapsed = ?began.elapsed(), "stood for election after a death");
+}
+
+/// Whether the first candidate's log is longer; between equals the lower node id stands.
+fn longer(a: (Option<LogId>, NodeId), b: (Option<LogId>, NodeId)) -> bool {
+    (a.0, std::cmp::Reverse(a.1)) > (b.0, std::cmp::Reverse(b.1))
+}
+
+/// The other survivor's side: void, then say where the logs end.
+pub(crate) async fn answer_failover(groups: &dyn Groups, body: Bytes) -> Bytes {
+    let Ok(request) = decode::<FailoverRequest>(&body) else {
+        return Bytes::new();
+    };
+    let found: Vec<Group> = request
+        .groups
+        .iter()
+        .filter_map(|group| groups.find(RaftGroupId(*group)))
+        .collect();
+    join_all(found.iter().map(|group| group.void_lease(request.dead))).await;
+    // A replica that must not stand has no end to offer.
+    let end = |group: &Group| {
+        let sound = Some(group).filter(|group| !group.tail().is_suspect())?;
+        sound.last_log().map(|id| (id.term, id.index))
+    };
+    encode(&FailoverAnswer {
+        ends: found
+            .iter()
+            .map(|group| (group.id().0, end(group)))
+            .collect(),
+    })
+}
+
+/// What the sweep remembers of one group.
+#[derive(Debug, Default)]
+struct Watch {
+    leader: Option<(NodeId, u64)>,
+    leaderless_since: Option<Instant>,
+    attempts: u32,
+}
+
+async fn sweep(host: Arc<RaftHost>) {
+    let mut ticks = interval(SWEEP);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut watches: HashMap<RaftGroupId, Watch> = HashMap::new();
+    let mut up_since: HashMap<NodeId, Instant> = HashMap::new();
+    let mut rebalance_at = Instant::now() + host.config.rebalance_after;
+    loop {
+        tokio::select! {
+            () = host.stop.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let now = Instant::now();
+        let groups = host.groups();
+        watches.retain(|id, _| host.group(*id).is_some());
+        for group in &groups {
+            let watch = watches.entry(group.id()).or_default();
+            note_leader(&host, group, watch);
+            if watch.leader.is_some() {
+                watch.leaderless_since = None;
+                watch.attempts = 0;
+            } else if group.tail().is_suspect() {
+                let since = *watch.leaderless_since.get_or_insert(now);
+                if now >= since + host.config.election_retry * (watch.attempts + 1) {
+                    watch.attempts += 1;
+                    tokio::spawn(judge_tail(host.clone(), group.clone(), now - since));
+                }
+            } else if is_my_turn(&host, group, watch, now) {
+                watch.attempts += 1;
+                tokio::spawn(attempt(host.clone(), group.clone()));
+            }
+        }
+        for (node, _) in &host.config.nodes {
+            if host.peers.liveness().state(*node) == PeerState::Up {
+                up_since.entry(*node).or_insert(now);
+            } else {
+                up_since.remove(node);
+            }
+        }
+        if now >= rebalance_at {
+            rebalance_at = now + Duration::from_secs(1);
+            rebalance(&host, &groups, &up_since, now);
+        }
+    }
+}
+
+fn note_leader(host: &RaftHost, group: &Group, watch: &mut Watch) {
+    let leader = group.leader().map(|node| (node, group.term()));
+    if leader == watch.leader {
+        return;
+    }
+    let event = match (watch.leader, leader) {
+        (_, Some((node, term))) => RaftEvent::LeaderElected {
+            group: group.id(),
+            node,
+            term,
+        },
+        (Some((node, term)), None) => RaftEvent::LeaderLost {
+            group: group.id(),
+            node,
+            term,
+        },
+        (None, None) => return,
+    };
+    watch.leader = leader;
+    host.events.send(event).ok();
+}
+
+/// Candidates stand one after the other: the preferred node first, then the others by id. Each
+/// waits `election_retry` longer than the one before, and all of them again after each round.
+fn is_my_turn(host: &RaftHost, group: &Group, watch: &mut Watch, now: Instant) -> bool {
+    let since = *watch.leaderless_since.get_or_insert(now);
+    let preferred = group.spec().preferred;
+    let mut order: Vec<NodeId> = group.spec().replicas.iter().map(|r| r.node).collect();
+    order.retain(|node| *node == host.config.node_id || host.peers.may_be_alive(*node));
+    order.sort_by_key(|node| (*node != preferred, *node));
+    let rank = order
+        .iter()
+        .position(|node| *node == host.config.node_id)
+        .unwrap_or(0) as u32;
+    // The first one waits too, if only a sweep: a leader elsewhere may just not be known here yet.
+    let round = watch.attempts * order.len() as u32;
+    now >= since + host.config.election_retry * (rank + round)
+}
+
+async fn attempt(host: Arc<RaftHost>, group: Group) {
+    if group.is_pristine() {
+        host.initialize(&group).await;
+        return;
+    }
+    let led = group.ask_who_leads().await;
+    if led.is_some_and(|term| term >= group.term()) || group.leader().is_some() {
+        return;
+    }
+    if let Some(dead) = group.last_known_leader()
+        && !host.peers.may_be_alive(dead)
+    {
+        group.void_lease(dead).await;
+    }
+    group.stand_for_election().await;
+}
+
+/// A suspect replica's turn: may it go on, because sound ones cannot form a majority any more?
+async fn judge_tail(host: Arc<RaftHost>, group: Group, waited: Duration) {
+    let own = group.tail_report();
+    let replicas = &group.spec().replicas;
+    let others = replicas
+        .iter()
+        .filter(|r| r.node != host.config.node_id)
+        .map(|r| {
+            let request = encode(&ToReplica {
+                target: r.replica,
+                body: (),
+            });
+            let (link, node, group) = (host.peers.link().clone(), r.node, group.id().0);
+            async move {
+                let answer = link
+                    .call(node, class::TAIL, group, request, FAILOVER_PATIENCE)
+                    .await;
+                decode::<Answer<TailReport>>(&answer.ok()?).ok()?.ok()
+            }
+        });
+    let reports: Vec<TailReport> = join_all(others).await.into_iter().flatten().collect();
+    if let TailVerdict::GoOn { stand } = judge(own, &reports, replicas.len(), waited) {
+        tracing::warn!(
+            group = %group.id(),
+            "the machines of a majority crashed; messages acknowledged without fsync may be lost"
+        );
+        group.tail().go_on_without();
+        if stand {
+            group.stand_for_election().await;
+        }
+    }
+}
+
+/// A new group's followers open their replicas at about the same time as its first leader, so its
+/// first votes may find nobody at home. Asking again costs a pre-vote, which nobody has to store.
+pub(crate) async fn win_first_election(host: Arc<RaftHost>, group: Group) {
+    for _ in 0..FIRST_ELECTION_TRIES {
+        let elected = group.wait_leader(FIRST_ELECTION_RETRY).await.is_some();
+        if elected || host.stop.is_cancelled() {
+            return;
+        }
+        group.stand_for_election().await;
+    }
+}
+
+/// Hands leaderships to the nodes that should have them, slowly, and only to nodes that have been
+/// up for a while: a node that comes and goes is not given back what it cannot keep.
+fn rebalance(
+    host: &Arc<RaftHost>,
+    groups: &[Group],
+    up_since: &HashMap<NodeId, Instant>,
+    now: Instant,
+) {
+    let misplaced = groups.iter().filter(|group| {
+        let preferred = group.spec().preferred;
+        let settled = up_since
+            .get(&preferred)
+            .is_some_and(|since| now - *since >= host.config.rebalance_after);
+        preferred != host.config.node_id
+            && settled
+            && group.is_leader()
+            && holds_log(group, preferred)
+    });
+    for group in misplaced.take(REBALANCE_PER_SECOND) {
+        let group = group.clone();
+        tokio::spawn(async move {
+            let to = group.spec().preferred;
+            if let Err(error) = group.transfer_leader(to).await {
+                tracing::debug!(group = %group.id(), to, %error, "leadership stays for now");
+            }
+        });
+    }
+}
+
+fn holds_log(group: &Group, node: NodeId) -> bool {
+    let metrics = group.metrics();
+    let last = metrics.last_log_index.unwrap_or(0);
+    metrics
+        .matched
+        .iter()
+        .any(|(n, matched)| *n == node && matched.is_some_and(|m| m + REBALANCE_LAG_MAX >= last))
+}
+
+/// Gives every leadership of this node to the follower that holds the most, and waits for it.
+pub(crate) async fn hand_over(host: &RaftHost, patience: Duration) {
+    let handed = host
+        .groups()
+        .into_iter()
+        .filter(Group::is_leader)
+        .map(|group| async move {
+            let mut followers = group.metrics().matched;
+            followers.retain(|(node, _)| {
+                *node != host.config.node_id && host.peers.liveness().state(*node) == PeerState::Up
+            });
+            if let Some((to, _)) = followers.into_iter().max_by_key(|(_, matched)| *matched) {
+                group.transfer_leader(to).await.ok();
+            }
+        });
+    let all = stream::iter(handed)
+        .buffer_unordered(ELECTIONS_AT_ONCE)
+        .count();
+    if tokio::time::timeout(patience, all).await.is_err() {
+        tracing::warn!("not every leadership was handed over in time");
+    }
+}

@@ -1,0 +1,504 @@
+//! One Raft group on this node.
+
+mod barrier;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use openraft::ReadPolicy;
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{
+    ClientWriteError, ForwardReason, ForwardToLeader, LinearizableReadError, RaftError,
+};
+use openraft::raft::TransferLeaderRequest;
+use quorate_storage::commit_log::GroupLog;
+use quorate_storage::{LogId, RaftGroupId, StorageError};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+use self::barrier::Rounds;
+use crate::config::GroupSpec;
+use crate::error::{ProposeError, ReadError};
+use crate::host::Peers;
+use crate::machine::Machine;
+use crate::tail_guard::{TailGuard, TailReport};
+use crate::types::{Command, NodeId, ReplicaId, TypeConfig, from_raft_log_id};
+use crate::wire::{Answer, ToReplica, class, decode, encode};
+
+pub(crate) type Raft = openraft::Raft<TypeConfig, Machine>;
+type MetricsReceiver =
+    openraft::alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>;
+
+/// Between two attempts at something only a leader can do.
+const RETRY: Duration = Duration::from_millis(5);
+/// How long another replica may take to say whether it leads.
+const ASK_PATIENCE: Duration = Duration::from_millis(200);
+
+/// A handle to one replica; cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Group {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    spec: GroupSpec,
+    replica: ReplicaId,
+    raft: Raft,
+    metrics: MetricsReceiver,
+    log: GroupLog,
+    applied: watch::Receiver<Option<LogId>>,
+    peers: Arc<Peers>,
+    rounds: Rounds,
+    tail: TailGuard,
+    /// The last term whose leader a majority held to be dead. It may be back as a follower, and
+    /// this replica's metrics name it until a new term begins.
+    deposed_term: AtomicU64,
+    /// The term this replica had stored when its process began, until its leader shows itself: the
+    /// leader may have ended in the meantime.
+    unheard_term: AtomicU64,
+}
+
+/// No term is this high.
+const NO_TERM: u64 = u64::MAX;
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} replica {}", self.spec.group, self.replica)
+    }
+}
+
+/// What is known here of a group.
+#[derive(Debug, Clone, Default)]
+pub struct GroupMetrics {
+    pub leader: Option<NodeId>,
+    pub term: u64,
+    pub last_log_index: Option<u64>,
+    pub applied: Option<LogId>,
+    pub committed: Option<LogId>,
+    /// On the leader: per node the last index its replica is known to hold on disk.
+    pub matched: Vec<(NodeId, Option<u64>)>,
+}
+
+impl Group {
+    pub(crate) fn new(
+        spec: GroupSpec,
+        replica: ReplicaId,
+        raft: Raft,
+        log: GroupLog,
+        applied: watch::Receiver<Option<LogId>>,
+        peers: Arc<Peers>,
+        tail: TailGuard,
+    ) -> Self {
+        let metrics = raft.metrics();
+        let stored_term = metrics.borrow_watched().current_term;
+        Self {
+            inner: Arc::new(Inner {
+                spec,
+                replica,
+                raft,
+                metrics,
+                log,
+                applied,
+                peers,
+                rounds: Rounds::default(),
+                tail,
+                deposed_term: AtomicU64::new(NO_TERM),
+                unheard_term: AtomicU64::new(stored_term),
+            }),
+        }
+    }
+
+    pub fn id(&self) -> RaftGroupId {
+        self.inner.spec.group
+    }
+
+    pub fn spec(&self) -> &GroupSpec {
+        &self.inner.spec
+    }
+
+    /// Reads of the raw log: message bytes live there.
+    pub fn log(&self) -> &GroupLog {
+        &self.inner.log
+    }
+
+    pub(crate) fn replica(&self) -> ReplicaId {
+        self.inner.replica
+    }
+
+    pub(crate) fn raft(&self) -> &Raft {
+        &self.inner.raft
+    }
+
+    fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
+        let replicas = &self.inner.spec.replicas;
+        replicas
+            .iter()
+            .find(|r| r.replica == replica)
+            .map(|r| r.node)
+    }
+
+    fn replica_of(&self, node: NodeId) -> Option<ReplicaId> {
+        let replicas = &self.inner.spec.replicas;
+        replicas.iter().find(|r| r.node == node).map(|r| r.replica)
+    }
+
+    /// The leader of this replica's term, dead or alive. A leader of an earlier life of this very
+    /// process is none: openraft does not resume it.
+    pub(crate) fn last_known_leader(&self) -> Option<NodeId> {
+        let metrics = self.inner.metrics.borrow_watched();
+        let replica = metrics.current_leader?;
+        if replica == self.inner.replica && !metrics.state.is_leader() {
+            return None;
+        }
+        self.node_of(replica)
+    }
+
+    /// The node that leads as far as this one knows; none while it is known to be dead.
+    pub fn leader(&self) -> Option<NodeId> {
+        if self.is_leader() {
+            return Some(self.inner.peers.node());
+        }
+        let term = self.term();
+        let over = [&self.inner.deposed_term, &self.inner.unheard_term];
+        if over.iter().any(|over| over.load(Ordering::Relaxed) == term) {
+            return None;
+        }
+        self.last_known_leader()
+            .filter(|node| self.inner.peers.may_be_alive(*node))
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.inner.metrics.borrow_watched().state.is_leader()
+    }
+
+    /// A leader of this term has shown itself.
+    pub(crate) fn heard(&self, term: u64) {
+        for over in [&self.inner.unheard_term, &self.inner.deposed_term] {
+            over.compare_exchange(term, NO_TERM, Ordering::Relaxed, Ordering::Relaxed)
+                .ok();
+        }
+    }
+
+    /// The leader's process may be another one by now: it has to show itself again.
+    /// True if this replica had followed that node.
+    pub(crate) fn doubt_leader(&self, node: NodeId) -> bool {
+        let followed = !self.is_leader() && self.last_known_leader() == Some(node);
+        if followed {
+            let term = self.term();
+            self.inner.unheard_term.store(term, Ordering::Relaxed);
+        }
+        followed
+    }
+
+    /// Asks the other replicas which of them leads. The one that does also says what is committed.
+    /// Returns the highest term in which one does.
+    pub(crate) async fn ask_who_leads(&self) -> Option<u64> {
+        let peers = &self.inner.peers;
+        let others = self
+            .inner
+            .spec
+            .replicas
+            .iter()
+            .filter(|r| r.node != peers.node());
+        let answers = others.map(|r| {
+            let request = encode(&ToReplica {
+                target: r.replica,
+                body: self.inner.replica,
+            });
+            async move {
+                let call =
+                    peers
+                        .link()
+                        .call(r.node, class::LEADS, self.id().0, request, ASK_PATIENCE);
+                let answer: Answer<Option<u64>> = decode(&call.await.ok()?).ok()?;
+                answer.ok().flatten()
+            }
+        });
+        let term = join_all(answers).await.into_iter().flatten().max()?;
+        self.heard(term);
+        Some(term)
+    }
+
+    pub fn term(&self) -> u64 {
+        self.inner.metrics.borrow_watched().current_term
+    }
+
+    /// The last index applied here.
+    pub fn applied(&self) -> Option<LogId> {
+        *self.inner.applied.borrow()
+    }
+
+    pub fn metrics(&self) -> GroupMetrics {
+        let leader = self.leader();
+        let metrics = self.inner.metrics.borrow_watched();
+        let matched = metrics
+            .replication
+            .iter()
+            .flatten()
+            .filter_map(|(replica, matched)| {
+                let node = self.node_of(*replica)?;
+                Some((node, matched.as_ref().map(|id| id.index)))
+            });
+        GroupMetrics {
+            leader,
+            term: metrics.current_term,
+            last_log_index: metrics.last_log_index,
+            applied: *self.inner.applied.borrow(),
+            committed: metrics.local_committed.as_ref().map(from_raft_log_id),
+            matched: matched.collect(),
+        }
+    }
+
+    /// Waits until a leader that may be alive is known here.
+    pub async fn wait_leader(&self, patience: Duration) -> Option<NodeId> {
+        let deadline = Instant::now() + patience;
+        let mut metrics = self.inner.metrics.clone();
+        loop {
+            if let Some(leader) = self.leader() {
+                return Some(leader);
+            }
+            // The leader's death is not in these metrics, so look again now and then.
+            let wake = deadline.min(Instant::now() + RETRY);
+            if let Ok(Err(_)) = timeout_at(wake, metrics.changed()).await {
+                return None;
+            }
+            if Instant::now() >= deadline {
+                return self.leader();
+            }
+        }
+    }
+
+    /// Proposes on this replica, which must lead, and waits until it is applied here.
+    ///
+    /// Waits as long as no majority answers: bound it with a timeout, whose end means "unknown".
+    ///
+    /// # Errors
+    /// [`ProposeError::nobody_took_it`] tells whether proposing again is safe.
+    pub async fn propose(&self, body: Bytes) -> Result<(LogId, Bytes), ProposeError> {
+        loop {
+            let command = Command(body.clone());
+            let error = match self.inner.raft.client_write(command).await {
+                Ok(done) => return Ok((from_raft_log_id(&done.log_id), done.data.0)),
+                Err(error) => error,
+            };
+            match error {
+                RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
+                    if to.reason != ForwardReason::LeaseExpired {
+                        return Err(self.not_leader(&to));
+                    }
+                    // A leader that was quiet for long was refused for want of a fresh quorum;
+                    // nobody took the command. One ReadIndex round renews the lease.
+                    if !self.prove_leadership().await {
+                        return Err(ProposeError::NotLeader { leader: None });
+                    }
+                }
+                RaftError::APIError(error) => return Err(ProposeError::Unknown(error.to_string())),
+                RaftError::Fatal(fatal) => return Err(ProposeError::Unknown(fatal.to_string())),
+            }
+        }
+    }
+
+    fn not_leader(&self, to: &ForwardToLeader<TypeConfig>) -> ProposeError {
+        let leader = to.leader_id.filter(|id| *id != self.inner.replica);
+        let leader = leader.and_then(|id| self.node_of(id));
+        ProposeError::NotLeader {
+            leader: leader.filter(|node| self.inner.peers.may_be_alive(*node)),
+        }
+    }
+
+    async fn prove_leadership(&self) -> bool {
+        self.inner
+            .raft
+            .get_read_log_id(ReadPolicy::ReadIndex)
+            .await
+            .is_ok()
+    }
+
+    /// ReadIndex: when this returns Ok, this replica has applied everything that was committed
+    /// when it was called. Works on any replica; concurrent callers share rounds.
+    pub async fn read_barrier(&self, patience: Duration) -> Result<(), ReadError> {
+        let attempts = async {
+            loop {
+                let (answer, drive) = self.inner.rounds.join();
+                if drive {
+                    let group = self.clone();
+                    tokio::spawn(async move { group.inner.rounds.run(|| group.round()).await });
+                }
+                let result = answer.await.unwrap_or(Err(ReadError::Closed));
+                match result {
+                    Ok(()) | Err(ReadError::Closed) => return result,
+                    Err(error) => tracing::trace!(group = %self.id(), %error, "read barrier"),
+                }
+                sleep(RETRY).await;
+            }
+        };
+        match timeout(patience, attempts).await {
+            Ok(result) => result,
+            Err(_) if self.leader().is_none() => Err(ReadError::NoLeader),
+            Err(_) => Err(ReadError::Timeout),
+        }
+    }
+
+    /// One proof of leadership, asked of whoever leads.
+    async fn round(&self) -> Result<(), ReadError> {
+        let index = if self.is_leader() {
+            match self.inner.raft.get_read_log_id(ReadPolicy::ReadIndex).await {
+                Ok((read, _)) => read.index(),
+                Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
+                    return Err(ReadError::NoLeader);
+                }
+                Err(RaftError::APIError(_)) => return Err(ReadError::NoQuorum),
+                Err(RaftError::Fatal(_)) => return Err(ReadError::Closed),
+            }
+        } else {
+            self.ask_leader_for_read_index().await?
+        };
+        let mut applied = self.inner.applied.clone();
+        let reached = applied.wait_for(|id| id.is_some_and(|id| id.index >= index));
+        match timeout(self.inner.peers.timeout(), reached).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) => Err(ReadError::Closed),
+            Err(_) => Err(ReadError::Timeout),
+        }
+    }
+
+    async fn ask_leader_for_read_index(&self) -> Result<u64, ReadError> {
+        let leader = self.leader().ok_or(ReadError::NoLeader)?;
+        let target = self.replica_of(leader).ok_or(ReadError::NoLeader)?;
+        let request = encode(&ToReplica { target, body: () });
+        let peers = &self.inner.peers;
+        let answer = peers
+            .link()
+            .call(
+                leader,
+                class::READ_INDEX,
+                self.id().0,
+                request,
+                peers.timeout(),
+            )
+            .await
+            .map_err(|e| ReadError::Unreachable(e.to_string()))?;
+        let answer: Answer<u64> =
+            decode(&answer).map_err(|e| ReadError::Unreachable(e.to_string()))?;
+        answer.map_err(ReadError::Unreachable)
+    }
+
+    /// Hands over from this replica, which must lead.
+    ///
+    /// # Errors
+    /// When the other node did not take over in time; this replica then leads again.
+    pub async fn transfer_leader(&self, to: NodeId) -> Result<(), ProposeError> {
+        if !self.is_leader() {
+            return Err(ProposeError::NotLeader {
+                leader: self.leader(),
+            });
+        }
+        let unknown = |text: String| ProposeError::Unknown(text);
+        let target = self
+            .replica_of(to)
+            .ok_or_else(|| unknown(format!("node {to} has no replica of {}", self.id())))?;
+        let term = self.term();
+        let trigger = self.inner.raft.trigger();
+        trigger
+            .transfer_leader(target)
+            .await
+            .map_err(|e| unknown(e.to_string()))?;
+        let mut metrics = self.inner.metrics.clone();
+        let own = self.inner.replica;
+        let moved = metrics.wait_until(|m| {
+            m.current_term > term && m.current_leader.is_some_and(|leader| leader != own)
+        });
+        let moved = timeout(self.inner.peers.timeout(), moved)
+            .await
+            .is_ok_and(|r| r.is_ok());
+        if moved {
+            return Ok(());
+        }
+        // A leader that has announced a transfer takes no more proposals in this term.
+        if self.is_leader() {
+            self.inner.raft.trigger().elect(false).await.ok();
+        }
+        Err(unknown(format!("node {to} did not take over in time")))
+    }
+
+    /// The state's hash with the index it belongs to: equal on replicas at the same index.
+    pub async fn state_hash(&self) -> Result<(Option<LogId>, u64), StorageError> {
+        let read = self.inner.raft.with_state_machine(|machine: &mut Machine| {
+            let hash = machine.state_hash();
+            Box::pin(async move { hash })
+        });
+        read.await.map_err(|_| StorageError::Closed)
+    }
+
+    /// Ends the promise not to elect anyone else while `dead` leads: the whole cluster's majority
+    /// has agreed that it is gone. Safe in any case: a vote still needs a majority and a log that
+    /// is up to date, and nothing here reads by lease.
+    pub(crate) async fn void_lease(&self, dead: NodeId) {
+        let Some(dead) = self.replica_of(dead) else {
+            return;
+        };
+        let vote = self.inner.metrics.borrow_watched().vote;
+        if !vote.is_committed() || vote.leader_id().voted_for != dead {
+            return;
+        }
+        self.inner
+            .deposed_term
+            .store(vote.leader_id().term, Ordering::Relaxed);
+        let request = TransferLeaderRequest::new(vote, dead, None);
+        self.inner.raft.handle_transfer_leader(request).await.ok();
+    }
+
+    /// Stands for election, with a pre-vote. One attempt; look at the metrics for its result.
+    pub(crate) async fn stand_for_election(&self) {
+        self.inner.raft.trigger().elect(true).await.ok();
+    }
+
+    /// True when a majority may have lost acknowledged messages of this async-flush group since
+    /// this process began; readers must be told.
+    pub fn tail_lost(&self) -> bool {
+        self.inner.tail.tail_lost()
+    }
+
+    pub(crate) fn tail(&self) -> &TailGuard {
+        &self.inner.tail
+    }
+
+    pub(crate) fn tail_report(&self) -> TailReport {
+        TailReport {
+            suspect: self.inner.tail.is_suspect(),
+            last: self.last_log().map(|id| (id.term, id.index)),
+        }
+    }
+
+    /// Nothing was ever written here, not even the membership.
+    pub(crate) fn is_pristine(&self) -> bool {
+        let state = self.inner.log.state();
+        state.last.is_none() && state.vote.is_none()
+    }
+
+    /// The end of this replica's log, for choosing the likely winner of an election.
+    pub(crate) fn last_log(&self) -> Option<LogId> {
+        self.inner.log.state().last
+    }
+
+    /// Appends to a returned node are tried again at once.
+    pub(crate) async fn reset_backoff(&self, node: NodeId) {
+        if let Some(replica) = self.replica_of(node) {
+            self.inner
+                .raft
+                .trigger()
+                .reset_backoff([replica])
+                .await
+                .ok();
+        }
+    }
+
+    pub(crate) async fn stop(&self) {
+        if let Err(error) = self.inner.raft.shutdown().await {
+            tracing::warn!(group = %self.id(), %error, "a group's core ended badly");
+        }
+    }
+}

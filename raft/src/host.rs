@@ -1,0 +1,399 @@
+//! All Raft groups of one node: opening, finding, closing, and who is told of what.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::{BoxFuture, join_all};
+use openraft::{Config, SnapshotPolicy};
+use parking_lot::RwLock;
+use quorate_storage::RaftGroupId;
+use quorate_storage::commit_log::{CommitLog, Flush};
+use quorate_storage::snapshot::SnapshotStore;
+use tokio::net::TcpListener;
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{GroupSpec, HostConfig, LogRetention};
+use crate::elections;
+use crate::error::{CallError, OpenGroupError};
+use crate::group::{Group, Raft};
+use crate::identity::Identity;
+use crate::link::{LinkConfig, LinkHandler, LinkStream, LinkTable};
+use crate::liveness::{Liveness, PeerState};
+use crate::log_store::LogStore;
+use crate::machine::Machine;
+use crate::network::NetworkFactory;
+use crate::serve::{self, Groups};
+use crate::state_machine::StateMachine;
+use crate::tail_guard::TailGuard;
+use crate::types::{NodeId, ReplicaNode};
+use crate::wire::class;
+
+/// The broker's side of requests between nodes.
+pub trait PeerService: Send + Sync + 'static {
+    fn call(&self, from: NodeId, body: Bytes) -> BoxFuture<'static, Bytes>;
+}
+
+/// Where a host keeps what it must not lose.
+#[derive(Debug, Clone)]
+pub struct HostStorage {
+    pub log: CommitLog,
+    pub snapshots: Arc<SnapshotStore>,
+    pub identity: Arc<Identity>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NodeLiveness {
+    Up,
+    Suspect,
+    Down,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeStatus {
+    pub node: NodeId,
+    pub liveness: NodeLiveness,
+}
+
+/// What an operator would like to see as it happens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RaftEvent {
+    LeaderElected {
+        group: RaftGroupId,
+        node: NodeId,
+        term: u64,
+    },
+    LeaderLost {
+        group: RaftGroupId,
+        node: NodeId,
+        term: u64,
+    },
+    NodeUp {
+        node: NodeId,
+    },
+    NodeDown {
+        node: NodeId,
+    },
+    /// A peer refuses this node for good: the text says why and what to do.
+    Refused {
+        node: NodeId,
+        reason: String,
+    },
+}
+
+/// The links to the other nodes, with what is known of their lives.
+pub(crate) struct Peers {
+    node: NodeId,
+    link: Arc<LinkTable>,
+    liveness: Arc<Liveness>,
+    timeout: Duration,
+}
+
+impl Peers {
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+
+    pub(crate) fn link(&self) -> &Arc<LinkTable> {
+        &self.link
+    }
+
+    pub(crate) fn liveness(&self) -> &Arc<Liveness> {
+        &self.liveness
+    }
+
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// False once this node believes the other to be gone.
+    pub(crate) fn may_be_alive(&self, node: NodeId) -> bool {
+        node == self.node || self.liveness.state(node) != PeerState::Down
+    }
+}
+
+type GroupTable = RwLock<HashMap<RaftGroupId, Group>>;
+
+/// Opens, runs and closes Raft groups.
+pub struct RaftHost {
+    pub(crate) config: HostConfig,
+    storage: HostStorage,
+    table: Arc<GroupTable>,
+    pub(crate) peers: Arc<Peers>,
+    service: Arc<dyn PeerService>,
+    pub(crate) events: broadcast::Sender<RaftEvent>,
+    pub(crate) stop: CancellationToken,
+}
+
+impl std::fmt::Debug for RaftHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "RaftHost(node {})", self.config.node_id)
+    }
+}
+
+struct TableGroups(Arc<GroupTable>);
+
+impl Groups for TableGroups {
+    fn find(&self, group: RaftGroupId) -> Option<Group> {
+        self.0.read().get(&group).cloned()
+    }
+}
+
+/// What arrives over the links.
+struct Handler {
+    groups: Arc<TableGroups>,
+    service: Arc<dyn PeerService>,
+}
+
+impl LinkHandler for Handler {
+    fn call(&self, from: NodeId, class: u8, group: u64, body: Bytes) -> BoxFuture<'static, Bytes> {
+        let groups = self.groups.clone();
+        match class {
+            class::BROKER => self.service.call(from, body),
+            class::FAILOVER => {
+                Box::pin(async move { elections::answer_failover(groups.as_ref(), body).await })
+            }
+            _ => Box::pin(async move { serve::call(groups.as_ref(), class, group, body).await }),
+        }
+    }
+
+    fn stream(
+        &self,
+        _from: NodeId,
+        group: u64,
+        hello: Bytes,
+        stream: LinkStream,
+    ) -> BoxFuture<'static, ()> {
+        let groups = self.groups.clone();
+        Box::pin(serve::append_stream(groups, group, hello, stream))
+    }
+}
+
+impl RaftHost {
+    /// Starts the links and the elections; groups are opened afterwards.
+    pub async fn start(
+        config: HostConfig,
+        storage: HostStorage,
+        listener: TcpListener,
+        service: Arc<dyn PeerService>,
+    ) -> Result<Arc<RaftHost>, OpenGroupError> {
+        let table = Arc::new(GroupTable::default());
+        let handler = Arc::new(Handler {
+            groups: Arc::new(TableGroups(table.clone())),
+            service: service.clone(),
+        });
+        let mut link_config = LinkConfig::new(
+            config.cluster_name.clone(),
+            config.node_id,
+            storage.identity.uuid(),
+            config.nodes.clone(),
+        );
+        link_config.registry = storage.identity.clone();
+        link_config.ping_interval = config.ping_interval;
+        link_config.silence_timeout = config.silence_timeout;
+        link_config
+            .validate()
+            .map_err(|e| OpenGroupError::Raft(e.to_string()))?;
+        let link = LinkTable::start(link_config, listener, handler);
+        let liveness = Liveness::start(link.clone());
+        let (events, _) = broadcast::channel(4096);
+        let host = Arc::new(RaftHost {
+            peers: Arc::new(Peers {
+                node: config.node_id,
+                link,
+                liveness,
+                timeout: config.replication_timeout,
+            }),
+            config,
+            storage,
+            table,
+            service,
+            events,
+            stop: CancellationToken::new(),
+        });
+        elections::start(&host);
+        Ok(host)
+    }
+
+    pub fn node_id(&self) -> NodeId {
+        self.config.node_id
+    }
+
+    /// Opens this node's replica of a group, recovering what its disk holds.
+    pub async fn open_group(
+        self: &Arc<Self>,
+        spec: GroupSpec,
+        machine: Box<dyn StateMachine>,
+    ) -> Result<Group, OpenGroupError> {
+        if self.stop.is_cancelled() {
+            return Err(OpenGroupError::ShuttingDown);
+        }
+        let here = spec.replicas.iter().find(|r| r.node == self.config.node_id);
+        let replica = here
+            .ok_or(OpenGroupError::NoReplicaHere {
+                node: self.config.node_id,
+                group: spec.group.0,
+            })?
+            .replica;
+        let log = self.storage.log.group(spec.group);
+        let state = log.state();
+        let (applied_tx, applied) = watch::channel(None);
+        let machine = Machine::open(
+            &spec,
+            machine,
+            self.storage.snapshots.clone(),
+            state.purged,
+            state.last,
+            applied_tx,
+        )?;
+        let network = NetworkFactory {
+            link: self.peers.link.clone(),
+            group: spec.group,
+            timeout: self.config.replication_timeout,
+        };
+        let store = LogStore::new(log.clone(), spec.flush);
+        let raft = Raft::new(replica, self.raft_config(&spec)?, network, store, machine)
+            .await
+            .map_err(|e| OpenGroupError::Raft(e.to_string()))?;
+        let suspect =
+            self.config.tails_suspect && spec.flush == Flush::Async && state.last.is_some();
+        let tail = TailGuard::new(suspect);
+        let group = Group::new(spec, replica, raft, log, applied, self.peers.clone(), tail);
+        self.table.write().insert(group.id(), group.clone());
+        if group.is_pristine() && group.spec().preferred == self.config.node_id {
+            self.initialize(&group).await;
+            tokio::spawn(elections::win_first_election(self.clone(), group.clone()));
+        }
+        Ok(group)
+    }
+
+    /// Writes the first entry, the membership. Every replica would write the very same, so it does
+    /// not matter which of them does, or whether two do.
+    pub(crate) async fn initialize(&self, group: &Group) {
+        let members: std::collections::BTreeMap<_, _> = group
+            .spec()
+            .replicas
+            .iter()
+            .map(|r| (r.replica, ReplicaNode { node: r.node }))
+            .collect();
+        if let Err(error) = group.raft().initialize(members).await {
+            tracing::debug!(group = %group.id(), %error, "group was initialized already");
+        }
+    }
+
+    fn raft_config(&self, spec: &GroupSpec) -> Result<Arc<Config>, OpenGroupError> {
+        let lease = self.config.lease.as_millis() as u64;
+        let config = Config {
+            cluster_name: spec.group.to_string(),
+            heartbeat_interval: (lease / 3).max(1),
+            election_timeout_min: lease,
+            election_timeout_max: lease * 2,
+            // Liveness and elections are the host's, see `elections`.
+            enable_tick: false,
+            enable_heartbeat: false,
+            enable_elect: false,
+            enable_pre_vote: Some(true),
+            // A restarted leader may have lost a tail that followers hold as committed.
+            enable_leader_restore: Some(false),
+            allow_log_reversion: None,
+            max_payload_entries: 1024,
+            snapshot_policy: match spec.retention {
+                LogRetention::Messages => SnapshotPolicy::Never,
+                LogRetention::StateOnly => SnapshotPolicy::LogsSinceLast(spec.checkpoint_every),
+            },
+            max_in_snapshot_log_to_keep: 256,
+            purge_batch_size: 256,
+            ..Config::default()
+        };
+        let config = config
+            .validate()
+            .map_err(|e| OpenGroupError::Raft(e.to_string()))?;
+        Ok(Arc::new(config))
+    }
+
+    /// Stops a group here; with `remove`, its log and snapshots go too.
+    pub async fn close_group(&self, group: RaftGroupId, remove: bool) {
+        let found = self.table.write().remove(&group);
+        if let Some(group) = found {
+            group.stop().await;
+        }
+        if remove {
+            let done = Box::new(move |result| {
+                if let Err(error) = result {
+                    tracing::warn!(%group, %error, "a removed group's log is still on disk");
+                }
+            });
+            self.storage.log.remove_group(group, done);
+            if let Err(error) = self.storage.snapshots.remove_group(group) {
+                tracing::warn!(%group, %error, "a removed group's snapshots are still on disk");
+            }
+        }
+    }
+
+    pub fn group(&self, group: RaftGroupId) -> Option<Group> {
+        self.table.read().get(&group).cloned()
+    }
+
+    pub fn groups(&self) -> Vec<Group> {
+        self.table.read().values().cloned().collect()
+    }
+
+    /// A request to the broker of another node, or of this one.
+    pub async fn call(
+        &self,
+        node: NodeId,
+        body: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, CallError> {
+        if node == self.config.node_id {
+            let answer = tokio::time::timeout(timeout, self.service.call(node, body)).await;
+            return answer.map_err(|_| CallError::Unknown("no answer in time".to_owned()));
+        }
+        let link = &self.peers.link;
+        link.call(node, class::BROKER, 0, body, timeout)
+            .await
+            .map_err(|error| {
+                if error.nobody_took_it() {
+                    CallError::NotSent(error.to_string())
+                } else {
+                    CallError::Unknown(error.to_string())
+                }
+            })
+    }
+
+    pub fn nodes(&self) -> Vec<NodeStatus> {
+        let status = |node| NodeStatus {
+            node,
+            liveness: if node == self.config.node_id {
+                NodeLiveness::Up
+            } else {
+                match self.peers.liveness.state(node) {
+                    PeerState::Up => NodeLiveness::Up,
+                    PeerState::Suspect => NodeLiveness::Suspect,
+                    PeerState::Down => NodeLiveness::Down,
+                }
+            },
+        };
+        self.config
+            .nodes
+            .iter()
+            .map(|(node, _)| status(*node))
+            .collect()
+    }
+
+    pub fn events(&self) -> broadcast::Receiver<RaftEvent> {
+        self.events.subscribe()
+    }
+
+    /// Hands every leadership over, then stops all groups and closes the links.
+    pub async fn shutdown(&self, patience: Duration) {
+        self.stop.cancel();
+        elections::hand_over(self, patience).await;
+        let groups = self.groups();
+        join_all(groups.iter().map(Group::stop)).await;
+        self.table.write().clear();
+        self.peers.link.shutdown().await;
+    }
+}

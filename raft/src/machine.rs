@@ -1,0 +1,285 @@
+//! The state machine as openraft sees it: applies, checkpoints and boundary snapshots.
+//!
+//! Checkpoints are written at the indexes that are multiples of [`GroupSpec::checkpoint_every`],
+//! the same on every replica. A group that keeps its messages in the log never builds a snapshot of
+//! "now" while it has a checkpoint: what a newcomer installs is the oldest one kept, and every
+//! retained entry after it reaches the newcomer by ordinary replication.
+
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt};
+use openraft::storage::{EntryResponder, RaftStateMachine};
+use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use quorate_storage::snapshot::{SnapshotHeader, SnapshotKind, SnapshotStore};
+use quorate_storage::{LogId, RaftGroupId, StorageError};
+use tokio::sync::watch;
+
+use crate::config::{GroupSpec, LogRetention};
+use crate::state_machine::StateMachine;
+use crate::types::{
+    RaftLogId, RaftStoredMembership, Reply, Snapshot, SnapshotMeta, TypeConfig, decode_membership,
+    encode_membership, from_raft_log_id, to_raft_log_id,
+};
+
+/// How many checkpoints a group keeps beside its boundary, for a restart that finds the newest bad.
+const CHECKPOINTS_KEPT: usize = 2;
+
+/// One replica's applied state and its snapshots.
+pub(crate) struct Machine {
+    group: RaftGroupId,
+    inner: Box<dyn StateMachine>,
+    snapshots: Arc<SnapshotStore>,
+    retention: LogRetention,
+    checkpoint_every: u64,
+    applied: Option<LogId>,
+    membership: RaftStoredMembership,
+    applied_tx: watch::Sender<Option<LogId>>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Machine({}, applied {:?})", self.group, self.applied)
+    }
+}
+
+impl Machine {
+    /// Restores the newest state that the disk can back: a checkpoint not newer than the log's
+    /// recovered end, else an older one, else the boundary as if it had just been installed.
+    pub(crate) fn open(
+        spec: &GroupSpec,
+        mut inner: Box<dyn StateMachine>,
+        snapshots: Arc<SnapshotStore>,
+        purged: Option<LogId>,
+        last: Option<LogId>,
+        applied_tx: watch::Sender<Option<LogId>>,
+    ) -> Result<Self, StorageError> {
+        let mut candidates = snapshots.list(spec.group)?;
+        candidates.retain(|id| Some(*id) >= purged);
+        let mut restored = None;
+        for id in candidates.iter().rev() {
+            let (header, state) = match snapshots.read(spec.group, *id) {
+                Ok(found) => found,
+                Err(error) => {
+                    tracing::warn!(group = %spec.group, at = %id, %error, "skipping a bad checkpoint");
+                    continue;
+                }
+            };
+            let installed = header.kind == SnapshotKind::Boundary;
+            if !installed && last.is_none_or(|last| id.index > last.index) {
+                // Written ahead of this replica's own fsync: the entries behind it are gone here.
+                continue;
+            }
+            match inner.restore(Some(*id), Some(&state)) {
+                Ok(()) => {
+                    restored = Some((*id, decode_membership(&header.membership)?));
+                    break;
+                }
+                Err(error) if installed => {
+                    tracing::info!(group = %spec.group, at = %id, %error, "installing the boundary snapshot again");
+                    inner.install(*id, &state)?;
+                    restored = Some((*id, decode_membership(&header.membership)?));
+                    break;
+                }
+                Err(error) => {
+                    tracing::warn!(group = %spec.group, at = %id, %error, "checkpoint cannot be used, trying an older one");
+                }
+            }
+        }
+        if restored.is_none() {
+            match (purged, candidates.first()) {
+                (None, _) => inner.restore(None, None)?,
+                (Some(_), Some(oldest)) => {
+                    let (header, state) = snapshots.read(spec.group, *oldest)?;
+                    inner.install(*oldest, &state)?;
+                    restored = Some((*oldest, decode_membership(&header.membership)?));
+                }
+                (Some(purged), None) => {
+                    return Err(StorageError::InvalidArgument(format!(
+                        "group {}: the log begins after {purged} but no snapshot covers what was before it",
+                        spec.group
+                    )));
+                }
+            }
+        }
+        let (applied, membership) = match restored {
+            Some((id, membership)) => (Some(id), membership),
+            None => (None, RaftStoredMembership::default()),
+        };
+        applied_tx.send_replace(applied);
+        Ok(Self {
+            group: spec.group,
+            inner,
+            snapshots,
+            retention: spec.retention,
+            checkpoint_every: spec.checkpoint_every.max(1),
+            applied,
+            membership,
+            applied_tx,
+        })
+    }
+
+    pub(crate) fn state_hash(&self) -> (Option<LogId>, u64) {
+        (self.applied, self.inner.state_hash())
+    }
+
+    fn header(&self, last: LogId, kind: SnapshotKind) -> SnapshotHeader {
+        SnapshotHeader {
+            last,
+            membership: encode_membership(&self.membership),
+            kind,
+        }
+    }
+
+    fn write_checkpoint(&mut self, last: LogId) -> Result<(), StorageError> {
+        let state = self.inner.checkpoint()?;
+        let header = self.header(last, SnapshotKind::Checkpoint);
+        self.snapshots.write(self.group, &header, &state)?;
+        // The oldest is the boundary: nothing else can produce the state of that index.
+        let all = self.snapshots.list(self.group)?;
+        let newest = all.len().saturating_sub(CHECKPOINTS_KEPT);
+        for id in all.get(1..newest).unwrap_or_default() {
+            self.snapshots.remove(self.group, *id)?;
+        }
+        Ok(())
+    }
+
+    fn publish(&mut self) {
+        if let Some(applied) = self.applied {
+            self.inner.applied_batch(applied);
+            self.applied_tx.send_replace(Some(applied));
+        }
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotData = Bytes;
+    type SnapshotBuilder = Builder;
+
+    async fn applied_state(&mut self) -> io::Result<(Option<RaftLogId>, RaftStoredMembership)> {
+        Ok((self.applied.map(to_raft_log_id), self.membership.clone()))
+    }
+
+    async fn apply<Strm>(&mut self, mut entries: Strm) -> io::Result<()>
+    where
+        Strm: Stream<Item = Result<EntryResponder<TypeConfig>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut answers = Vec::new();
+        while let Some(item) = entries.next().await {
+            let (entry, responder) = item?;
+            let log_id = from_raft_log_id(&entry.log_id);
+            let reply = match entry.payload {
+                EntryPayload::Normal(command) => self.inner.apply(log_id, &command.0),
+                EntryPayload::Membership(membership) => {
+                    self.membership = RaftStoredMembership::new(Some(entry.log_id), membership);
+                    Bytes::new()
+                }
+                EntryPayload::Blank => Bytes::new(),
+            };
+            self.applied = Some(log_id);
+            if let Some(responder) = responder {
+                answers.push((responder, reply));
+            }
+            if self.retention == LogRetention::Messages
+                && log_id.index > 0
+                && log_id.index.is_multiple_of(self.checkpoint_every)
+            {
+                self.write_checkpoint(log_id)?;
+            }
+        }
+        // Readers first: whoever is told of an acknowledgement must find the message.
+        self.publish();
+        for (responder, reply) in answers {
+            responder.send(Reply(reply));
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Builder {
+        let result = self.build();
+        Builder(Some(result))
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, state: Bytes) -> io::Result<()> {
+        let Some(last) = meta.last_log_id.as_ref().map(from_raft_log_id) else {
+            return Ok(());
+        };
+        self.membership = meta.last_membership.clone();
+        let older = self.snapshots.list(self.group)?;
+        // The file first: a crash in between finds it and installs it again.
+        let header = self.header(last, SnapshotKind::Boundary);
+        self.snapshots.write(self.group, &header, &state)?;
+        self.inner.install(last, &state)?;
+        for id in older.into_iter().filter(|id| *id != last) {
+            self.snapshots.remove(self.group, id)?;
+        }
+        self.applied = Some(last);
+        self.publish();
+        Ok(())
+    }
+
+    async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
+        let all = self.snapshots.list(self.group)?;
+        let chosen = match self.retention {
+            LogRetention::Messages => all.first(),
+            LogRetention::StateOnly => all.last(),
+        };
+        let Some(id) = chosen else { return Ok(None) };
+        let (header, state) = self.snapshots.read(self.group, *id)?;
+        Ok(Some(snapshot(*id, &header.membership, state)?))
+    }
+}
+
+impl Machine {
+    fn build(&mut self) -> io::Result<Snapshot> {
+        if self.retention == LogRetention::Messages
+            && let Some(boundary) = self.snapshots.list(self.group)?.first()
+        {
+            let (header, state) = self.snapshots.read(self.group, *boundary)?;
+            return Ok(snapshot(*boundary, &header.membership, state)?);
+        }
+        let state = Bytes::from(self.inner.checkpoint()?);
+        let Some(last) = self.applied else {
+            // The empty state needs no file: a replica without any begins with it.
+            return Ok(Snapshot {
+                meta: SnapshotMeta {
+                    last_log_id: None,
+                    last_membership: self.membership.clone(),
+                },
+                snapshot: state,
+            });
+        };
+        let header = self.header(last, SnapshotKind::Checkpoint);
+        self.snapshots.write(self.group, &header, &state)?;
+        let all = self.snapshots.list(self.group)?;
+        for id in &all[..all.len().saturating_sub(CHECKPOINTS_KEPT)] {
+            self.snapshots.remove(self.group, *id)?;
+        }
+        Ok(snapshot(last, &header.membership, state)?)
+    }
+}
+
+fn snapshot(last: LogId, membership: &[u8], state: Bytes) -> Result<Snapshot, StorageError> {
+    Ok(Snapshot {
+        meta: SnapshotMeta {
+            last_log_id: Some(to_raft_log_id(last)),
+            last_membership: decode_membership(membership)?,
+        },
+        snapshot: state,
+    })
+}
+
+/// A snapshot taken when the builder was asked for.
+#[derive(Debug)]
+pub(crate) struct Builder(Option<io::Result<Snapshot>>);
+
+impl RaftSnapshotBuilder<TypeConfig> for Builder {
+    type SnapshotData = Bytes;
+
+    async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
+        self.0
+            .take()
+            .unwrap_or_else(|| Err(io::Error::other("a snapshot builder builds once")))
+    }
+}

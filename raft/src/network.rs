@@ -1,0 +1,262 @@
+//! openraft's network on the links between nodes: pipelined appends, one stream per replica.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, stream};
+use openraft::OptionalSend;
+use openraft::base::{BoxFuture, BoxStream};
+use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable};
+use openraft::network::v2::RaftNetworkV2;
+use openraft::network::{Backoff, RPCOption, RaftNetworkFactory, stream_append_sequential};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
+    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+};
+use quorate_storage::RaftGroupId;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::link::{LinkStream, LinkTable};
+use crate::types::{NodeId, RaftVote, ReplicaId, ReplicaNode, Snapshot, TypeConfig};
+use crate::wire::{
+    Answer, StreamHello, ToReplica, class, decode, decode_append_answer, encode, encode_append,
+};
+
+type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
+
+/// Append requests on their way to one replica without an answer yet.
+const APPENDS_IN_FLIGHT_MAX: usize = 64;
+
+/// Waits between attempts at a replica that cannot be reached. A new topic's follower opens its
+/// replica a moment after the leader, so the first waits are short; a dead node's are long, since
+/// every group it had a replica of retries. The host resets them when the node returns.
+const BACKOFF_MS: [u64; 10] = [2, 5, 10, 20, 50, 100, 200, 1000, 5000, 20_000];
+
+/// Makes the connections of one group's leader to its followers.
+#[derive(Debug, Clone)]
+pub(crate) struct NetworkFactory {
+    pub(crate) link: Arc<LinkTable>,
+    pub(crate) group: RaftGroupId,
+    pub(crate) timeout: Duration,
+}
+
+impl NetworkFactory {
+    fn network(&self, target: ReplicaId, node: &ReplicaNode, pipelined: bool) -> Network {
+        Network {
+            link: self.link.clone(),
+            group: self.group,
+            node: node.node,
+            target,
+            timeout: self.timeout,
+            pipelined,
+        }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for NetworkFactory {
+    type Network = Network;
+
+    async fn new_client(&mut self, target: ReplicaId, node: &ReplicaNode) -> Network {
+        self.network(target, node, true)
+    }
+
+    async fn new_heartbeat_client(&mut self, target: ReplicaId, node: &ReplicaNode) -> Network {
+        self.network(target, node, false)
+    }
+}
+
+/// The way to one replica of one group.
+#[derive(Debug)]
+pub(crate) struct Network {
+    link: Arc<LinkTable>,
+    group: RaftGroupId,
+    node: NodeId,
+    target: ReplicaId,
+    timeout: Duration,
+    /// Heartbeats are single requests; opening a stream for each would cost two frames more.
+    pipelined: bool,
+}
+
+fn unreachable(reason: impl ToString) -> RPCError<TypeConfig> {
+    RPCError::Unreachable(Unreachable::from_string(reason))
+}
+
+impl Network {
+    async fn call<T: Serialize, R: DeserializeOwned>(&self, class: u8, body: T) -> RpcResult<R> {
+        let request = encode(&ToReplica {
+            target: self.target,
+            body,
+        });
+        self.call_raw(class, request, self.timeout).await
+    }
+
+    async fn call_raw<R: DeserializeOwned>(
+        &self,
+        class: u8,
+        request: Bytes,
+        timeout: Duration,
+    ) -> RpcResult<R> {
+        let answer = self
+            .link
+            .call(self.node, class, self.group.0, request, timeout)
+            .await
+            .map_err(unreachable)?;
+        let answer: Answer<R> = decode(&answer).map_err(unreachable)?;
+        answer.map_err(unreachable)
+    }
+}
+
+/// Sends requests as openraft makes them; answers are read by the other half.
+async fn send_appends<S>(
+    mut input: S,
+    sender: Arc<LinkStream>,
+    in_flight: Arc<Semaphore>,
+    done: CancellationToken,
+) where
+    S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin,
+{
+    loop {
+        let Ok(permit) = in_flight.acquire().await else {
+            return;
+        };
+        permit.forget();
+        let request = tokio::select! {
+            () = done.cancelled() => return,
+            request = input.next() => request,
+        };
+        let Some(request) = request else { return };
+        if sender.send_parts(encode_append(request)).await.is_err() {
+            return;
+        }
+    }
+}
+
+impl RaftNetworkV2<TypeConfig> for Network {
+    type SnapshotData = Bytes;
+
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
+        let mut request = encode(&self.target).to_vec();
+        for part in encode_append(rpc) {
+            request.extend_from_slice(&part);
+        }
+        self.call_raw(class::APPEND, Bytes::from(request), self.timeout)
+            .await
+    }
+
+    fn stream_append<'s, S>(
+        &'s mut self,
+        input: S,
+        option: RPCOption,
+    ) -> BoxFuture<'s, RpcResult<BoxStream<'s, RpcResult<StreamAppendResult<TypeConfig>>>>>
+    where
+        S: Stream<Item = AppendEntriesRequest<TypeConfig>> + OptionalSend + Unpin + 'static,
+    {
+        if !self.pipelined {
+            return stream_append_sequential(self, input, option);
+        }
+        Box::pin(async move {
+            let hello = encode(&StreamHello {
+                target: self.target,
+            });
+            let stream = self
+                .link
+                .open_stream(self.node, self.group.0, hello)
+                .map_err(unreachable)?;
+            let sender = Arc::new(stream);
+            let receiver = sender.clone();
+            let in_flight = Arc::new(Semaphore::new(APPENDS_IN_FLIGHT_MAX));
+            let done = CancellationToken::new();
+            let guard = done.clone().drop_guard();
+            let sending = tokio::spawn(send_appends(input, sender, in_flight.clone(), done));
+            let state = Some((receiver, sending, in_flight, guard));
+            let timeout = self.timeout;
+            let answers = stream::unfold(state, move |state| async move {
+                let (receiver, mut sending, in_flight, guard) = state?;
+                // A quiet leader sends nothing and may wait for ever; an unanswered request may not.
+                let answer = loop {
+                    let unanswered = in_flight.available_permits() < APPENDS_IN_FLIGHT_MAX - 1;
+                    let finished = sending.is_finished();
+                    if finished && !unanswered {
+                        return None;
+                    }
+                    tokio::select! {
+                        answer = receiver.recv() => break answer,
+                        _ = &mut sending, if !finished => {}
+                        () = tokio::time::sleep(timeout), if unanswered => {
+                            return Some((Err(unreachable("no answer to an append in time")), None));
+                        }
+                    }
+                };
+                let Some(answer) = answer else {
+                    return Some((Err(unreachable("the append stream was closed")), None));
+                };
+                in_flight.add_permits(1);
+                match decode_append_answer(&answer) {
+                    Ok(Ok(matched)) => {
+                        Some((Ok(Ok(matched)), Some((receiver, sending, in_flight, guard))))
+                    }
+                    Ok(Err(refused)) => Some((Ok(Err(refused)), None)),
+                    Err(error) => Some((Err(unreachable(error)), None)),
+                }
+            });
+            Ok(Box::pin(answers) as BoxStream<'s, _>)
+        })
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
+        self.call(class::VOTE, rpc).await
+    }
+
+    async fn pre_vote(
+        &mut self,
+        rpc: VoteRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> RpcResult<VoteResponse<TypeConfig>> {
+        self.call(class::PRE_VOTE, rpc).await
+    }
+
+    async fn full_snapshot(
+        &mut self,
+        vote: RaftVote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        option: RPCOption,
+    ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
+        let request = encode(&ToReplica {
+            target: self.target,
+            body: (vote, snapshot.meta, snapshot.snapshot),
+        });
+        let timeout = option.hard_ttl().max(Duration::from_secs(10));
+        tokio::select! {
+            answer = self.call_raw(class::SNAPSHOT, request, timeout) => Ok(answer?),
+            closed = cancel => Err(StreamingError::Closed(closed)),
+        }
+    }
+
+    async fn transfer_leader(
+        &mut self,
+        req: TransferLeaderRequest<TypeConfig>,
+        _option: RPCOption,
+    ) -> RpcResult<TransferLeaderResponse<TypeConfig>> {
+        self.call(class::TRANSFER_LEADER, req).await
+    }
+
+    fn backoff(&self) -> Option<Backoff> {
+        let last = BACKOFF_MS[BACKOFF_MS.len() - 1];
+        let waits = BACKOFF_MS.into_iter().chain(std::iter::repeat(last));
+        Some(Backoff::new(waits.map(Duration::from_millis)))
+    }
+}

@@ -1,0 +1,196 @@
+//! What this node answers to the Raft requests of others.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use openraft::ReadPolicy;
+use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
+use quorate_storage::RaftGroupId;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::group::Group;
+use crate::link::LinkStream;
+use crate::types::{RaftVote, ReplicaId, Snapshot, SnapshotMeta, TypeConfig};
+use crate::wire::{
+    Answer, StreamHello, ToReplica, class, decode, decode_append, encode, encode_append_answer,
+};
+
+/// Finds the replicas that are open on this node.
+pub(crate) trait Groups: Send + Sync + 'static {
+    fn find(&self, group: RaftGroupId) -> Option<Group>;
+}
+
+fn refuse(reason: impl ToString) -> Bytes {
+    encode(&Answer::<()>::Err(reason.to_string()))
+}
+
+fn answer<T: Serialize, E: ToString>(result: Result<T, E>) -> Bytes {
+    encode(&result.map_err(|e| e.to_string()))
+}
+
+fn open<T: DeserializeOwned>(group: &Group, body: &[u8]) -> Result<T, Bytes> {
+    let request: ToReplica<T> = decode(body).map_err(refuse)?;
+    check_target(group, request.target)?;
+    Ok(request.body)
+}
+
+/// A request meant for an earlier life of this replica must not reach this one.
+fn check_target(group: &Group, target: ReplicaId) -> Result<(), Bytes> {
+    if group.replica() == target {
+        Ok(())
+    } else {
+        Err(refuse(format!(
+            "this node holds replica {} of {}, not {target}",
+            group.replica(),
+            group.id()
+        )))
+    }
+}
+
+/// Answers one request of the Raft classes.
+pub(crate) async fn call(groups: &dyn Groups, class: u8, group: u64, body: Bytes) -> Bytes {
+    let Some(group) = groups.find(RaftGroupId(group)) else {
+        return refuse(format!("group {group} is not open on this node"));
+    };
+    serve(&group, class, body)
+        .await
+        .unwrap_or_else(|refusal| refusal)
+}
+
+async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes> {
+    let raft = group.raft();
+    if matches!(class, class::VOTE | class::PRE_VOTE) && group.tail().is_suspect() {
+        return Err(refuse(
+            "this replica may have lost its tail and must not vote yet",
+        ));
+    }
+    Ok(match class {
+        class::VOTE => {
+            let request: VoteRequest<TypeConfig> = open(group, &body)?;
+            answer(raft.vote(request).await)
+        }
+        class::PRE_VOTE => {
+            let request: VoteRequest<TypeConfig> = open(group, &body)?;
+            answer(raft.pre_vote(request).await)
+        }
+        class::APPEND => {
+            let (target, rest) = postcard::take_from_bytes::<ReplicaId>(&body).map_err(refuse)?;
+            check_target(group, target)?;
+            let head = body.len() - rest.len();
+            let request = decode_append(body.split_off(head)).map_err(refuse)?;
+            group.heard(request.vote.leader_id().term);
+            answer(raft.append_entries(request).await)
+        }
+        class::SNAPSHOT => {
+            let (vote, meta, state): (RaftVote, SnapshotMeta, Bytes) = open(group, &body)?;
+            let snapshot = Snapshot {
+                meta,
+                snapshot: state,
+            };
+            answer(raft.install_full_snapshot(vote, snapshot).await)
+        }
+        class::TRANSFER_LEADER => {
+            let request: TransferLeaderRequest<TypeConfig> = open(group, &body)?;
+            answer(raft.handle_transfer_leader(request).await)
+        }
+        class::READ_INDEX => {
+            let read = raft.get_read_log_id(ReadPolicy::ReadIndex).await;
+            answer(read.map(|(read, _applied)| read.index()))
+        }
+        class::LEADS => {
+            let asker: ReplicaId = open(group, &body)?;
+            let leads = group.is_leader();
+            if leads {
+                // The one who asks has just opened its replica. Appends to it may be waiting out a
+                // long backoff, and a quiet leader would not say what is committed.
+                raft.trigger()
+                    .reset_backoff([asker])
+                    .await
+                    .map_err(refuse)?;
+                // A ReadIndex round tells all followers; openraft suppresses plain heartbeats.
+                let raft = raft.clone();
+                tokio::spawn(async move { raft.get_read_log_id(ReadPolicy::ReadIndex).await.ok() });
+            }
+            answer(Ok::<_, String>(leads.then(|| group.term())))
+        }
+        class::TAIL => answer(Ok::<_, String>(group.tail_report())),
+        other => refuse(format!("unknown class of request {other}")),
+    })
+}
+
+/// Serves one append stream until either side ends it.
+pub(crate) async fn append_stream(
+    groups: Arc<dyn Groups>,
+    group: u64,
+    hello: Bytes,
+    stream: LinkStream,
+) {
+    let Some(group) = groups.find(RaftGroupId(group)) else {
+        return;
+    };
+    match decode::<StreamHello>(&hello) {
+        Ok(hello) if hello.target == group.replica() => {}
+        _ => return,
+    }
+    let sender = Arc::new(stream);
+    let receiver = sender.clone();
+    let watcher = CatchUp::default();
+    let requests = stream::unfold(
+        (receiver, group.clone(), watcher.clone()),
+        |state| async move {
+            let (receiver, group, watcher) = state;
+            let bytes = receiver.recv().await?;
+            match decode_append(bytes) {
+                Ok(request) => {
+                    group.heard(request.vote.leader_id().term);
+                    if group.tail().is_suspect() {
+                        watcher.saw(&request);
+                    }
+                    Some((request, (receiver, group, watcher)))
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "closing an append stream");
+                    None
+                }
+            }
+        },
+    );
+    let mut answers = std::pin::pin!(group.raft().stream_append(requests));
+    while let Some(Ok(answer)) = answers.next().await {
+        let ended = answer.is_err();
+        if group.tail().is_suspect()
+            && let Ok(Some(matched)) = &answer
+            && watcher.covered_by(matched.index)
+        {
+            tracing::info!(group = %group.id(), "an async replica has caught up and may vote again");
+            group.tail().caught_up();
+        }
+        if sender.send(encode_append_answer(&answer)).await.is_err() || ended {
+            return;
+        }
+    }
+}
+
+/// What a leader has committed in its own term, as a suspect replica hears of it.
+#[derive(Debug, Clone, Default)]
+struct CatchUp(Arc<AtomicU64>);
+
+impl CatchUp {
+    fn saw(&self, request: &AppendEntriesRequest<TypeConfig>) {
+        let term = request.vote.leader_id().term;
+        if let Some(commit) = &request.leader_commit
+            && commit.committed_leader_id().term == term
+        {
+            self.0.fetch_max(commit.index, Ordering::AcqRel);
+        }
+    }
+
+    /// An entry of a leader's own term is never at index 0, which is the membership.
+    fn covered_by(&self, matched: u64) -> bool {
+        let commit = self.0.load(Ordering::Acquire);
+        commit > 0 && matched >= commit
+    }
+}

@@ -1,0 +1,156 @@
+//! Groups over real links and real disks, in one process.
+
+mod support;
+
+use quorate_raft::{Flush, LogRetention, ProposeError};
+use support::{PATIENCE, TestCluster, eventually, leader, propose};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_of_one_leads_itself_and_comes_back() {
+    let mut cluster = TestCluster::new(1).await;
+    let node = cluster.start_all().await.remove(0);
+    node.group.wait_leader(PATIENCE).await.unwrap();
+    for i in 0..50 {
+        propose(&node, &format!("c{i}")).await;
+    }
+    node.group.read_barrier(PATIENCE).await.unwrap();
+    assert_eq!(node.recorder.0.lock().len(), 50);
+    node.stop().await;
+    let node = cluster.start(1, |_| {}).await;
+    node.group.read_barrier(PATIENCE).await.unwrap();
+    assert_eq!(node.recorder.0.lock().len(), 50);
+    assert_eq!(&propose(&node, "after").await.1[..], b"51");
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_replica_applies_the_same() {
+    let mut cluster = TestCluster::new(3).await;
+    let nodes = cluster.start_all().await;
+    let first = leader(&nodes).await;
+    let proposals = (0..200).map(|i| {
+        let group = first.group.clone();
+        async move { group.propose(format!("c{i}").into()).await.unwrap() }
+    });
+    let ids = futures_util::future::join_all(proposals).await;
+    let mut indexes: Vec<u64> = ids.iter().map(|(id, _)| id.index).collect();
+    indexes.sort_unstable();
+    indexes.dedup();
+    assert_eq!(indexes.len(), 200, "every proposal has an index of its own");
+    for node in &nodes {
+        node.group.read_barrier(PATIENCE).await.unwrap();
+        assert_eq!(node.recorder.0.lock().len(), 200, "node {}", node.id);
+    }
+    let expected = first.group.state_hash().await.unwrap();
+    for node in &nodes {
+        assert_eq!(
+            node.group.state_hash().await.unwrap(),
+            expected,
+            "node {}",
+            node.id
+        );
+    }
+    let follower = nodes.iter().find(|n| n.id != first.id).unwrap();
+    let refused = follower.group.propose("no".into()).await.unwrap_err();
+    assert!(refused.nobody_took_it());
+    assert!(matches!(refused, ProposeError::NotLeader { leader: Some(id) } if id == first.id));
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_hands_over_when_it_stops_and_gets_it_back() {
+    let mut cluster = TestCluster::new(3).await;
+    let mut nodes = cluster.start_all().await;
+    let first = leader(&nodes).await.id;
+    propose(leader(&nodes).await, "before").await;
+    let index = nodes.iter().position(|n| n.id == first).unwrap();
+    nodes.remove(index).stop().await;
+    let second = leader(&nodes).await;
+    assert_ne!(second.id, first);
+    propose(second, "without it").await;
+    let back = cluster
+        .start(first, |config| {
+            config.rebalance_after = std::time::Duration::from_millis(200)
+        })
+        .await;
+    back.group.read_barrier(PATIENCE).await.unwrap();
+    assert_eq!(back.recorder.0.lock().len(), 2);
+    for node in nodes {
+        node.stop().await;
+    }
+    back.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_behind_the_purge_gets_a_snapshot() {
+    let mut cluster = TestCluster::new(3).await;
+    cluster.retention = LogRetention::StateOnly;
+    cluster.checkpoint_every = 100;
+    let mut nodes = cluster.start_all().await;
+    leader(&nodes).await;
+    let third = nodes.remove(2);
+    third.stop().await;
+    let first = leader(&nodes).await;
+    for i in 0..1000 {
+        propose(first, &format!("c{i}")).await;
+    }
+    eventually("the log is purged", || {
+        first.group.log().state().purged.is_some()
+    })
+    .await;
+    let third = cluster.start(3, |_| {}).await;
+    third.group.read_barrier(PATIENCE).await.unwrap();
+    assert_eq!(third.recorder.0.lock().len(), 1000);
+    assert!(
+        third.group.log().state().purged.is_some(),
+        "it came by snapshot"
+    );
+    for node in nodes {
+        node.stop().await;
+    }
+    third.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn suspect_tails_do_not_vote_until_caught_up() {
+    let mut cluster = TestCluster::new(3).await;
+    cluster.flush = Flush::Async;
+    let nodes = cluster.start_all().await;
+    for i in 0..10 {
+        propose(leader(&nodes).await, &format!("c{i}")).await;
+    }
+    for node in nodes {
+        node.stop().await;
+    }
+    // One machine crashed: the two sound ones elect, and the suspect catches up.
+    let suspect = cluster.start(1, |config| config.tails_suspect = true).await;
+    let second = cluster.start(2, |_| {}).await;
+    let third = cluster.start(3, |_| {}).await;
+    let nodes = vec![suspect, second, third];
+    let elected = leader(&nodes).await;
+    assert_ne!(elected.id, 1);
+    propose(elected, "more").await;
+    nodes[0].group.read_barrier(PATIENCE).await.unwrap();
+    assert_eq!(nodes[0].recorder.0.lock().len(), 11);
+    assert!(nodes.iter().all(|n| !n.group.tail_lost()));
+    for node in nodes {
+        node.stop().await;
+    }
+    // All machines crashed: they go on, and say so.
+    let mut nodes = Vec::new();
+    for id in 1..=3 {
+        nodes.push(
+            cluster
+                .start(id, |config| config.tails_suspect = true)
+                .await,
+        );
+    }
+    let elected = leader(&nodes).await;
+    assert!(elected.group.tail_lost());
+    propose(elected, "on").await;
+    for node in nodes {
+        node.stop().await;
+    }
+}

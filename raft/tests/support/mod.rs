@@ -1,0 +1,219 @@
+//! Hosts in one process, each with its own disk and its own listener.
+#![allow(dead_code)] // each test binary uses its part
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use parking_lot::Mutex;
+use quorate_raft::{
+    Flush, Group, GroupSpec, HostConfig, HostStorage, Identity, LogRetention, NodeId, PeerService,
+    RaftHost, Replica, StateMachine,
+};
+use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
+use quorate_storage::snapshot::SnapshotStore;
+use quorate_storage::vfs::os::OsVfs;
+use quorate_storage::{LogId, RaftGroupId, StorageError};
+use tokio::net::TcpListener;
+use tokio::time::Instant;
+
+pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const GROUP: RaftGroupId = RaftGroupId(1024);
+
+/// Keeps every command it applied, for tests to look at.
+#[derive(Debug, Clone, Default)]
+pub struct Recorder(pub Arc<Mutex<Vec<Bytes>>>);
+
+impl StateMachine for Recorder {
+    fn apply(&mut self, _log_id: LogId, body: &Bytes) -> Bytes {
+        let mut all = self.0.lock();
+        all.push(body.clone());
+        Bytes::from(all.len().to_string())
+    }
+
+    fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError> {
+        let mut state = Vec::new();
+        for command in self.0.lock().iter() {
+            state.extend_from_slice(&(command.len() as u32).to_le_bytes());
+            state.extend_from_slice(command);
+        }
+        Ok(state)
+    }
+
+    fn restore(&mut self, _last: Option<LogId>, state: Option<&[u8]>) -> Result<(), StorageError> {
+        let mut rest = state.unwrap_or_default();
+        let mut all = Vec::new();
+        while let Some((len, tail)) = rest.split_first_chunk::<4>() {
+            let (command, tail) = tail.split_at(u32::from_le_bytes(*len) as usize);
+            all.push(Bytes::copy_from_slice(command));
+            rest = tail;
+        }
+        *self.0.lock() = all;
+        Ok(())
+    }
+
+    fn install(&mut self, last: LogId, state: &[u8]) -> Result<(), StorageError> {
+        self.restore(Some(last), Some(state))
+    }
+
+    fn state_hash(&self) -> u64 {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let mut hasher = DefaultHasher::new();
+        self.0.lock().hash(&mut hasher);
+        hasher.finish()
+    }
+}
+
+struct Echo;
+
+impl PeerService for Echo {
+    fn call(&self, _from: NodeId, body: Bytes) -> BoxFuture<'static, Bytes> {
+        Box::pin(async move { body })
+    }
+}
+
+/// One node of a test.
+pub struct TestNode {
+    pub id: NodeId,
+    pub host: Arc<RaftHost>,
+    pub log: CommitLog,
+    pub recorder: Recorder,
+    pub group: Group,
+}
+
+/// What of a test survives its nodes: disks and addresses.
+pub struct TestCluster {
+    pub dirs: Vec<tempfile::TempDir>,
+    addresses: Vec<(NodeId, String)>,
+    listeners: Vec<Option<TcpListener>>,
+    pub flush: Flush,
+    pub retention: LogRetention,
+    pub checkpoint_every: u64,
+}
+
+impl TestCluster {
+    pub async fn new(count: usize) -> Self {
+        let mut listeners = Vec::new();
+        let mut addresses = Vec::new();
+        for id in 1..=count as u64 {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            addresses.push((id, listener.local_addr().unwrap().to_string()));
+            listeners.push(Some(listener));
+        }
+        Self {
+            dirs: (0..count).map(|_| tempfile::tempdir().unwrap()).collect(),
+            addresses,
+            listeners,
+            flush: Flush::Sync,
+            retention: LogRetention::Messages,
+            checkpoint_every: 1_000_000,
+        }
+    }
+
+    pub async fn start_all(&mut self) -> Vec<TestNode> {
+        let mut nodes = Vec::new();
+        for id in 1..=self.dirs.len() as u64 {
+            nodes.push(self.start(id, |_| {}).await);
+        }
+        nodes
+    }
+
+    pub async fn start(&mut self, id: NodeId, change: impl FnOnce(&mut HostConfig)) -> TestNode {
+        let index = id as usize - 1;
+        let listener = match self.listeners[index].take() {
+            Some(listener) => listener,
+            None => TcpListener::bind(&self.addresses[index].1).await.unwrap(),
+        };
+        let dir = self.dirs[index].path();
+        let vfs = Arc::new(OsVfs);
+        let config = CommitLogConfig {
+            segment_bytes: 4 << 20,
+            ..CommitLogConfig::default()
+        };
+        let log = CommitLog::open(vfs.clone(), &dir.join("log"), config).unwrap();
+        let storage = HostStorage {
+            log: log.clone(),
+            snapshots: Arc::new(SnapshotStore::open(vfs, &dir.join("snapshots")).unwrap()),
+            identity: Arc::new(Identity::open(dir, id, "test").unwrap()),
+        };
+        let mut config = HostConfig::new("test", id, self.addresses.clone());
+        change(&mut config);
+        let host = RaftHost::start(config, storage, listener, Arc::new(Echo))
+            .await
+            .unwrap();
+        let recorder = Recorder::default();
+        let spec = self.spec();
+        let group = host
+            .open_group(spec, Box::new(recorder.clone()))
+            .await
+            .unwrap();
+        TestNode {
+            id,
+            host,
+            log,
+            recorder,
+            group,
+        }
+    }
+
+    fn spec(&self) -> GroupSpec {
+        GroupSpec {
+            group: GROUP,
+            replicas: self
+                .addresses
+                .iter()
+                .map(|(node, _)| Replica {
+                    replica: node + 100,
+                    node: *node,
+                })
+                .collect(),
+            preferred: 1,
+            flush: self.flush,
+            retention: self.retention,
+            checkpoint_every: self.checkpoint_every,
+        }
+    }
+}
+
+impl TestNode {
+    /// Ends this node; its disk stays.
+    pub async fn stop(self) {
+        self.host.shutdown(PATIENCE).await;
+        self.log.close().unwrap();
+    }
+}
+
+/// The node that leads, once all agree on it.
+pub async fn leader(nodes: &[TestNode]) -> &TestNode {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let seen: Vec<_> = nodes.iter().map(|n| n.group.leader()).collect();
+        if let Some(Some(id)) = seen.first()
+            && seen.iter().all(|other| *other == Some(*id))
+            && let Some(node) = nodes.iter().find(|n| n.id == *id)
+        {
+            return node;
+        }
+        assert!(Instant::now() < deadline, "no common leader: {seen:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+pub async fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+pub async fn propose(node: &TestNode, command: &str) -> (LogId, Bytes) {
+    let proposed = node
+        .group
+        .propose(Bytes::copy_from_slice(command.as_bytes()));
+    tokio::time::timeout(PATIENCE, proposed)
+        .await
+        .unwrap()
+        .unwrap()
+}

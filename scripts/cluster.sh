@@ -1,0 +1,369 @@
+#!/usr/bin/env bash
+# A cluster of Quorate nodes on this machine, to try things and to break things.
+# Everything listens on 127.0.0.1; node N has HTTP port base + N and peer port base + 100 + N.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+Usage: scripts/cluster.sh COMMAND [N]
+
+  start      build the release binary if needed, start every node that does not run, wait until ready
+  status     what runs, and what the cluster says of itself
+  kill N     SIGKILL node N
+  pause N    SIGSTOP node N            resume N   SIGCONT node N
+  restart N  start node N again on its old data (a running one is stopped first)
+  wipe N     kill node N if it runs, and delete its data
+  logs N     the last lines of node N's log (with -f: and what comes)
+  stop       end all nodes gracefully
+  clean      stop, and delete data, logs and configuration
+
+Environment:
+  QUORATE_HOME           data, logs and configuration (default: .quorate in this repository)
+  QUORATE_BASE_PORT      default 8080
+  QUORATE_NODES          number of nodes, 1 to 9 (default 3)
+  QUORATE_BIN            this binary instead of the one built here
+  QUORATE_START_TIMEOUT  seconds to wait for the nodes (default 60)
+Other QUORATE_… variables reach the nodes as their configuration.
+EOF
+}
+
+die() {
+  printf 'cluster.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+
+# ---------------------------------------------------------------- settings
+
+load_settings() {
+  home=${QUORATE_HOME:-$root/.quorate}
+  mkdir -p "$home"
+  home=$(cd "$home" && pwd -P)
+  [[ $home != / ]] || die "QUORATE_HOME must not be /"
+  [[ $home != *"'"* ]] || die "QUORATE_HOME must not have a ' in it"
+  # What the cluster in this home was started with, unless the environment says otherwise.
+  local saved_nodes='' saved_base=''
+  if [[ -r $home/cluster.settings ]]; then
+    read -r saved_nodes saved_base <"$home/cluster.settings" || true
+  fi
+  nodes=${QUORATE_NODES:-${saved_nodes:-3}}
+  base=${QUORATE_BASE_PORT:-${saved_base:-8080}}
+  timeout=${QUORATE_START_TIMEOUT:-60}
+  [[ $nodes =~ ^[1-9]$ ]] || die "QUORATE_NODES must be 1 to 9, not $nodes"
+  [[ $base =~ ^[0-9]+$ ]] && ((base >= 1024 && base + 109 <= 65535)) ||
+    die "QUORATE_BASE_PORT must be 1024 to 65426, not $base"
+  [[ $timeout =~ ^[0-9]+$ ]] || die "QUORATE_START_TIMEOUT must be a number of seconds"
+  if [[ -n $saved_nodes && $saved_nodes != "$nodes" ]]; then
+    die "$home holds a cluster of $saved_nodes nodes; use QUORATE_NODES=$saved_nodes, or clean it first"
+  fi
+}
+
+dir() { printf '%s/node-%s' "$home" "$1"; }
+url() { printf 'http://127.0.0.1:%s' "$((base + $1))"; }
+
+binary() { printf '%s' "${QUORATE_BIN:-${CARGO_TARGET_DIR:-$root/target}/release/quorate}"; }
+
+build() {
+  if [[ -z ${QUORATE_BIN:-} ]]; then
+    (cd "$root" && cargo build --release --locked --bin quorate) || die "the build failed"
+  fi
+  [[ -x $(binary) ]] || die "$(binary) is not there"
+}
+
+write_config() {
+  local node=$1 other
+  mkdir -p "$(dir "$node")/data"
+  {
+    printf "node_id = %s\ndata_dir = '%s/data'\n\n[cluster]\nnodes = [\n" "$node" "$(dir "$node")"
+    for ((other = 1; other <= nodes; other++)); do
+      printf '  { id = %s, peer = "127.0.0.1:%s", url = "%s" },\n' \
+        "$other" "$((base + 100 + other))" "$(url "$other")"
+    done
+    printf ']\n\n[http]\nlisten = "127.0.0.1:%s"\n' "$((base + node))"
+    printf '\n[peer]\nlisten = "127.0.0.1:%s"\n' "$((base + 100 + node))"
+  } >"$(dir "$node")/config.toml"
+}
+
+# ---------------------------------------------------------------- processes
+
+# The pid of node N's process, or nothing. A pid file alone proves nothing: pids are used again,
+# so the process must have been started with this node's configuration.
+pid_of() {
+  local file config pid
+  file=$(dir "$1")/pid config=$(dir "$1")/config.toml
+  [[ -r $file ]] || return 0
+  read -r pid <"$file" || return 0
+  [[ $pid =~ ^[0-9]+$ ]] || return 0
+  if [[ -d /proc/self ]]; then
+    [[ -r /proc/$pid/cmdline ]] || return 0
+    if tr '\0' '\n' <"/proc/$pid/cmdline" 2>/dev/null | grep -qxF -- "$config"; then
+      printf '%s' "$pid"
+    fi
+  elif ps -ww -o args= -p "$pid" 2>/dev/null | grep -qF -- "$config"; then
+    printf '%s' "$pid"
+  fi
+  return 0
+}
+
+is_paused() {
+  local pid state=''
+  pid=$(pid_of "$1")
+  [[ -n $pid && -r /proc/$pid/status ]] || return 1
+  state=$(grep '^State:' "/proc/$pid/status" 2>/dev/null || true)
+  [[ $state == *T* ]]
+}
+
+launch() {
+  local node=$1 config
+  config=$(dir "$node")/config.toml
+  write_config "$node"
+  # What makes a node itself comes from its file, whatever the environment of the caller says.
+  nohup env -u QUORATE_CONFIG -u QUORATE_DEV -u QUORATE_NODE_ID -u QUORATE_DATA_DIR \
+    -u QUORATE_CLUSTER_NODES -u QUORATE_HTTP_LISTEN -u QUORATE_HTTP_ADVERTISE \
+    -u QUORATE_PEER_LISTEN \
+    "$(binary)" server --config "$config" \
+    >>"$(dir "$node")/log" 2>&1 </dev/null &
+  printf '%s\n' "$!" >"$(dir "$node")/pid"
+  disown
+  # Until nohup and env have become the server, its command line is not the one we look for.
+  local pid=$! tries
+  for ((tries = 0; tries < 100; tries++)); do
+    [[ -z $(pid_of "$node") ]] && kill -0 "$pid" 2>/dev/null || break
+    pause_for 0.02
+  done
+}
+
+# Sleeps without starting a process.
+pause_for() {
+  [[ -n ${never:-} ]] || exec {never}<> <(:)
+  read -r -t "$1" -u "$never" _ || true
+}
+
+# wait_gone N SECONDS: whether node N's process has ended by then.
+wait_gone() {
+  local deadline=$((SECONDS + $2))
+  while [[ -n $(pid_of "$1") ]]; do
+    ((SECONDS < deadline)) || return 1
+    pause_for 0.05
+  done
+}
+
+kill_node() {
+  local pid
+  pid=$(pid_of "$1")
+  [[ -n $pid ]] || return 0
+  kill -KILL "$pid" 2>/dev/null || true
+  wait_gone "$1" 10 || die "node $1 (pid $pid) does not go away"
+  rm -f "$(dir "$1")/pid"
+}
+
+# stop_nodes N…: SIGTERM to all of them at once, then a bounded wait for each.
+stop_nodes() {
+  local node pid asked=()
+  for node in "$@"; do
+    pid=$(pid_of "$node")
+    [[ -n $pid ]] || continue
+    asked+=("$node")
+    kill -TERM "$pid" 2>/dev/null || true
+    kill -CONT "$pid" 2>/dev/null || true
+  done
+  for node in "${asked[@]}"; do
+    if wait_gone "$node" 20; then
+      echo "node $node stopped"
+    else
+      echo "node $node did not stop in time; killing it" >&2
+      kill_node "$node"
+    fi
+  done
+  for node in "$@"; do
+    [[ -n $(pid_of "$node") ]] || rm -f "$(dir "$node")/pid"
+  done
+}
+
+# ---------------------------------------------------------------- readiness
+
+# health N PATH: whether node N answers 200 there. Plain bash, for machines without curl.
+# What it says goes into `said`.
+said=''
+health() {
+  local line='' fd
+  said=''
+  # shellcheck disable=SC2261
+  { exec {fd}<>"/dev/tcp/127.0.0.1/$((base + $1))"; } 2>/dev/null || return 1
+  printf 'GET %s HTTP/1.1\r\nHost: quorate\r\nConnection: close\r\n\r\n' "$2" >&"$fd" 2>/dev/null || true
+  read -r -t 2 -u "$fd" line || true
+  if [[ -n $line && $line != 'HTTP/1.1 200 '* ]]; then
+    # The head, an empty line, and the body, which has no line end.
+    while read -r -t 1 -u "$fd" said && [[ $said != $'\r' ]]; do :; done
+    read -r -t 1 -u "$fd" said || true
+  fi
+  exec {fd}>&-
+  [[ $line == 'HTTP/1.1 200 '* ]]
+}
+
+# wait_healthy N PATH DEADLINE: dies with the end of the log when the node does not make it.
+wait_healthy() {
+  local node=$1 path=$2 deadline=$3
+  until health "$node" "$path" && [[ -n $(pid_of "$node") ]]; do
+    if [[ -z $(pid_of "$node") ]]; then
+      show_log "$node" 20 >&2
+      die "node $node has ended; see its log above"
+    fi
+    if is_paused "$node"; then
+      die "node $node is paused; resume it with: scripts/cluster.sh resume $node"
+    fi
+    if ((SECONDS >= deadline)); then
+      show_log "$node" 20 >&2
+      die "node $node does not answer 200 on $path; see its log above; it says: ${said:-nothing}"
+    fi
+    pause_for 0.1
+  done
+}
+
+show_log() {
+  [[ -r $(dir "$1")/log ]] || die "node $1 has no log"
+  tail -n "$2" "$(dir "$1")/log"
+}
+
+running() {
+  local node count=0
+  for ((node = 1; node <= nodes; node++)); do
+    if [[ -n $(pid_of "$node") ]]; then count=$((count + 1)); fi
+  done
+  printf '%s' "$count"
+}
+
+# ---------------------------------------------------------------- commands
+
+start() {
+  local node deadline
+  build
+  printf '%s %s\n' "$nodes" "$base" >"$home/cluster.settings"
+  for ((node = 1; node <= nodes; node++)); do
+    if [[ -n $(pid_of "$node") ]]; then
+      echo "node $node runs already"
+    else
+      launch "$node"
+    fi
+  done
+  deadline=$((SECONDS + timeout))
+  for ((node = 1; node <= nodes; node++)); do
+    wait_healthy "$node" /health/ready "$deadline"
+    echo "node $node is ready at $(url "$node")"
+  done
+}
+
+restart() {
+  local node=$1 deadline
+  [[ -d $(dir "$node")/data ]] || die "node $node was never started; use: scripts/cluster.sh start"
+  [[ -x $(binary) ]] || build
+  stop_nodes "$node"
+  launch "$node"
+  deadline=$((SECONDS + timeout))
+  wait_healthy "$node" /health/live "$deadline"
+  # Without a majority no node can be ready: then the first nodes to come back must not wait.
+  if (($(running) * 2 > nodes)); then
+    wait_healthy "$node" /health/ready "$deadline"
+    echo "node $node is ready at $(url "$node")"
+  else
+    echo "node $node is up and waits for a majority"
+  fi
+}
+
+status() {
+  local node pid state ready asked=''
+  printf '%-5s %-8s %-8s %-6s %s\n' NODE PROCESS PID READY URL
+  for ((node = 1; node <= nodes; node++)); do
+    pid=$(pid_of "$node") state=stopped ready=no
+    if [[ -n $pid ]]; then
+      state=running
+      if is_paused "$node"; then
+        state=paused
+      elif health "$node" /health/ready; then
+        ready=yes asked=${asked:-$(url "$node")}
+      fi
+    fi
+    printf '%-5s %-8s %-8s %-6s %s\n' "$node" "$state" "${pid:--}" "$ready" "$(url "$node")"
+  done
+  if [[ -n $asked && -x $(binary) ]]; then
+    echo
+    "$(binary)" cluster status --url "$asked" || true
+  fi
+}
+
+signal() {
+  local pid
+  pid=$(pid_of "$1")
+  [[ -n $pid ]] || die "node $1 does not run"
+  kill "-$2" "$pid"
+}
+
+clean() {
+  local node
+  stop
+  for node in "$home"/node-[1-9]; do
+    [[ -d $node ]] && rm -rf -- "$node"
+  done
+  rm -f "$home/cluster.settings"
+  rmdir "$home" 2>/dev/null || true
+}
+
+stop() {
+  local node all=()
+  for ((node = 1; node <= 9; node++)); do all+=("$node"); done
+  stop_nodes "${all[@]}"
+}
+
+main() {
+  local command=${1:-} node=${2:-}
+  case $command in
+  '' | help | -h | --help)
+    usage
+    [[ -n $command ]] || exit 2
+    exit 0
+    ;;
+  esac
+  load_settings
+  case $command in
+  kill | pause | resume | restart | wipe | logs)
+    [[ $node =~ ^[1-9]$ ]] && ((node <= nodes)) || die "$command needs a node, 1 to $nodes"
+    ;;
+  start | status | stop | clean) ;;
+  *)
+    usage >&2
+    exit 2
+    ;;
+  esac
+  case $command in
+  start | status | stop | clean) "$command" ;;
+  restart) restart "$node" ;;
+  kill)
+    [[ -n $(pid_of "$node") ]] || die "node $node does not run"
+    kill_node "$node"
+    echo "node $node killed"
+    ;;
+  pause)
+    signal "$node" STOP
+    echo "node $node paused"
+    ;;
+  resume)
+    signal "$node" CONT
+    echo "node $node resumed"
+    ;;
+  wipe)
+    kill_node "$node"
+    rm -rf -- "$(dir "$node")/data"
+    mkdir -p "$(dir "$node")/data"
+    echo "node $node has lost its data"
+    ;;
+  logs)
+    if [[ ${3:-} == -f ]]; then
+      exec tail -n 100 -F "$(dir "$node")/log"
+    fi
+    show_log "$node" 100
+    ;;
+  esac
+}
+
+main "$@"

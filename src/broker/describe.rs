@@ -1,0 +1,100 @@
+//! Who leads which queue and where it ends, asked of the leaders themselves.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+
+use super::{Broker, NodeId};
+use crate::peer::{GroupView, PeerRequest};
+
+/// A leader that does not answer in this time is described by what others know.
+const PATIENCE: Duration = Duration::from_millis(300);
+/// A replica this many entries behind still counts as in sync.
+const IN_SYNC_LAG: u64 = 1024;
+
+impl Broker {
+    /// What this node's replicas know of these groups; none where there is no replica.
+    pub(crate) fn describe_here(&self, groups: &[u64]) -> Vec<Option<GroupView>> {
+        groups.iter().map(|group| self.view_of(*group)).collect()
+    }
+
+    fn view_of(&self, id: u64) -> Option<GroupView> {
+        let group = self.local_group(id)?;
+        let metrics = group.metrics();
+        let mut in_sync = Vec::new();
+        if group.is_leader() {
+            let last = metrics.last_log_index.unwrap_or(0);
+            let near = |matched: Option<u64>| matched.is_some_and(|m| m + IN_SYNC_LAG >= last);
+            let others = metrics.matched.iter().filter(|(_, matched)| near(*matched));
+            in_sync.push(self.node_id());
+            in_sync.extend(
+                others
+                    .map(|(node, _)| *node)
+                    .filter(|n| *n != self.node_id()),
+            );
+            in_sync.retain(|node| !self.is_down(*node));
+            in_sync.sort_unstable();
+        }
+        let bounds = self.local.queue(id).map(|q| q.shared.bounds());
+        Some(GroupView {
+            leader: metrics.leader,
+            term: metrics.term,
+            in_sync,
+            earliest: bounds.map_or(0, |b| b.earliest),
+            end: bounds.map_or(0, |b| b.end),
+        })
+    }
+
+    /// Describes groups by their leaders where these answer, else by whoever knows something.
+    pub(super) async fn describe(&self, groups: &[u64]) -> HashMap<u64, GroupView> {
+        let mut views = HashMap::new();
+        for (group, view) in groups.iter().zip(self.describe_here(groups)) {
+            if let Some(view) = view {
+                views.insert(*group, view);
+            }
+        }
+        // Once for the leaders known here, once for those that the first answers name.
+        for _ in 0..2 {
+            let mut by_node: HashMap<NodeId, Vec<u64>> = HashMap::new();
+            for group in groups {
+                if let Some(node) = self.better_source(*group, views.get(group)) {
+                    by_node.entry(node).or_default().push(*group);
+                }
+            }
+            if by_node.is_empty() {
+                break;
+            }
+            let asked = by_node.into_iter().map(|(node, groups)| async move {
+                let request = PeerRequest::Describe {
+                    groups: groups.clone(),
+                };
+                let answer = self.ask::<Vec<Option<GroupView>>>(node, &request, PATIENCE);
+                (groups, answer.await.unwrap_or_default())
+            });
+            for (groups, answers) in join_all(asked).await {
+                for (group, view) in groups.into_iter().zip(answers) {
+                    if let Some(view) = view {
+                        views.insert(group, view);
+                    }
+                }
+            }
+        }
+        views
+    }
+
+    /// The node that knows more of a group than `known` says: its leader, if that is another node.
+    fn better_source(&self, group: u64, known: Option<&GroupView>) -> Option<NodeId> {
+        match known {
+            Some(view) if !view.in_sync.is_empty() => None,
+            Some(view) => view
+                .leader
+                .filter(|n| *n != self.node_id() && !self.is_down(*n)),
+            None => {
+                let hint = self.leader_of(group).filter(|n| !self.is_down(*n));
+                let nodes = || self.replica_nodes(&self.catalog(), group).into_iter();
+                hint.or_else(|| nodes().find(|n| *n != self.node_id() && !self.is_down(*n)))
+            }
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! From a produce request to one batch per queue.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use quorate_storage::batch::{BatchBuilder, MAX_RECORD_HEADERS, MessageRecord, ProducerStamp};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_128};
+
+use super::partition::queue_of_key;
+use super::{BrokerError, BrokerResult, NewMessage, ProduceRequest, ProducerMark};
+use crate::catalog::Topic;
+use crate::coordinator::{is_named, owner_of_producer};
+use crate::peer::NewBatch;
+
+/// The messages of one request for one queue.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub queue: u32,
+    /// Places of the messages in the request.
+    pub places: Vec<usize>,
+    /// Or why none of them can be stored.
+    pub batch: BrokerResult<NewBatch>,
+}
+
+/// Checks the producer's mark and brings it into the form that batches carry.
+pub(super) fn producer_stamp(
+    mark: &ProducerMark,
+    coordinators: usize,
+) -> BrokerResult<ProducerStamp> {
+    let invalid = |text: &str| Err(BrokerError::InvalidRequest(text.to_owned()));
+    let id: i64 = match mark.id.parse() {
+        Ok(id) if id > 0 && (owner_of_producer(id) as usize) < coordinators => id,
+        _ => return invalid("producer.id is not one that POST /v1/producers gave"),
+    };
+    let Ok(epoch) = i16::try_from(mark.epoch) else {
+        return invalid("producer.epoch is not one that POST /v1/producers gave");
+    };
+    if epoch > 0 && !is_named(id) {
+        return invalid("producer.epoch must be 0 for a producer without a name");
+    }
+    let Ok(base_sequence) = i32::try_from(mark.sequence) else {
+        return invalid("producer.sequence goes from 0 to 2147483647, then begins again at 0");
+    };
+    Ok(ProducerStamp {
+        id,
+        epoch,
+        base_sequence,
+    })
+}
+
+/// The hash under which an idempotency key is remembered. `part` tells apart several batches of one
+/// request for the same queue.
+pub(super) fn key_hash(key: &str, part: u32) -> [u8; 16] {
+    let mut hasher = Xxh3::new();
+    hasher.update(key.as_bytes());
+    if part > 0 {
+        hasher.update(&[0xff]);
+        hasher.update(&part.to_le_bytes());
+    }
+    // Zero means "no key".
+    hasher.digest128().max(1).to_be_bytes()
+}
+
+/// Chooses queues and encodes one batch for each. `turn` is where round robin goes on.
+pub(super) fn encode(
+    topic: &Topic,
+    request: &ProduceRequest,
+    producer: Option<ProducerStamp>,
+    turn: u32,
+    max_batch_bytes: usize,
+) -> BrokerResult<Vec<Part>> {
+    if request.messages.is_empty() {
+        let text = "messages must have at least one message".to_owned();
+        return Err(BrokerError::InvalidRequest(text));
+    }
+    let queues = choose(topic, request, producer.is_some(), turn)?;
+    let mut by_queue: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    for (place, queue) in queues.into_iter().enumerate() {
+        by_queue.entry(queue).or_default().push(place);
+    }
+    let mut parts: Vec<Part> = by_queue
+        .into_iter()
+        .map(|(queue, places)| {
+            let batch = encode_batch(topic, queue, request, &places, producer, max_batch_bytes);
+            Part {
+                queue,
+                places,
+                batch: batch.map(|batch| NewBatch {
+                    key: [0; 16],
+                    fingerprint: 0,
+                    batch,
+                }),
+            }
+        })
+        .collect();
+    if let Some(key) = &request.idempotency_key {
+        mark_parts(&mut parts, key)?;
+    }
+    Ok(parts)
+}
+
+/// Gives every part the key's hash and the fingerprint of the whole request.
+fn mark_parts(parts: &mut [Part], key: &str) -> BrokerResult<()> {
+    let mut whole = Xxh3::new();
+    for part in parts.iter() {
+        // A request under a key is taken or refused as a whole, so that a retry is the same one.
+        let batch = part.batch.as_ref().map_err(Clone::clone)?;
+        whole.update(&part.queue.to_le_bytes());
+        whole.update(&xxh3_64(&batch.batch).to_le_bytes());
+    }
+    let fingerprint = whole.digest();
+    for part in parts {
+        if let Ok(batch) = &mut part.batch {
+            batch.key = key_hash(key, 0);
+            batch.fingerprint = fingerprint;
+        }
+    }
+    Ok(())
+}
+
+fn choose(
+    topic: &Topic,
+    request: &ProduceRequest,
+    one_queue: bool,
+    turn: u32,
+) -> BrokerResult<Vec<u32>> {
+    let config = &topic.config;
+    let named = |message: &NewMessage| match (&message.queue, &message.key) {
+        (Some(queue), _) => Some(*queue),
+        (None, Some(key)) => Some(queue_of_key(key.as_bytes(), config.hash_queues)),
+        (None, None) => None,
+    };
+    if one_queue {
+        let mut chosen = None;
+        for queue in request.messages.iter().filter_map(named) {
+            if *chosen.get_or_insert(queue) != queue {
+                let text = "with a producer all messages of a request go to one queue, but these \
+                            have keys or queues of several";
+                return Err(BrokerError::InvalidRequest(text.to_owned()));
+            }
+        }
+        // Without a hint the producer's own id keeps its sequence on one queue.
+        let id = request.producer.as_ref().map_or("", |p| p.id.as_str());
+        let queue = chosen.unwrap_or_else(|| queue_of_key(id.as_bytes(), config.hash_queues));
+        return Ok(vec![queue; request.messages.len()]);
+    }
+    let by_key = request.idempotency_key.as_ref();
+    let by_key = by_key.map(|key| queue_of_key(key.as_bytes(), config.hash_queues));
+    let mut turn = turn;
+    let each = request.messages.iter().map(|message| {
+        named(message).or(by_key).unwrap_or_else(|| {
+            turn = turn.wrapping_add(1);
+            turn % config.queues.max(1)
+        })
+    });
+    Ok(each.collect())
+}
+
+fn encode_batch(
+    topic: &Topic,
+    queue: u32,
+    request: &ProduceRequest,
+    places: &[usize],
+    producer: Option<ProducerStamp>,
+    max_batch_bytes: usize,
+) -> BrokerResult<Bytes> {
+    if queue >= topic.config.queues {
+        return Err(BrokerError::QueueNotFound {
+            topic: topic.name.clone(),
+            queue,
+            queues: topic.config.queues,
+        });
+    }
+    let mut builder = BatchBuilder::new();
+    if let Some(stamp) = producer {
+        builder = builder.producer(stamp.id, stamp.epoch, stamp.base_sequence);
+    }
+    for place in places {
+        let Some(message) = request.messages.get(*place) else {
+            continue;
+        };
+        let bytes = message_bytes(message);
+        let max_bytes = topic.config.max_message_bytes;
+        if bytes > max_bytes {
+            return Err(BrokerError::MessageTooLarge { bytes, max_bytes });
+        }
+        if builder.size_bytes() as u64 + bytes > max_batch_bytes as u64 {
+            return Err(BrokerError::RequestTooLarge {
+                max_bytes: max_batch_bytes as u64,
+            });
+        }
+        // One more for the tag.
+        if message.headers.len() >= MAX_RECORD_HEADERS {
+            let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 1);
+            return Err(BrokerError::InvalidRequest(text));
+        }
+        let headers = message.headers.iter();
+        let record = MessageRecord {
+            key: message.key.clone(),
+            value: message.value.clone(),
+            tag: message.tag.clone(),
+            headers: headers
+                .map(|(name, value)| (name.clone(), Bytes::copy_from_slice(value.as_bytes())))
+                .collect(),
+        };
+        let encoded = record.encode(&mut builder);
+        encoded.map_err(|e| BrokerError::InvalidRequest(e.to_string()))?;
+    }
+    Ok(builder.finish())
+}
+
+/// What the topic's limit counts: key, value, tag and headers.
+fn message_bytes(message: &NewMessage) -> u64 {
+    let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
+    let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
+    let value = message.value.as_ref().map_or(0, Bytes::len);
+    (value + text(&message.key) + text(&message.tag) + headers.sum::<usize>()) as u64
+}
+
+/// The fingerprint of a request that is already in batches.
+pub(super) fn fingerprint_of_batches(batches: &[u8]) -> u64 {
+    (xxh3_128(batches) >> 64) as u64
+}
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;

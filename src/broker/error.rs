@@ -1,0 +1,119 @@
+//! Every way the broker says no, and for writes whether the write may have happened all the same.
+//!
+//! HTTP statuses are none of this module's business: `http::error` maps them, in one place.
+
+use serde::{Deserialize, Serialize};
+
+/// What is known of a write that was not acknowledged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// Nobody has taken it and nobody will.
+    NotCommitted,
+    /// It may or may not be stored; only a retry with a producer sequence or an idempotency key is safe.
+    Unknown,
+}
+
+/// Crosses the link between nodes as it is, so the client sees the leader's own words.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum BrokerError {
+    #[error("{0}")]
+    InvalidRequest(String),
+    #[error("{0}")]
+    InvalidName(String),
+    #[error("topic {topic:?} does not exist; create it with POST /v1/topics")]
+    TopicNotFound { topic: String },
+    #[error("topic {topic:?} has no queue {queue}; its queues are 0 to {}", queues.saturating_sub(1))]
+    QueueNotFound {
+        topic: String,
+        queue: u32,
+        queues: u32,
+    },
+    #[error(
+        "topic {topic:?} exists with another configuration; change it with PATCH or choose another name"
+    )]
+    TopicExists { topic: String },
+    #[error("consumer group {group:?} is not known")]
+    ConsumerGroupNotFound { group: String },
+    #[error(
+        "member {member:?} of consumer group {group:?} is not known or its epoch is over; join again"
+    )]
+    FencedMember { group: String, member: String },
+    #[error(
+        "producer {id:?} was registered again: epoch {epoch} is over, the current one is {current}; register to get a new epoch"
+    )]
+    FencedProducer {
+        id: String,
+        epoch: u32,
+        current: u32,
+    },
+    #[error(
+        "producer {id:?} sent sequence {sequence}, expected {expected}; send the missing messages first, or register again"
+    )]
+    OutOfOrderSequence {
+        id: String,
+        sequence: u64,
+        expected: u64,
+    },
+    #[error(
+        "offset {offset} is behind the committed offset {committed}; pass \"allow_rewind\": true or use offsets/reset to go back"
+    )]
+    OffsetConflict { offset: u64, committed: u64 },
+    #[error("offset {offset} is outside {earliest_offset} to {end_offset}")]
+    OffsetOutOfRange {
+        offset: u64,
+        earliest_offset: u64,
+        end_offset: u64,
+    },
+    #[error("the message has {bytes} bytes, the topic takes at most {max_bytes}")]
+    MessageTooLarge { bytes: u64, max_bytes: u64 },
+    #[error("the request has more than {max_bytes} bytes; send fewer messages at a time")]
+    RequestTooLarge { max_bytes: u64 },
+    #[error("{0}")]
+    QuotaExceeded(String),
+    #[error(
+        "the queue has no leader at the moment; an election is under way or a majority of its replicas is down"
+    )]
+    NoLeader { outcome: Outcome },
+    #[error("{available} of {required} nodes needed are available")]
+    NotEnoughReplicas { available: usize, required: usize },
+    #[error("the node is overloaded: {0}")]
+    Overloaded(String),
+    #[error(
+        "the disk of node {node} is full; delete data or add space, then writes go on without a restart"
+    )]
+    DiskFull { node: u64 },
+    #[error("this replica is quarantined after damage to its disk and is being repaired")]
+    Quarantined,
+    #[error("no answer in time; the write may or may not have been stored")]
+    Timeout { outcome: Outcome },
+    #[error("the node is shutting down")]
+    ShuttingDown,
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl BrokerError {
+    /// What is known of the write this error answers.
+    pub fn outcome(&self) -> Outcome {
+        match self {
+            Self::NoLeader { outcome } | Self::Timeout { outcome } => *outcome,
+            Self::Internal(_) => Outcome::Unknown,
+            _ => Outcome::NotCommitted,
+        }
+    }
+
+    /// Whether the same request may succeed later without a change to it.
+    pub fn retryable(&self) -> bool {
+        matches!(
+            self,
+            Self::NoLeader { .. }
+                | Self::NotEnoughReplicas { .. }
+                | Self::Overloaded(_)
+                | Self::DiskFull { .. }
+                | Self::Quarantined
+                | Self::Timeout { .. }
+                | Self::QuotaExceeded(_)
+                | Self::ShuttingDown
+        )
+    }
+}

@@ -1,0 +1,297 @@
+//! Fetching: stored batches become messages, filters are applied, many queues are asked at once.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
+use quorate_storage::batch::{self, BatchView, MessageRecord, RecordView};
+use tokio::time::Instant;
+
+use super::{
+    Broker, BrokerError, BrokerResult, Consistency, FetchAnswer, FetchRequest, Message,
+    MultiFetchRequest, ProducerMark, RawFetchAnswer, StartAt, message_id,
+};
+use crate::peer::{PeerRequest, ReadRequest, Slice, StoredBatch};
+
+/// A filtered fetch looks at this much at a time.
+const SCAN_MESSAGES: u64 = 4096;
+const SCAN_BYTES: u64 = 4 << 20;
+/// A filtered fetch that was not asked to wait scans this long before it reports its progress.
+const SCAN_AT_LEAST: Duration = Duration::from_secs(1);
+
+impl Broker {
+    pub async fn fetch(&self, request: FetchRequest) -> BrokerResult<FetchAnswer> {
+        let (_, group) = self.find_queue(&request.topic, request.queue).await?;
+        self.fetch_from(group, request).await
+    }
+
+    async fn fetch_from(&self, group: u64, request: FetchRequest) -> BrokerResult<FetchAnswer> {
+        let begun = Instant::now();
+        let deadline = begun + Duration::from_millis(request.wait_ms);
+        let scan_until = begun + Duration::from_millis(request.wait_ms).max(SCAN_AT_LEAST);
+        let filtered = !request.tags.is_empty();
+        let mut start = request.start;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let mut read = read_request(group, &request, start, left);
+            if filtered {
+                read.max_messages = SCAN_MESSAGES;
+                read.max_bytes = read.max_bytes.max(SCAN_BYTES);
+            }
+            let slice = self.read(group, &read).await?;
+            let (messages, next_offset) = messages_of(group, &slice, &request)?;
+            // Nothing passed the filter: go on behind it, while there is time.
+            let scanned = next_offset > slice.start;
+            if messages.is_empty() && scanned && Instant::now() < scan_until {
+                start = StartAt::Offset(next_offset);
+                continue;
+            }
+            return Ok(FetchAnswer {
+                topic: request.topic,
+                queue: request.queue,
+                messages,
+                next_offset,
+                earliest_offset: slice.earliest,
+                end_offset: slice.end,
+            });
+        }
+    }
+
+    /// The stored batches as they are; the first may begin before the offset asked for.
+    pub async fn fetch_raw(&self, request: FetchRequest) -> BrokerResult<RawFetchAnswer> {
+        if !request.tags.is_empty() {
+            let text = "stored batches can't be filtered by tag; fetch messages instead";
+            return Err(BrokerError::InvalidRequest(text.to_owned()));
+        }
+        let (_, group) = self.find_queue(&request.topic, request.queue).await?;
+        let wait = Duration::from_millis(request.wait_ms);
+        let read = read_request(group, &request, request.start, wait);
+        let slice = self.read(group, &read).await?;
+        let last = slice.batches.last();
+        let next_offset = last.map_or(slice.start, |b| {
+            b.place.base_offset + u64::from(b.place.count)
+        });
+        Ok(RawFetchAnswer {
+            batches: slice.batches.iter().flat_map(with_offset).collect(),
+            next_offset,
+            earliest_offset: slice.earliest,
+            end_offset: slice.end,
+        })
+    }
+
+    /// Many queues at once: whatever they have now, or else the first that has something in time.
+    pub async fn fetch_many(
+        &self,
+        request: MultiFetchRequest,
+    ) -> BrokerResult<Vec<BrokerResult<FetchAnswer>>> {
+        if request.queues.is_empty() {
+            let text = "queues must name at least one queue".to_owned();
+            return Err(BrokerError::InvalidRequest(text));
+        }
+        let now = join_all((0..request.queues.len()).map(|n| self.fetch_one(&request, n, 0))).await;
+        let mut answers = share(now, request.max_messages, request.max_bytes);
+        let has_some = |a: &BrokerResult<FetchAnswer>| !matches!(a, Ok(a) if a.messages.is_empty());
+        if request.wait_ms == 0 || answers.iter().any(has_some) {
+            return Ok(answers);
+        }
+        let mut waiting: FuturesUnordered<_> = (0..request.queues.len())
+            .map(|n| {
+                let fetch = self.fetch_one(&request, n, request.wait_ms);
+                async move { (n, fetch.await) }
+            })
+            .collect();
+        while let Some((n, answer)) = waiting.next().await {
+            let found = has_some(&answer);
+            if let Some(slot) = answers.get_mut(n) {
+                *slot = answer;
+            }
+            if found {
+                break;
+            }
+        }
+        Ok(answers)
+    }
+
+    async fn fetch_one(
+        &self,
+        request: &MultiFetchRequest,
+        place: usize,
+        wait_ms: u64,
+    ) -> BrokerResult<FetchAnswer> {
+        let (topic, queue, offset) = request.queues[place].clone();
+        let one = FetchRequest {
+            topic,
+            queue,
+            start: StartAt::Offset(offset),
+            max_messages: request.max_messages,
+            max_bytes: request.max_bytes,
+            wait_ms,
+            tags: Vec::new(),
+            consistency: request.consistency,
+        };
+        self.fetch(one).await
+    }
+
+    /// The offset of the first message at or after a time; the end if there is none.
+    pub async fn offset_at(&self, topic: &str, queue: u32, timestamp_ms: u64) -> BrokerResult<u64> {
+        let (_, group) = self.find_queue(topic, queue).await?;
+        self.offset_at_time(group, timestamp_ms).await
+    }
+
+    pub(super) async fn offset_at_time(&self, group: u64, timestamp_ms: u64) -> BrokerResult<u64> {
+        if let Ok(offset) = self.offset_at_here(group, timestamp_ms).await {
+            return Ok(offset);
+        }
+        let request = PeerRequest::OffsetAt {
+            group,
+            timestamp_ms,
+        };
+        self.ask_replicas(group, &request, Duration::ZERO).await
+    }
+}
+
+fn read_request(group: u64, request: &FetchRequest, start: StartAt, wait: Duration) -> ReadRequest {
+    ReadRequest {
+        group,
+        start,
+        max_messages: request.max_messages.max(1) as u64,
+        max_bytes: request.max_bytes.max(1) as u64,
+        wait_ms: wait.as_millis() as u64,
+        stale: request.consistency == Consistency::Stale,
+    }
+}
+
+/// Keeps the bounds of a request over many queues: every queue was read as if it were alone.
+fn share(
+    answers: Vec<BrokerResult<FetchAnswer>>,
+    max_messages: usize,
+    max_bytes: usize,
+) -> Vec<BrokerResult<FetchAnswer>> {
+    let (mut messages, mut bytes) = (0, 0);
+    let cut = |answer: FetchAnswer| {
+        let mut answer = answer;
+        let mut keep = 0;
+        for message in &answer.messages {
+            let size = size_of_message(message);
+            let first = messages == 0;
+            if !first && (messages >= max_messages || bytes + size > max_bytes) {
+                break;
+            }
+            (messages, bytes, keep) = (messages + 1, bytes + size, keep + 1);
+        }
+        if let Some(dropped) = answer.messages.get(keep) {
+            answer.next_offset = dropped.offset;
+            answer.messages.truncate(keep);
+        }
+        answer
+    };
+    let mut cut = cut;
+    answers
+        .into_iter()
+        .map(|answer| answer.map(&mut cut))
+        .collect()
+}
+
+fn size_of_message(message: &Message) -> usize {
+    let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
+    let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
+    message.value.as_ref().map_or(0, Bytes::len)
+        + text(&message.key)
+        + text(&message.tag)
+        + headers.sum::<usize>()
+}
+
+/// The messages of a slice that were asked for, and the offset behind the last one looked at.
+fn messages_of(
+    group: u64,
+    slice: &Slice,
+    request: &FetchRequest,
+) -> BrokerResult<(Vec<Message>, u64)> {
+    let mut messages = Vec::new();
+    let mut bytes = 0;
+    let mut next_offset = slice.start;
+    for stored in &slice.batches {
+        let view = BatchView::parse_trusted(stored.batch.clone()).map_err(unreadable)?;
+        for (record, ordinal) in view.records().zip(0u32..) {
+            let record = record.map_err(unreadable)?;
+            let offset = stored.place.base_offset + u64::from(ordinal);
+            if offset < slice.start {
+                continue;
+            }
+            if !passes(&record, &request.tags) {
+                next_offset = offset + 1;
+                continue;
+            }
+            let message = message(group, request.queue, stored, &view, &record, ordinal)?;
+            let size = size_of_message(&message);
+            if messages.len() >= request.max_messages.max(1)
+                || (!messages.is_empty() && bytes + size > request.max_bytes)
+            {
+                return Ok((messages, next_offset));
+            }
+            bytes += size;
+            next_offset = offset + 1;
+            messages.push(message);
+        }
+    }
+    Ok((messages, next_offset))
+}
+
+fn passes(record: &RecordView, tags: &[String]) -> bool {
+    if tags.is_empty() {
+        return true;
+    }
+    let tag = record.tag();
+    tag.is_some_and(|tag| tags.iter().any(|wanted| wanted.as_bytes() == tag))
+}
+
+fn message(
+    group: u64,
+    queue: u32,
+    stored: &StoredBatch,
+    view: &BatchView,
+    record: &RecordView,
+    ordinal: u32,
+) -> BrokerResult<Message> {
+    let decoded = MessageRecord::decode(record).map_err(unreadable)?;
+    let producer = view.producer().map(|stamp| ProducerMark {
+        id: stamp.id.to_string(),
+        // Validated batches have neither below zero.
+        epoch: u32::from(stamp.epoch.unsigned_abs()),
+        sequence: (i64::from(stamp.base_sequence) + i64::from(ordinal)) as u64 & 0x7fff_ffff,
+    });
+    let headers = decoded.headers.into_iter();
+    let text = |value: Bytes| String::from_utf8_lossy(&value).into_owned();
+    Ok(Message {
+        queue,
+        offset: stored.place.base_offset + u64::from(ordinal),
+        message_id: message_id(group, &stored.place, ordinal),
+        timestamp_ms: stored.timestamp_ms,
+        key: decoded.key,
+        tag: decoded.tag,
+        headers: headers.map(|(name, value)| (name, text(value))).collect(),
+        value: decoded.value,
+        producer,
+    })
+}
+
+fn unreadable(error: batch::BatchError) -> BrokerError {
+    tracing::error!(%error, "a stored batch cannot be read");
+    BrokerError::Internal(format!("a stored batch cannot be read: {error}"))
+}
+
+/// The batch with its base offset, in pieces: only the eight bytes of the offset are made anew.
+fn with_offset(stored: &StoredBatch) -> impl Iterator<Item = Bytes> {
+    let mut bytes = stored.batch.clone();
+    let stamped = BatchView::parse_trusted(bytes.clone()).map(|v| v.max_timestamp_ms());
+    if stamped.is_ok_and(|ms| ms != stored.timestamp_ms) {
+        // Its leader's clock was behind the log's time; readers are told the log's.
+        let mut again = BytesMut::from(&bytes[..]);
+        batch::stamp(&mut again, stored.timestamp_ms);
+        bytes = again.freeze();
+    }
+    let offset = Bytes::copy_from_slice(&stored.place.base_offset.to_be_bytes());
+    [offset, bytes.slice(8..)].into_iter()
+}

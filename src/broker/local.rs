@@ -1,0 +1,178 @@
+//! The replicas this node has open: queues with their batchers, coordinators with their views.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use parking_lot::{Mutex, RwLock};
+use quorate_raft::{Group, ReadError};
+use tokio::sync::{Semaphore, mpsc};
+
+use super::batcher::Submission;
+use super::queue::QueueShared;
+use crate::coordinator::CoordinatorView;
+
+/// Replicas that ask their leaders for what is committed at the same time.
+const CATCH_UP_AT_ONCE: usize = 64;
+/// Before a replica that could not catch up tries again.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
+
+/// This node's replica of one queue.
+#[derive(Debug)]
+pub struct LocalQueue {
+    pub group: Group,
+    pub shared: Arc<QueueShared>,
+    /// Of the log as it was found at the start: ready once this has been applied.
+    pub recovered_index: Option<u64>,
+    pub(super) queued_bytes: AtomicUsize,
+    /// The running batcher, if there is one.
+    pub(super) batcher: Mutex<Option<mpsc::UnboundedSender<Submission>>>,
+}
+
+impl LocalQueue {
+    pub fn new(group: Group, shared: Arc<QueueShared>, recovered_index: Option<u64>) -> Arc<Self> {
+        Arc::new(Self {
+            group,
+            shared,
+            recovered_index,
+            queued_bytes: AtomicUsize::new(0),
+            batcher: Mutex::new(None),
+        })
+    }
+}
+
+/// This node's replica of one coordinator.
+#[derive(Debug)]
+pub struct LocalCoordinator {
+    pub group: Group,
+    pub view: CoordinatorView,
+    pub recovered_index: Option<u64>,
+}
+
+/// All open replicas, found by Raft group id or coordinator number.
+#[derive(Debug, Default)]
+pub struct LocalGroups {
+    queues: RwLock<HashMap<u64, Arc<LocalQueue>>>,
+    coordinators: RwLock<HashMap<u32, Arc<LocalCoordinator>>>,
+    /// Bytes waiting in all batchers of this node.
+    pub(super) queued_bytes: Arc<AtomicUsize>,
+    catching_up: Turns,
+}
+
+/// Bounds how many replicas catch up at once after a start.
+#[derive(Debug)]
+struct Turns(Arc<Semaphore>);
+
+impl Default for Turns {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(CATCH_UP_AT_ONCE)))
+    }
+}
+
+impl LocalGroups {
+    pub fn queue(&self, group: u64) -> Option<Arc<LocalQueue>> {
+        self.queues.read().get(&group).cloned()
+    }
+
+    pub fn queues(&self) -> Vec<Arc<LocalQueue>> {
+        self.queues.read().values().cloned().collect()
+    }
+
+    pub fn coordinator(&self, number: u32) -> Option<Arc<LocalCoordinator>> {
+        self.coordinators.read().get(&number).cloned()
+    }
+
+    /// Adds a replica that was just opened, and has it catch up in the background.
+    pub fn insert_queue(&self, queue: Arc<LocalQueue>) {
+        self.bring_up(queue.group.clone(), queue.recovered_index);
+        self.queues.write().insert(queue.group.id().0, queue);
+    }
+
+    pub fn remove_queue(&self, group: u64) {
+        self.queues.write().remove(&group);
+    }
+
+    /// The same for a coordinator.
+    pub fn insert_coordinator(&self, number: u32, coordinator: Arc<LocalCoordinator>) {
+        let turns = self.catching_up.0.clone();
+        tokio::spawn(catch_up(
+            coordinator.group.clone(),
+            coordinator.recovered_index,
+            turns,
+        ));
+        self.coordinators.write().insert(number, coordinator);
+    }
+
+    /// Whether the group is open here, as a queue or as a coordinator.
+    pub fn has(&self, group: u64) -> bool {
+        let coordinator = |c: &Arc<LocalCoordinator>| c.group.id().0 == group;
+        self.queues.read().contains_key(&group)
+            || self.coordinators.read().values().any(coordinator)
+    }
+
+    /// Ids of the open queues.
+    pub fn queue_ids(&self) -> Vec<u64> {
+        self.queues.read().keys().copied().collect()
+    }
+
+    /// Bytes that wait to be proposed.
+    pub fn queued_bytes(&self) -> usize {
+        self.queued_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// Whether a replica has applied what its log held when it was opened. A tail that was never
+/// committed may be cut meanwhile, so no more is asked for than the log still has.
+fn caught_up(group: &Group, recovered_index: Option<u64>) -> bool {
+    let Some(recovered) = recovered_index else {
+        return true;
+    };
+    let last = group.log().state().last.map_or(0, |id| id.index);
+    let applied = group.applied().map_or(0, |id| id.index);
+    applied >= recovered.min(last)
+}
+
+/// Has a replica that was opened again apply its own log.
+///
+/// What of a log is committed is known by its leader alone. A quiet group's leader has nothing to
+/// send to a follower whose log is complete, so the follower would stay at its last checkpoint: it
+/// asks. A read barrier makes the leader tell everyone what is committed.
+async fn catch_up(group: Group, recovered_index: Option<u64>, turns: Arc<Semaphore>) {
+    while !caught_up(&group, recovered_index) {
+        if group.wait_leader(LOOK_AGAIN).await.is_none() {
+            continue;
+        }
+        // Never closed: it lives as long as the groups.
+        let Ok(_turn) = turns.acquire().await else {
+            return;
+        };
+        match group.read_barrier(LOOK_AGAIN).await {
+            Ok(()) | Err(ReadError::Closed) => return,
+            Err(error) => tracing::debug!(group = %group.id(), %error, "not caught up yet"),
+        }
+    }
+}
+
+impl LocalGroups {
+    /// Has a replica catch up with its own log, in the background.
+    pub(super) fn bring_up(&self, group: Group, recovered_index: Option<u64>) {
+        tokio::spawn(catch_up(group, recovered_index, self.catching_up.0.clone()));
+    }
+
+    /// How many replicas have not applied their recovered log yet. Without a leader nothing can be
+    /// applied, and that is no reason to turn readers away.
+    pub fn behind(&self) -> usize {
+        let behind =
+            |group: &Group, recovered| group.leader().is_some() && !caught_up(group, recovered);
+        let queues = self.queues.read();
+        let queues = queues
+            .values()
+            .filter(|q| behind(&q.group, q.recovered_index));
+        let coordinators = self.coordinators.read();
+        let coordinators = coordinators
+            .values()
+            .filter(|c| behind(&c.group, c.recovered_index));
+        queues.count() + coordinators.count()
+    }
+}

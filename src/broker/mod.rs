@@ -1,0 +1,124 @@
+//! The broker: topics, produce, consume and committed offsets, over Raft groups.
+//!
+//! Any node answers any request. What a request needs is found in the local copy of the catalog;
+//! what needs a leader goes to its node (`route`), and is tried again only where nobody can have
+//! taken it.
+
+mod batcher;
+mod cluster;
+mod config;
+mod describe;
+mod encode;
+mod error;
+mod events;
+mod fetch;
+pub(crate) mod local;
+mod message_id;
+mod offsets;
+mod partition;
+mod produce;
+mod producers;
+pub mod queue;
+mod read;
+mod reset;
+mod route;
+mod topics;
+mod types;
+
+#[cfg(test)]
+mod cluster_tests;
+#[cfg(test)]
+mod path_tests;
+#[cfg(test)]
+mod state_path_tests;
+#[cfg(test)]
+mod testing;
+
+pub use config::BrokerConfig;
+pub use error::{BrokerError, Outcome};
+pub use message_id::message_id;
+pub use types::*;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+
+use parking_lot::Mutex;
+use quorate_raft::RaftHost;
+use quorate_storage::commit_log::CommitLog;
+use tokio::sync::{broadcast, watch};
+
+use crate::catalog::{CATALOG_GROUP, CatalogState};
+use crate::metrics::Metrics;
+use local::LocalGroups;
+use producers::AttachCache;
+
+pub type BrokerResult<T> = Result<T, BrokerError>;
+
+/// Cluster events kept for a subscriber that is slow.
+const EVENT_BACKLOG: usize = 1024;
+
+/// What a broker stands on; made by [`crate::node::Node`].
+#[derive(Debug, Clone)]
+pub struct BrokerParts {
+    pub host: Arc<RaftHost>,
+    pub log: CommitLog,
+    pub catalog: watch::Receiver<Arc<CatalogState>>,
+    pub local: Arc<LocalGroups>,
+    pub config: BrokerConfig,
+    pub metrics: Arc<Metrics>,
+}
+
+/// One node's broker. Any node answers any request: what needs a leader is forwarded inside.
+pub struct Broker {
+    host: Arc<RaftHost>,
+    log: CommitLog,
+    catalog: watch::Receiver<Arc<CatalogState>>,
+    local: Arc<LocalGroups>,
+    config: Arc<BrokerConfig>,
+    metrics: Arc<Metrics>,
+    events: broadcast::Sender<ClusterEvent>,
+    /// Who was last seen to lead a group that has no replica here.
+    hints: Mutex<HashMap<u64, NodeId>>,
+    attached: AttachCache,
+    round_robin: AtomicU32,
+}
+
+impl fmt::Debug for Broker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Broker(node {})", self.host.node_id())
+    }
+}
+
+impl Broker {
+    /// A broker over groups that the node opens and closes beside it.
+    pub fn new(parts: BrokerParts) -> Arc<Self> {
+        let broker = Arc::new(Self {
+            host: parts.host,
+            log: parts.log,
+            catalog: parts.catalog,
+            local: parts.local,
+            config: Arc::new(parts.config),
+            metrics: parts.metrics,
+            events: broadcast::Sender::new(EVENT_BACKLOG),
+            hints: Mutex::default(),
+            attached: AttachCache::default(),
+            round_robin: AtomicU32::new(0),
+        });
+        events::start(&broker);
+        if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
+            let recovered = catalog.log().state().last.map(|id| id.index);
+            broker.local.bring_up(catalog, recovered);
+        }
+        broker
+    }
+
+    fn catalog(&self) -> Arc<CatalogState> {
+        self.catalog.borrow().clone()
+    }
+
+    fn node_id(&self) -> NodeId {
+        self.host.node_id()
+    }
+}

@@ -1,0 +1,230 @@
+//! Committed offsets of consumer groups: commit, and how far behind a group is.
+
+use futures_util::future::join_all;
+use tokio::time::Instant;
+
+use super::batcher::now_ms;
+use super::{Broker, BrokerError, BrokerResult, CommitRequest, GroupOffset, OffsetCommit, StartAt};
+use crate::coordinator::{
+    CommitVerdict, CoordinatorCommand, CoordinatorReply, QueueOffset, owner_of_name,
+};
+use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest};
+
+impl Broker {
+    /// Commits offsets for a consumer group; one result for each, in order.
+    pub async fn commit_offsets(
+        &self,
+        request: CommitRequest,
+    ) -> BrokerResult<Vec<BrokerResult<OffsetCommit>>> {
+        check_group_name(&request.group)?;
+        let checked = join_all(request.offsets.iter().map(|o| self.check_commit(o))).await;
+        let offsets: Vec<QueueOffset> = checked.iter().flatten().copied().collect();
+        let member = request.member.clone();
+        let verdicts = if offsets.is_empty() {
+            Vec::new()
+        } else {
+            let command = CoordinatorCommand::Commit {
+                group: request.group.clone(),
+                offsets,
+                allow_rewind: request.allow_rewind,
+                member: request.member,
+            };
+            self.commit(&request.group, &command).await?
+        };
+        let mut verdicts = verdicts.into_iter();
+        let results = request
+            .offsets
+            .into_iter()
+            .zip(checked)
+            .map(|(commit, checked)| {
+                checked?;
+                match verdicts.next() {
+                    Some(CommitVerdict::Done) => Ok(commit),
+                    Some(CommitVerdict::Conflict { committed }) => {
+                        Err(BrokerError::OffsetConflict {
+                            offset: commit.offset,
+                            committed,
+                        })
+                    }
+                    Some(CommitVerdict::Fenced) => Err(BrokerError::FencedMember {
+                        group: request.group.clone(),
+                        member: member.as_ref().map_or(String::new(), |m| m.id.clone()),
+                    }),
+                    None => Err(BrokerError::Internal(
+                        "a commit without a verdict".to_owned(),
+                    )),
+                }
+            });
+        Ok(results.collect())
+    }
+
+    /// Puts a commit to the consumer group's coordinator.
+    pub(super) async fn commit(
+        &self,
+        group: &str,
+        command: &CoordinatorCommand,
+    ) -> BrokerResult<Vec<CommitVerdict>> {
+        let coordinator = self.coordinator_of(group);
+        match self.coordinate(coordinator, command).await? {
+            CoordinatorReply::Committed(verdicts) => Ok(verdicts),
+            CoordinatorReply::Invalid(text) => Err(BrokerError::InvalidRequest(text)),
+            other => Err(super::producers::unexpected(&other)),
+        }
+    }
+
+    fn coordinator_of(&self, group: &str) -> u32 {
+        owner_of_name(group, self.catalog().coordinators.len())
+    }
+
+    /// The queue must exist and the offset must not be beyond its end.
+    async fn check_commit(&self, commit: &OffsetCommit) -> BrokerResult<QueueOffset> {
+        let (topic, group) = self.find_queue(&commit.topic, commit.queue).await?;
+        let checked = QueueOffset {
+            topic: topic.id,
+            queue: commit.queue,
+            offset: commit.offset,
+        };
+        // What is committed here needs no proof; only "beyond the end" does.
+        let local = self.local.queue(group);
+        if local.is_some_and(|q| commit.offset <= q.shared.bounds().end) {
+            return Ok(checked);
+        }
+        let bounds = self.proved_bounds(group).await?;
+        if commit.offset <= bounds.end {
+            return Ok(checked);
+        }
+        Err(BrokerError::OffsetOutOfRange {
+            offset: commit.offset,
+            earliest_offset: bounds.earliest,
+            end_offset: bounds.end,
+        })
+    }
+
+    /// Where a consumer group is, in one topic or in all that it has committed for.
+    pub async fn group_offsets(
+        &self,
+        group: &str,
+        topic: Option<&str>,
+    ) -> BrokerResult<Vec<GroupOffset>> {
+        check_group_name(group)?;
+        let topic = match topic {
+            Some(name) => Some(self.find_topic(name).await?),
+            None => None,
+        };
+        let committed = self.committed(group).await?;
+        let catalog = self.catalog();
+        let mut rows = Vec::new();
+        match topic {
+            Some(topic) => {
+                for (queue, placement) in (0u32..).zip(&topic.queues) {
+                    let known = |o: &&QueueOffset| o.topic == topic.id && o.queue == queue;
+                    let offset = committed.iter().find(known).map(|o| o.offset);
+                    rows.push((topic.name.clone(), queue, placement.group, offset));
+                }
+            }
+            None => {
+                for offset in &committed {
+                    // Offsets of deleted topics mean nothing any more.
+                    let topic = catalog.topics.get(&offset.topic);
+                    let placed =
+                        topic.and_then(|t| Some((t, t.queues.get(offset.queue as usize)?)));
+                    if let Some((topic, placement)) = placed {
+                        let name = topic.name.clone();
+                        rows.push((name, offset.queue, placement.group, Some(offset.offset)));
+                    }
+                }
+                if rows.is_empty() {
+                    let group = group.to_owned();
+                    return Err(BrokerError::ConsumerGroupNotFound { group });
+                }
+                rows.sort();
+            }
+        }
+        let lags = rows
+            .into_iter()
+            .map(|(topic, queue, id, offset)| async move {
+                let found = self.lag(id, offset).await;
+                found.map(|(end_offset, lag, lag_ms)| GroupOffset {
+                    topic,
+                    queue,
+                    offset,
+                    end_offset,
+                    lag,
+                    lag_ms,
+                })
+            });
+        let rows: BrokerResult<Vec<GroupOffset>> = join_all(lags).await.into_iter().collect();
+        let rows = rows?;
+        for row in &rows {
+            self.metrics
+                .set_group_lag(group, &row.topic, row.queue, row.lag);
+        }
+        Ok(rows)
+    }
+
+    /// The queue's proved end, how many messages are left, and how old the next one is.
+    async fn lag(&self, id: u64, offset: Option<u64>) -> BrokerResult<(u64, u64, u64)> {
+        let bounds = self.proved_bounds(id).await?;
+        let next = offset.unwrap_or(0).max(bounds.earliest);
+        let lag = bounds.end.saturating_sub(next);
+        if lag == 0 {
+            return Ok((bounds.end, 0, 0));
+        }
+        let request = ReadRequest {
+            group: id,
+            start: StartAt::Offset(next),
+            max_messages: 1,
+            max_bytes: 1,
+            wait_ms: 0,
+            stale: false,
+        };
+        let slice = self.read(id, &request).await?;
+        let stamp_ms = slice.batches.first().map_or(u64::MAX, |b| b.timestamp_ms);
+        Ok((bounds.end, lag, now_ms().saturating_sub(stamp_ms)))
+    }
+
+    /// Everything a consumer group has committed, proved to be the newest.
+    pub(super) async fn committed(&self, group: &str) -> BrokerResult<Vec<QueueOffset>> {
+        let coordinator = self.coordinator_of(group);
+        match self.group_offsets_here(coordinator, group).await {
+            Ok(offsets) => return Ok(offsets),
+            Err(PeerError::Broker(error)) => return Err(error),
+            Err(_) => {}
+        }
+        let catalog = self.catalog();
+        let Some(placement) = catalog.coordinators.get(coordinator as usize) else {
+            return Err(super::route::NO_LEADER);
+        };
+        let request = PeerRequest::GroupOffsets {
+            coordinator,
+            consumer_group: group.to_owned(),
+        };
+        let wait = std::time::Duration::ZERO;
+        self.ask_replicas(placement.group, &request, wait).await
+    }
+
+    /// The same from this node's replica of the coordinator.
+    pub(crate) async fn group_offsets_here(
+        &self,
+        coordinator: u32,
+        group: &str,
+    ) -> PeerResult<Vec<QueueOffset>> {
+        let Some(local) = self.local.coordinator(coordinator) else {
+            return Err(PeerError::NotHere);
+        };
+        let deadline = Instant::now() + self.config.read_timeout;
+        let proof = self.barrier(&local.group, deadline).await;
+        proof.map_err(PeerError::Broker)?;
+        Ok(local.view.offsets(group))
+    }
+}
+
+pub(super) fn check_group_name(group: &str) -> BrokerResult<()> {
+    if crate::names::is_valid_name(group) {
+        return Ok(());
+    }
+    let rule = crate::names::NAME_RULE;
+    Err(BrokerError::InvalidName(format!(
+        "consumer group name {group:?} is not valid: a name has {rule}"
+    )))
+}

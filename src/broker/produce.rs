@@ -1,0 +1,299 @@
+//! Storing messages: encode, find the leader, wait for the majority, say where they are.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use quorate_storage::batch::{BatchView, ProducerStamp, split};
+
+use super::batcher::{SubmitError, submit};
+use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp};
+use super::queue::BatchOutcome;
+use super::queue::entry::MAX_BATCHES;
+use super::route::{NO_LEADER, UNKNOWN};
+use super::{
+    Broker, BrokerError, BrokerResult, Durability, FlushMode, ProduceAnswer, ProduceRequest,
+    Stored, message_id,
+};
+use crate::catalog::Topic;
+use crate::peer::{NewBatch, PeerError, PeerRequest, PeerResult};
+
+const MAX_KEY_BYTES: usize = 256;
+
+/// What is stored, or isn't, of each message of a batch.
+type Results = Vec<Result<Stored, BrokerError>>;
+
+impl Broker {
+    /// Stores the messages, one batch for each queue they go to.
+    pub async fn produce(&self, request: ProduceRequest) -> BrokerResult<ProduceAnswer> {
+        check_key(request.idempotency_key.as_deref())?;
+        let topic = self.find_topic(&request.topic).await?;
+        let coordinators = self.catalog().coordinators.len();
+        let producer = request.producer.as_ref();
+        let producer = producer
+            .map(|m| producer_stamp(m, coordinators))
+            .transpose()?;
+        let count = request.messages.len();
+        let turn = self.round_robin.fetch_add(count as u32, Ordering::Relaxed);
+        let parts = encode(
+            &topic,
+            &request,
+            producer,
+            turn,
+            self.config.max_batch_bytes,
+        )?;
+        drop(request);
+
+        let mut results: Vec<Option<Result<Stored, BrokerError>>> = vec![None; count];
+        let stored = parts
+            .into_iter()
+            .map(|part| self.produce_part(&topic, part, producer));
+        for (places, part_results) in join_all(stored).await {
+            for (place, result) in places.into_iter().zip(part_results) {
+                if let Some(slot) = results.get_mut(place) {
+                    *slot = Some(result);
+                }
+            }
+        }
+        // Every message is in exactly one part, and a part has a result for each of its own.
+        let lost = || {
+            Err(BrokerError::Internal(
+                "a message without a result".to_owned(),
+            ))
+        };
+        let results = results
+            .into_iter()
+            .map(|r| r.unwrap_or_else(lost))
+            .collect();
+        Ok(answer(&topic, results))
+    }
+
+    async fn produce_part(
+        &self,
+        topic: &Topic,
+        part: Part,
+        producer: Option<ProducerStamp>,
+    ) -> (Vec<usize>, Results) {
+        let count = part.places.len();
+        let result = async {
+            let batch = part.batch?;
+            let outcomes = self
+                .store(topic, part.queue, vec![batch], &[producer])
+                .await?;
+            outcomes.into_iter().next().ok_or(UNKNOWN)
+        };
+        let group = topic.queues.get(part.queue as usize).map_or(0, |q| q.group);
+        let results = match result.await {
+            Ok(outcome) => explain(group, part.queue, outcome, count, producer),
+            Err(error) => vec![Err(error); count],
+        };
+        (part.places, results)
+    }
+
+    /// RecordBatch v2 bytes (one or more batches) for one queue, stored as they are.
+    pub async fn produce_batches(
+        &self,
+        topic: &str,
+        queue: u32,
+        batches: Bytes,
+        idempotency_key: Option<String>,
+    ) -> BrokerResult<ProduceAnswer> {
+        check_key(idempotency_key.as_deref())?;
+        let (topic, group) = self.find_queue(topic, queue).await?;
+        let fingerprint = fingerprint_of_batches(&batches);
+        let mut new = Vec::new();
+        let mut views = Vec::new();
+        for bytes in split(batches) {
+            let view = self.check_batch(&topic, bytes)?;
+            let key = idempotency_key.as_deref();
+            new.push(NewBatch {
+                key: key.map_or([0; 16], |key| key_hash(key, new.len() as u32)),
+                fingerprint: key.map_or(0, |_| fingerprint),
+                batch: view.bytes().clone(),
+            });
+            views.push(view);
+        }
+        if new.is_empty() || new.len() > MAX_BATCHES {
+            let text = format!("the body must have 1 to {MAX_BATCHES} batches");
+            return Err(BrokerError::InvalidRequest(text));
+        }
+        let producers: Vec<_> = views.iter().map(BatchView::producer).collect();
+        let outcomes = self.store(&topic, queue, new, &producers).await?;
+        let each = outcomes.into_iter().zip(&views);
+        let results = each
+            .flat_map(|(outcome, view)| {
+                let count = view.record_count() as usize;
+                explain(group, queue, outcome, count, view.producer())
+            })
+            .collect();
+        Ok(answer(&topic, results))
+    }
+
+    fn check_batch(
+        &self,
+        topic: &Topic,
+        bytes: Result<Bytes, quorate_storage::batch::BatchError>,
+    ) -> BrokerResult<BatchView> {
+        let invalid =
+            |e: quorate_storage::batch::BatchError| BrokerError::InvalidRequest(e.to_string());
+        let view = BatchView::parse(bytes.map_err(invalid)?).map_err(invalid)?;
+        view.validate_client().map_err(invalid)?;
+        if view.bytes().len() > self.config.max_batch_bytes {
+            return Err(BrokerError::RequestTooLarge {
+                max_bytes: self.config.max_batch_bytes as u64,
+            });
+        }
+        let max_bytes = topic.config.max_message_bytes;
+        for record in view.records() {
+            let record = record.map_err(invalid)?;
+            let headers = record
+                .headers
+                .iter()
+                .map(|h| h.key.len() + h.value.map_or(0, |v| v.len()));
+            let bytes = record.key.as_ref().map_or(0, Bytes::len)
+                + record.value.as_ref().map_or(0, Bytes::len)
+                + headers.sum::<usize>();
+            if bytes as u64 > max_bytes {
+                let bytes = bytes as u64;
+                return Err(BrokerError::MessageTooLarge { bytes, max_bytes });
+            }
+        }
+        Ok(view)
+    }
+
+    /// Brings batches to the queue's leader, wherever it is. One outcome for each, or one error for
+    /// all.
+    async fn store(
+        &self,
+        topic: &Topic,
+        queue: u32,
+        batches: Vec<NewBatch>,
+        producers: &[Option<ProducerStamp>],
+    ) -> BrokerResult<Vec<BatchOutcome>> {
+        let Some(placement) = topic.queues.get(queue as usize) else {
+            return Err(BrokerError::QueueNotFound {
+                topic: topic.name.clone(),
+                queue,
+                queues: topic.config.queues,
+            });
+        };
+        let group = placement.group;
+        for producer in producers.iter().flatten() {
+            self.attach_producer(*producer, group).await?;
+        }
+        let here = |left| {
+            let batches = batches.clone();
+            async move { Ok(self.produce_here(group, batches, left).await?) }
+        };
+        let request = |timeout_ms| PeerRequest::Produce {
+            group,
+            batches: batches.clone(),
+            timeout_ms,
+        };
+        self.write(group, self.config.write_timeout, here, request)
+            .await
+    }
+
+    /// Stores batches in a queue that this node leads.
+    pub(crate) async fn produce_here(
+        &self,
+        group: u64,
+        batches: Vec<NewBatch>,
+        timeout: Duration,
+    ) -> PeerResult<Vec<BatchOutcome>> {
+        let Some(queue) = self.local.queue(group) else {
+            return Err(PeerError::NotHere);
+        };
+        if !queue.group.is_leader() {
+            let leader = queue.group.leader().filter(|n| *n != self.node_id());
+            return Err(PeerError::NotLeader { leader });
+        }
+        self.refuse_without_room().map_err(PeerError::Broker)?;
+        let submitted = submit(
+            &queue,
+            &self.local,
+            &self.config,
+            &self.metrics,
+            batches,
+            timeout,
+        );
+        submitted.await.map_err(|error| match error {
+            SubmitError::NotLeader { leader } => PeerError::NotLeader { leader },
+            SubmitError::Overloaded => PeerError::Broker(BrokerError::Overloaded(
+                "too much is waiting to be stored".to_owned(),
+            )),
+            SubmitError::NotTaken => PeerError::Broker(NO_LEADER),
+            SubmitError::Unknown => PeerError::Broker(UNKNOWN),
+        })
+    }
+}
+
+fn check_key(key: Option<&str>) -> BrokerResult<()> {
+    match key {
+        Some(key) if key.is_empty() || key.len() > MAX_KEY_BYTES => {
+            let text = format!("an idempotency key has 1 to {MAX_KEY_BYTES} bytes");
+            Err(BrokerError::InvalidRequest(text))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn answer(topic: &Topic, results: Results) -> ProduceAnswer {
+    let durability = match topic.config.flush {
+        FlushMode::Sync => Durability::MajorityFsync,
+        FlushMode::Async => Durability::MajorityWritten,
+    };
+    ProduceAnswer {
+        results,
+        durability,
+    }
+}
+
+/// What apply's verdict on a batch means for each of its messages.
+fn explain(
+    group: u64,
+    queue: u32,
+    outcome: BatchOutcome,
+    count: usize,
+    producer: Option<ProducerStamp>,
+) -> Results {
+    let (id, epoch, sequence) = producer.map_or((0, 0, 0), |p| (p.id, p.epoch, p.base_sequence));
+    // Numbers that apply accepted into its tables are never negative.
+    let unsigned = |n: i64| u64::try_from(n).unwrap_or(0);
+    let error = match outcome {
+        BatchOutcome::Stored(place) | BatchOutcome::Duplicate(place) => {
+            let stored = |record: u32| Stored {
+                queue,
+                offset: Some(place.base_offset + u64::from(record)),
+                message_id: message_id(group, &place, record),
+            };
+            return (0..count as u32).map(|record| Ok(stored(record))).collect();
+        }
+        BatchOutcome::OutOfOrder { expected } => BrokerError::OutOfOrderSequence {
+            id: id.to_string(),
+            sequence: unsigned(sequence.into()),
+            expected: unsigned(expected.into()),
+        },
+        BatchOutcome::Fenced { current } => BrokerError::FencedProducer {
+            id: id.to_string(),
+            epoch: unsigned(epoch.into()) as u32,
+            current: unsigned(current.into()) as u32,
+        },
+        BatchOutcome::KeyReused => BrokerError::InvalidRequest(
+            "this idempotency key was used for a request with other messages; use a new key"
+                .to_owned(),
+        ),
+        BatchOutcome::KeysFull => BrokerError::QuotaExceeded(
+            "the queue remembers as many idempotency keys as it may; the oldest go after the window"
+                .to_owned(),
+        ),
+        BatchOutcome::ProducersFull => BrokerError::QuotaExceeded(
+            "the queue remembers as many producers as it may; use the ones there are".to_owned(),
+        ),
+        BatchOutcome::Malformed => {
+            BrokerError::Internal("the batch could not be read when it was applied".to_owned())
+        }
+    };
+    vec![Err(error); count]
+}

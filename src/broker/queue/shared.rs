@@ -1,0 +1,87 @@
+//! What readers of a queue see of its state machine: no lock is shared with apply.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use quorate_storage::StorageError;
+use quorate_storage::queue_index::QueueIndex;
+use tokio::sync::watch;
+
+/// The offsets a queue holds on this node: `earliest..end`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueBounds {
+    pub earliest: u64,
+    pub end: u64,
+}
+
+/// The applied prefix of one queue on this node. Written by the state machine alone.
+///
+/// A record is in the index before `end` passes it, so whoever has seen an end finds the messages.
+#[derive(Debug)]
+pub struct QueueShared {
+    index: Arc<QueueIndex>,
+    earliest: AtomicU64,
+    end: AtomicU64,
+    last_stamp_ms: AtomicU64,
+    wake: watch::Sender<u64>,
+    broken: Mutex<Option<StorageError>>,
+}
+
+impl QueueShared {
+    pub fn new(index: Arc<QueueIndex>) -> Arc<Self> {
+        Arc::new(Self {
+            index,
+            earliest: AtomicU64::new(0),
+            end: AtomicU64::new(0),
+            last_stamp_ms: AtomicU64::new(0),
+            wake: watch::Sender::new(0),
+            broken: Mutex::new(None),
+        })
+    }
+
+    pub fn index(&self) -> &QueueIndex {
+        &self.index
+    }
+
+    pub fn bounds(&self) -> QueueBounds {
+        // In this order: `earliest` never passes an `end` that was read after it.
+        let earliest = self.earliest.load(Ordering::Acquire);
+        let end = self.end.load(Ordering::Acquire);
+        QueueBounds { earliest, end }
+    }
+
+    /// The log's time after the last applied entry.
+    pub fn last_stamp_ms(&self) -> u64 {
+        self.last_stamp_ms.load(Ordering::Acquire)
+    }
+
+    /// Changes after every run of applies that moved the end.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.wake.subscribe()
+    }
+
+    /// Why this replica can't be read any more, if so.
+    pub fn broken(&self) -> Option<StorageError> {
+        self.broken.lock().clone()
+    }
+
+    pub(super) fn set_broken(&self, error: StorageError) {
+        self.broken.lock().get_or_insert(error);
+    }
+
+    pub(super) fn publish(&self, bounds: QueueBounds, last_stamp_ms: u64) {
+        self.last_stamp_ms.store(last_stamp_ms, Ordering::Release);
+        self.end.store(bounds.end, Ordering::Release);
+        self.earliest.store(bounds.earliest, Ordering::Release);
+    }
+
+    pub(super) fn wake(&self) {
+        let end = self.end.load(Ordering::Acquire);
+        self.wake.send_if_modified(|last| {
+            let moved = *last != end;
+            *last = end;
+            moved
+        });
+    }
+}

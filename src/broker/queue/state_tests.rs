@@ -1,0 +1,308 @@
+use std::path::Path;
+
+use bytes::Bytes;
+use proptest::prelude::*;
+use quorate_storage::batch::{BatchBuilder, RecordInput};
+use quorate_storage::vfs::os::OsVfs;
+use tempfile::TempDir;
+
+use super::*;
+use crate::broker::queue::entry::AppendBuilder;
+
+const REMEMBER_MS: u64 = 10_000;
+const LIMITS: QueueLimits = QueueLimits {
+    max_producers: 3,
+    max_keys: 3,
+    key_window_ms: REMEMBER_MS,
+};
+
+struct Replica {
+    machine: QueueMachine,
+    applied: u64,
+    checkpoint: Option<(LogId, Vec<u8>)>,
+    dir: TempDir,
+}
+
+fn machine_at(path: &Path) -> QueueMachine {
+    let index = Arc::new(QueueIndex::open(Arc::new(OsVfs), path.join("index")).unwrap());
+    let shared = QueueShared::new(Arc::clone(&index));
+    QueueMachine::new(index, shared, LIMITS)
+}
+
+impl Replica {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut machine = machine_at(dir.path());
+        machine.restore(None, None).unwrap();
+        Self {
+            machine,
+            applied: 0,
+            checkpoint: None,
+            dir,
+        }
+    }
+
+    fn apply(&mut self, body: &Bytes) -> Vec<BatchOutcome> {
+        self.applied += 1;
+        let log_id = LogId::new(1, self.applied);
+        let reply = self.machine.apply(log_id, body);
+        self.machine.applied_batch(log_id);
+        decode_outcomes(&reply).unwrap()
+    }
+
+    fn take_checkpoint(&mut self) {
+        let state = self.machine.checkpoint().unwrap();
+        self.checkpoint = Some((LogId::new(1, self.applied), state));
+    }
+
+    /// Restarts from the last checkpoint and applies what came after it again.
+    fn restart(self, log: &[Bytes]) -> Self {
+        let Replica {
+            machine,
+            applied,
+            checkpoint,
+            dir,
+        } = self;
+        drop(machine);
+        let mut machine = machine_at(dir.path());
+        let from = match &checkpoint {
+            Some((last, state)) => {
+                machine.restore(Some(*last), Some(state)).unwrap();
+                last.index
+            }
+            None => {
+                machine.restore(None, None).unwrap();
+                0
+            }
+        };
+        let mut again = Replica {
+            machine,
+            applied: from,
+            checkpoint,
+            dir,
+        };
+        for body in &log[from as usize..applied as usize] {
+            again.apply(body);
+        }
+        again
+    }
+}
+
+fn batch(values: usize, producer: Option<(i64, i16, i32)>) -> Bytes {
+    let mut builder = BatchBuilder::new();
+    if let Some((id, epoch, sequence)) = producer {
+        builder = builder.producer(id, epoch, sequence);
+    }
+    for _ in 0..values {
+        builder.push(RecordInput {
+            value: Some(b"v"),
+            ..RecordInput::default()
+        });
+    }
+    builder.finish()
+}
+
+fn append(stamp_ms: u64, batches: &[(KeyHash, u64, Bytes)]) -> Bytes {
+    let mut builder = AppendBuilder::new(stamp_ms, batches.len(), 0);
+    for (key, fingerprint, batch) in batches {
+        assert!(builder.push(*key, *fingerprint, batch));
+    }
+    builder.finish()
+}
+
+fn plain(stamp_ms: u64, values: usize) -> Bytes {
+    append(stamp_ms, &[(NO_KEY, 0, batch(values, None))])
+}
+
+fn stored(outcome: BatchOutcome) -> (u64, u32) {
+    match outcome {
+        BatchOutcome::Stored(place) => (place.base_offset, place.count),
+        other => panic!("expected a stored batch, got {other:?}"),
+    }
+}
+
+#[test]
+fn offsets_are_dense_over_batches_and_entries() {
+    let mut replica = Replica::new();
+    let body = append(
+        5,
+        &[(NO_KEY, 0, batch(2, None)), (NO_KEY, 0, batch(1, None))],
+    );
+    let outcomes = replica.apply(&body);
+    assert_eq!(stored(outcomes[0]), (0, 2));
+    assert_eq!(stored(outcomes[1]), (2, 1));
+    assert_eq!(stored(replica.apply(&plain(6, 3))[0]), (3, 3));
+    let bounds = replica.machine.shared.bounds();
+    assert_eq!((bounds.earliest, bounds.end), (0, 6));
+    let record = replica.machine.index.find(2).unwrap().unwrap();
+    assert_eq!(
+        (record.batch, record.log_index, record.timestamp_ms),
+        (1, 1, 5)
+    );
+}
+
+#[test]
+fn log_time_never_goes_back() {
+    let mut replica = Replica::new();
+    replica.apply(&plain(100, 1));
+    replica.apply(&plain(50, 1));
+    let record = replica.machine.index.find(1).unwrap().unwrap();
+    assert_eq!(record.timestamp_ms, 100);
+    assert_eq!(replica.machine.shared.last_stamp_ms(), 100);
+}
+
+#[test]
+fn a_producers_retry_is_stored_once_across_restart_and_install() {
+    let first = append(1, &[(NO_KEY, 0, batch(2, Some((9, 0, 0))))]);
+    let mut log = vec![first.clone()];
+    let mut replica = Replica::new();
+    let place = match replica.apply(&first)[0] {
+        BatchOutcome::Stored(place) => place,
+        other => panic!("{other:?}"),
+    };
+    replica.take_checkpoint();
+    let mut replica = replica.restart(&log);
+    assert_eq!(replica.apply(&first), [BatchOutcome::Duplicate(place)]);
+    log.push(first.clone());
+
+    replica.take_checkpoint();
+    let (last, state) = replica.checkpoint.clone().unwrap();
+    let mut newcomer = Replica::new();
+    newcomer.machine.install(last, &state).unwrap();
+    assert_eq!(newcomer.apply(&first), [BatchOutcome::Duplicate(place)]);
+    let bounds = newcomer.machine.shared.bounds();
+    assert_eq!((bounds.earliest, bounds.end), (2, 2));
+}
+
+#[test]
+fn a_fence_entry_refuses_the_old_epoch() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[(NO_KEY, 0, batch(1, Some((9, 0, 0))))]));
+    replica.apply(&entry::fence(2, 9, 1));
+    let old = append(3, &[(NO_KEY, 0, batch(1, Some((9, 0, 1))))]);
+    assert_eq!(replica.apply(&old), [BatchOutcome::Fenced { current: 1 }]);
+}
+
+#[test]
+fn idempotency_keys_answer_refuse_reuse_and_expire_by_log_time() {
+    let mut replica = Replica::new();
+    let request = |stamp, fingerprint| append(stamp, &[([1; 16], fingerprint, batch(1, None))]);
+    let first = replica.apply(&request(1000, 7))[0];
+    let (offset, _) = stored(first);
+    assert!(matches!(
+        replica.apply(&request(2000, 7))[0],
+        BatchOutcome::Duplicate(place) if place.base_offset == offset
+    ));
+    assert_eq!(replica.apply(&request(2000, 8)), [BatchOutcome::KeyReused]);
+    let late = replica.apply(&request(1001 + REMEMBER_MS, 7))[0];
+    assert_eq!(stored(late), (1, 1));
+}
+
+#[test]
+fn a_full_key_table_refuses_and_stores_nothing() {
+    let mut replica = Replica::new();
+    for key in 1..=3 {
+        replica.apply(&append(1, &[([key; 16], 0, batch(1, None))]));
+    }
+    let fourth = append(1, &[([4; 16], 0, batch(1, None))]);
+    assert_eq!(replica.apply(&fourth), [BatchOutcome::KeysFull]);
+    assert_eq!(replica.machine.shared.bounds().end, 3);
+}
+
+#[test]
+fn an_unreadable_entry_changes_nothing_but_is_answered() {
+    let mut replica = Replica::new();
+    assert_eq!(
+        replica.apply(&Bytes::from_static(b"?")),
+        [BatchOutcome::Malformed]
+    );
+    assert_eq!(replica.machine.shared.bounds().end, 0);
+}
+
+#[test]
+fn an_index_that_cannot_back_its_checkpoint_is_reported() {
+    let mut replica = Replica::new();
+    replica.apply(&plain(1, 2));
+    replica.take_checkpoint();
+    let (last, state) = replica.checkpoint.clone().unwrap();
+    replica.machine.index.reset_to(0).unwrap();
+    let refused = replica.machine.restore(Some(last), Some(&state));
+    assert!(matches!(refused, Err(StorageError::Damaged { .. })));
+    replica.machine.restore(None, None).unwrap();
+}
+
+#[test]
+fn readers_are_woken_once_per_run_of_applies() {
+    let mut replica = Replica::new();
+    let mut wake = replica.machine.shared.subscribe();
+    replica.machine.apply(LogId::new(1, 1), &plain(1, 1));
+    assert!(!wake.has_changed().unwrap());
+    replica.machine.applied_batch(LogId::new(1, 1));
+    assert!(wake.has_changed().unwrap());
+    wake.mark_unchanged();
+    replica.machine.applied_batch(LogId::new(1, 2));
+    assert!(!wake.has_changed().unwrap());
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Entry(Bytes),
+    Checkpoint,
+    Restart,
+}
+
+fn any_entry() -> impl Strategy<Value = Bytes> {
+    let producer = proptest::option::of((0..4i64, 0..2i16, 0..6i32));
+    let one = (0..5u8, 0..2u64, 1..3usize, producer);
+    let append_entry = (0..2 * REMEMBER_MS, proptest::collection::vec(one, 1..4)).prop_map(
+        |(stamp_ms, batches)| {
+            let each = batches.into_iter();
+            let batches: Vec<_> = each
+                .map(|(key, fingerprint, n, producer)| ([key; 16], fingerprint, batch(n, producer)))
+                .collect();
+            append(stamp_ms, &batches)
+        },
+    );
+    prop_oneof![
+        8 => append_entry,
+        1 => (0..4i64, 0..3i16).prop_map(|(id, epoch)| entry::fence(1, id, epoch)),
+        1 => proptest::collection::vec(any::<u8>(), 0..20).prop_map(Bytes::from),
+    ]
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        8 => any_entry().prop_map(Step::Entry),
+        1 => Just(Step::Checkpoint),
+        1 => Just(Step::Restart),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #[test]
+    fn replicas_agree_whenever_they_checkpoint_and_restart(
+        steps in proptest::collection::vec(any_step(), 1..40)
+    ) {
+        let mut steady = Replica::new();
+        let mut shaken = Replica::new();
+        let mut log = Vec::new();
+        for step in steps {
+            match step {
+                Step::Entry(body) => {
+                    log.push(body.clone());
+                    prop_assert_eq!(steady.apply(&body), shaken.apply(&body));
+                }
+                Step::Checkpoint => shaken.take_checkpoint(),
+                Step::Restart => shaken = shaken.restart(&log),
+            }
+            prop_assert_eq!(steady.machine.state_hash(), shaken.machine.state_hash());
+        }
+        let ends = (steady.machine.index.end_offset(), shaken.machine.index.end_offset());
+        prop_assert_eq!(ends.0, ends.1);
+        prop_assert_eq!(
+            steady.machine.index.find_from(0, 1000).unwrap(),
+            shaken.machine.index.find_from(0, 1000).unwrap()
+        );
+    }
+}

@@ -1,0 +1,296 @@
+//! Reading a queue's stored batches on a node that has a replica of it.
+//!
+//! What is committed never changes, so what is found is answered at once. Only an answer that would
+//! be empty, or says where the end is, needs proof that this replica has seen everything: one read
+//! barrier, shared by all that wait for it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use quorate_storage::StorageError;
+use quorate_storage::commit_log::{Entry, EntryKind};
+use quorate_storage::queue_index::IndexRecord;
+use tokio::time::{Instant, timeout_at};
+
+use super::local::LocalQueue;
+use super::queue::entry::{self, EntryBody};
+use super::queue::{Place, QueueBounds};
+use super::{Broker, BrokerError, BrokerResult, StartAt};
+use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest, Slice, StoredBatch};
+
+/// Index records looked up at a time.
+const RECORDS_PER_LOOK: usize = 256;
+/// Reads that begin further behind the end than this go to the blocking pool: they are likely to
+/// wait for the disk.
+const NEAR_THE_END: u64 = 4096;
+
+impl Broker {
+    /// Stored batches of a queue, read here if there is a replica here, else on another node.
+    pub(super) async fn read(&self, group: u64, request: &ReadRequest) -> BrokerResult<Slice> {
+        match self.read_here(request).await {
+            Ok(slice) => return Ok(slice),
+            Err(PeerError::Broker(error)) if !error.retryable() => return Err(error),
+            // Only another node can help: this one has no replica, or can't reach the leader.
+            Err(PeerError::Broker(error)) if self.local.queue(group).is_some() => {
+                return Err(error);
+            }
+            Err(_) => {}
+        }
+        let wait = Duration::from_millis(request.wait_ms);
+        self.ask_replicas(group, &PeerRequest::Read(request.clone()), wait)
+            .await
+    }
+
+    /// Reads this node's replica.
+    pub(crate) async fn read_here(&self, request: &ReadRequest) -> PeerResult<Slice> {
+        let Some(queue) = self.local.queue(request.group) else {
+            return Err(PeerError::NotHere);
+        };
+        if let Some(error) = queue.shared.broken() {
+            tracing::debug!(group = request.group, %error, "a broken replica is not read");
+            return Err(PeerError::NotHere);
+        }
+        self.read_queue(&queue, request)
+            .await
+            .map_err(PeerError::Broker)
+    }
+
+    async fn read_queue(
+        &self,
+        queue: &Arc<LocalQueue>,
+        request: &ReadRequest,
+    ) -> BrokerResult<Slice> {
+        let mut wake = queue.shared.subscribe();
+        wake.mark_unchanged();
+        let mut start = match self.find_start(queue, request.start)? {
+            Some(start) => start,
+            // The end is asked for, so the end it is, for as long as this read waits.
+            None => {
+                if !request.stale {
+                    let deadline = Instant::now() + self.config.read_timeout;
+                    self.barrier(&queue.group, deadline).await?;
+                }
+                let found = self.find_start(queue, request.start)?;
+                found.unwrap_or(queue.shared.bounds().end)
+            }
+        };
+        let deadline = Instant::now() + Duration::from_millis(request.wait_ms);
+        let mut proved = request.stale;
+        loop {
+            let bounds = queue.shared.bounds();
+            if start < bounds.earliest && request.start == StartAt::Earliest {
+                start = bounds.earliest;
+            }
+            if start < bounds.earliest {
+                return Err(out_of_range(start, bounds));
+            }
+            if start < bounds.end {
+                return self.read_batches(queue, start, bounds, request).await;
+            }
+            if !proved {
+                let patience = Instant::now() + self.config.read_timeout;
+                self.barrier(&queue.group, patience).await?;
+                proved = true;
+                if start > queue.shared.bounds().end {
+                    return Err(out_of_range(start, queue.shared.bounds()));
+                }
+                continue;
+            }
+            let woken = timeout_at(deadline, wake.changed()).await;
+            if !matches!(woken, Ok(Ok(()))) {
+                // The time is over, or the replica is being closed.
+                let bounds = queue.shared.bounds();
+                return Ok(Slice {
+                    start,
+                    batches: Vec::new(),
+                    earliest: bounds.earliest,
+                    end: bounds.end,
+                });
+            }
+        }
+    }
+
+    /// The offset to begin with, if it is certain without proof.
+    fn find_start(&self, queue: &LocalQueue, start: StartAt) -> BrokerResult<Option<u64>> {
+        match start {
+            StartAt::Offset(offset) => Ok(Some(offset)),
+            StartAt::Earliest => Ok(Some(queue.shared.bounds().earliest)),
+            StartAt::Latest => Ok(None),
+            // Log time never goes back, so the first message found here is the first there is.
+            StartAt::Timestamp(ms) => queue.shared.index().offset_at_time(ms).map_err(unreadable),
+        }
+    }
+
+    async fn read_batches(
+        &self,
+        queue: &Arc<LocalQueue>,
+        start: u64,
+        bounds: QueueBounds,
+        request: &ReadRequest,
+    ) -> BrokerResult<Slice> {
+        let max_messages = usize::try_from(request.max_messages).unwrap_or(usize::MAX);
+        let max_bytes = usize::try_from(request.max_bytes).unwrap_or(usize::MAX);
+        let batches = if bounds.end - start <= NEAR_THE_END {
+            collect(queue, start, max_messages, max_bytes)
+        } else {
+            let queue = queue.clone();
+            let far = move || collect(&queue, start, max_messages, max_bytes);
+            let joined = tokio::task::spawn_blocking(far).await;
+            joined.map_err(|e| BrokerError::Internal(e.to_string()))?
+        };
+        let batches = batches.map_err(unreadable)?;
+        // Taken anew: what was read may have been applied after the bounds were looked at.
+        let bounds = queue.shared.bounds();
+        Ok(Slice {
+            start,
+            batches,
+            earliest: bounds.earliest,
+            end: bounds.end,
+        })
+    }
+
+    /// The first offset at or after a time; the proved end if there is none.
+    pub(crate) async fn offset_at_here(&self, group: u64, timestamp_ms: u64) -> PeerResult<u64> {
+        let queue = self.local.queue(group).ok_or(PeerError::NotHere)?;
+        let find = || self.find_start(&queue, StartAt::Timestamp(timestamp_ms));
+        if let Some(offset) = find().map_err(PeerError::Broker)? {
+            return Ok(offset);
+        }
+        let deadline = Instant::now() + self.config.read_timeout;
+        let proof = self.barrier(&queue.group, deadline).await;
+        proof.map_err(PeerError::Broker)?;
+        let found = find().map_err(PeerError::Broker)?;
+        Ok(found.unwrap_or_else(|| queue.shared.bounds().end))
+    }
+
+    /// Where the queue begins and ends, proved.
+    pub(super) async fn proved_bounds(&self, group: u64) -> BrokerResult<QueueBounds> {
+        let request = ReadRequest {
+            group,
+            start: StartAt::Latest,
+            max_messages: 1,
+            max_bytes: 1,
+            wait_ms: 0,
+            stale: false,
+        };
+        let slice = self.read(group, &request).await?;
+        Ok(QueueBounds {
+            earliest: slice.earliest,
+            end: slice.end,
+        })
+    }
+}
+
+fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
+    BrokerError::OffsetOutOfRange {
+        offset,
+        earliest_offset: bounds.earliest,
+        end_offset: bounds.end,
+    }
+}
+
+fn unreadable(error: StorageError) -> BrokerError {
+    tracing::error!(%error, "a queue cannot be read");
+    BrokerError::Internal(error.to_string())
+}
+
+/// The batches from the one that holds `start` on, at least one, then as many as the bounds allow.
+fn collect(
+    queue: &LocalQueue,
+    start: u64,
+    max_messages: usize,
+    max_bytes: usize,
+) -> Result<Vec<StoredBatch>, StorageError> {
+    let mut found: Vec<StoredBatch> = Vec::new();
+    let (mut bytes, mut offset) = (0, start);
+    loop {
+        let wanted = max_messages.clamp(1, RECORDS_PER_LOOK);
+        let mut records = queue.shared.index().find_from(offset, wanted)?;
+        if let Some(enough) = enough(&records, start, max_messages) {
+            records.truncate(enough);
+        }
+        let full_look = records.len() == wanted;
+        let mut rest = &records[..];
+        while let (Some(first), Some(last)) = (rest.first(), rest.last()) {
+            let left = max_bytes.saturating_sub(bytes).max(1);
+            let entries = queue
+                .group
+                .log()
+                .read(first.log_index, last.log_index + 1, left)?;
+            let before = rest.len();
+            for entry in &entries {
+                let here = rest
+                    .iter()
+                    .take_while(|r| r.log_index == entry.log_id.index)
+                    .count();
+                let (wanted, after) = rest.split_at(here);
+                rest = after;
+                for batch in batches_of(queue, entry, wanted)? {
+                    if !found.is_empty() && bytes + batch.batch.len() > max_bytes {
+                        return Ok(found);
+                    }
+                    bytes += batch.batch.len();
+                    offset = batch.place.base_offset + u64::from(batch.place.count);
+                    found.push(batch);
+                }
+            }
+            if rest.len() == before {
+                return Err(missing(queue, first));
+            }
+        }
+        let messages = offset.saturating_sub(start);
+        if !full_look || messages >= max_messages as u64 || bytes >= max_bytes {
+            return Ok(found);
+        }
+    }
+}
+
+/// How many of the records hold `max_messages` messages from `start` on; none if too few.
+fn enough(records: &[IndexRecord], start: u64, max_messages: usize) -> Option<usize> {
+    let until = start.saturating_add(max_messages as u64);
+    let place = records.iter().position(|r| r.end_offset() >= until)?;
+    Some(place + 1)
+}
+
+/// The batches of one entry that the index records name.
+fn batches_of(
+    queue: &LocalQueue,
+    entry: &Entry,
+    records: &[IndexRecord],
+) -> Result<Vec<StoredBatch>, StorageError> {
+    let Some(first) = records.first() else {
+        return Ok(Vec::new());
+    };
+    let decoded = (entry.kind == EntryKind::Command).then(|| entry::decode(&entry.body));
+    let Some(Ok(EntryBody::Append(batches))) = decoded.map(|d| d.map(|e| e.body)) else {
+        return Err(missing(queue, first));
+    };
+    let stored = records.iter().map(|record| {
+        let batch = batches.get(usize::from(record.batch));
+        let batch: &Bytes = &batch.ok_or_else(|| missing(queue, record))?.batch;
+        Ok(StoredBatch {
+            place: Place {
+                base_offset: record.base_offset,
+                count: record.count,
+                term: entry.log_id.term,
+                index: entry.log_id.index,
+                batch: record.batch,
+            },
+            timestamp_ms: record.timestamp_ms,
+            batch: batch.clone(),
+        })
+    });
+    stored.collect()
+}
+
+fn missing(queue: &LocalQueue, record: &IndexRecord) -> StorageError {
+    StorageError::Damaged {
+        path: queue.shared.index().path().to_path_buf(),
+        position: record.base_offset,
+        reason: format!(
+            "the index names batch {} of entry {}, which the log does not have",
+            record.batch, record.log_index
+        ),
+    }
+}

@@ -1,0 +1,100 @@
+//! Moving a consumer group to another place, forwards or backwards.
+
+use super::offsets::check_group_name;
+use super::queue::QueueBounds;
+use super::{Broker, BrokerResult, ResetRequest, ResetResult, ResetTo};
+use crate::coordinator::{CommitVerdict, CoordinatorCommand, QueueOffset};
+
+impl Broker {
+    /// Sets a group's offsets in one queue or in all of a topic, within what the queues hold. With
+    /// `dry_run` it only says what it would do.
+    pub async fn reset_offsets(&self, request: ResetRequest) -> BrokerResult<Vec<ResetResult>> {
+        check_group_name(&request.group)?;
+        let topic = match request.queue {
+            Some(queue) => self.find_queue(&request.topic, queue).await?.0,
+            None => self.find_topic(&request.topic).await?,
+        };
+        let committed = self.committed(&request.group).await?;
+        let mut results = Vec::new();
+        for (queue, placement) in (0u32..).zip(&topic.queues) {
+            if request.queue.is_some_and(|only| only != queue) {
+                continue;
+            }
+            let known = |o: &&QueueOffset| o.topic == topic.id && o.queue == queue;
+            let previous = committed.iter().find(known).map(|o| o.offset);
+            let by_time = match request.to {
+                ResetTo::Timestamp(ms) => Some(self.offset_at_time(placement.group, ms).await?),
+                _ => None,
+            };
+            let bounds = self.proved_bounds(placement.group).await?;
+            results.push(ResetResult {
+                topic: topic.name.clone(),
+                queue,
+                previous,
+                offset: target(request.to, by_time, previous, bounds),
+            });
+        }
+        if request.dry_run {
+            return Ok(results);
+        }
+        let offsets = results.iter().map(|result| QueueOffset {
+            topic: topic.id,
+            queue: result.queue,
+            offset: result.offset,
+        });
+        let command = CoordinatorCommand::Commit {
+            group: request.group.clone(),
+            offsets: offsets.collect(),
+            allow_rewind: true,
+            member: None,
+        };
+        let verdicts = self.commit(&request.group, &command).await?;
+        if verdicts.iter().all(|v| *v == CommitVerdict::Done) {
+            return Ok(results);
+        }
+        Err(super::BrokerError::Internal(
+            "a reset was refused".to_owned(),
+        ))
+    }
+}
+
+/// The new offset, never outside of what the queue holds.
+fn target(to: ResetTo, by_time: Option<u64>, previous: Option<u64>, bounds: QueueBounds) -> u64 {
+    let wanted = match to {
+        ResetTo::Earliest => bounds.earliest,
+        ResetTo::Latest => bounds.end,
+        ResetTo::Offset(offset) => offset,
+        ResetTo::Timestamp(_) => by_time.unwrap_or(bounds.end),
+        ResetTo::ShiftBy(by) => previous
+            .unwrap_or(bounds.earliest)
+            .saturating_add_signed(by),
+    };
+    wanted.clamp(bounds.earliest, bounds.end.max(bounds.earliest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_stay_within_the_queue() {
+        let bounds = QueueBounds {
+            earliest: 10,
+            end: 20,
+        };
+        for (to, by_time, previous, expected) in [
+            (ResetTo::Earliest, None, None, 10),
+            (ResetTo::Latest, None, None, 20),
+            (ResetTo::Offset(5), None, None, 10),
+            (ResetTo::Offset(15), None, None, 15),
+            (ResetTo::Offset(99), None, None, 20),
+            (ResetTo::Timestamp(1), Some(17), None, 17),
+            (ResetTo::ShiftBy(-3), None, Some(15), 12),
+            (ResetTo::ShiftBy(-100), None, Some(15), 10),
+            (ResetTo::ShiftBy(i64::MAX), None, Some(15), 20),
+            (ResetTo::ShiftBy(2), None, None, 12),
+        ] {
+            assert_eq!(target(to, by_time, previous, bounds), expected, "{to:?}");
+        }
+    }
+}

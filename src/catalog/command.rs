@@ -1,0 +1,78 @@
+//! What can be asked of the catalog, and what it answers.
+
+use quorate_raft::NodeId;
+use serde::{Deserialize, Serialize};
+
+use super::TopicId;
+use crate::broker::queue::QueueLimits;
+use crate::broker::{Backlog, FlushMode, Retention, TopicConfig};
+
+/// A change of the catalog. All are idempotent: asked twice, the second changes nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CatalogCommand {
+    /// The first command of a cluster's life.
+    Bootstrap {
+        cluster_id: String,
+        /// Node ids with the address of their peer listener.
+        nodes: Vec<(NodeId, String)>,
+        coordinators: u32,
+        limits: QueueLimits,
+    },
+    /// What a node says of itself at each start.
+    RegisterNode {
+        node: NodeId,
+        url: String,
+        peer_addr: String,
+        uuid: String,
+        version: String,
+    },
+    CreateTopic {
+        name: String,
+        /// `replicas` 0 means three, or as many as there are nodes.
+        config: TopicConfig,
+        /// Nodes that get replicas only when there are not enough others.
+        avoid: Vec<NodeId>,
+    },
+    UpdateTopic {
+        name: String,
+        change: TopicChange,
+        avoid: Vec<NodeId>,
+    },
+    DeleteTopic {
+        name: String,
+    },
+}
+
+/// [`crate::broker::TopicPatch`] in a form that can be stored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicChange {
+    pub queues: Option<u32>,
+    pub retention: Option<Retention>,
+    pub max_message_bytes: Option<u64>,
+    pub backlog: Option<Backlog>,
+    pub ttl_ms: Option<Option<u64>>,
+    pub flush: Option<FlushMode>,
+    pub hash_queues: Option<u32>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CatalogReply {
+    Done,
+    Created(TopicId),
+    /// A topic of that name and configuration was there.
+    Exists(TopicId),
+    /// A topic of that name was there, with another configuration.
+    Conflict,
+    NotFound,
+    NotEnoughNodes {
+        available: u32,
+        required: u32,
+    },
+    Invalid(String),
+    /// The catalog was not bootstrapped yet.
+    NotReady,
+    /// The node id belongs to another data directory.
+    OtherDisk {
+        known: String,
+    },
+}

@@ -1,0 +1,166 @@
+//! The command line: one file a subcommand, over the typed HTTP client in `client`.
+//!
+//! People get aligned tables, machines get the server's own JSON with `--json`. Every failure ends
+//! in one of the exit codes of `CliError::exit_code`, which scripts may rely on.
+
+mod bench;
+mod client;
+mod cluster;
+mod consume;
+mod error;
+mod group;
+mod out;
+mod produce;
+mod server;
+mod sse;
+#[cfg(test)]
+mod testing;
+mod topic;
+mod verify;
+mod wire;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use client::Client;
+use error::CliError;
+use out::Output;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  refused or failed; for `verify`: something acknowledged is missing or replicas differ
+  2  wrong usage
+  3  no node could be reached
+  4  not done, and worth trying again later (429, 503)
+  5  unknown: a write was sent and no answer tells whether it was stored";
+
+/// A replicated message log: every queue is a Raft group, every acknowledgement is on a majority's disks.
+#[derive(Debug, Parser)]
+#[command(name = "quorate", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// How to reach the cluster and how to print what it says.
+#[derive(Debug, Args)]
+struct Connection {
+    /// A node's URL; any node will do. Given several (repeated or with commas), the next one is
+    /// tried when a connection fails.
+    #[arg(
+        long = "url",
+        env = "QUORATE_URL",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:8081",
+        global = true
+    )]
+    urls: Vec<String>,
+    /// Print JSON for machines: one value a line.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a node.
+    Server(Box<crate::config::ServerArgs>),
+    /// Create, list, show, change and delete topics.
+    #[command(subcommand)]
+    Topic(topic::TopicCommand),
+    /// Store messages: arguments, files, or the lines of standard input.
+    Produce(produce::ProduceCommand),
+    /// Read messages, to the end or for ever.
+    Consume(consume::ConsumeCommand),
+    /// Look at and move what consumer groups have committed.
+    #[command(subcommand)]
+    Group(group::GroupCommand),
+    /// Nodes, leaders, and elections as they happen.
+    #[command(subcommand)]
+    Cluster(cluster::ClusterCommand),
+    /// Measure: closed-loop throughput and latency, or the gap a failover leaves.
+    Bench(bench::BenchCommand),
+    /// Prove that nothing acknowledged is missing and that all replicas are the same.
+    Verify(verify::VerifyCommand),
+}
+
+/// Parses the arguments, runs the command, prints what went wrong, and says it in the exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) | Err(CliError::OutputClosed) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", error.explain());
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), CliError> {
+    if let Command::Server(command) = cli.command {
+        return server::run(*command);
+    }
+    // A client has little to do at a time, and leaves the processors to the servers.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| CliError::io("start the runtime", source))?;
+    runtime.block_on(run_client(cli))
+}
+
+async fn run_client(cli: Cli) -> Result<(), CliError> {
+    let client = Client::new(&cli.connection.urls)?;
+    let out = Output::new(cli.connection.json);
+    match cli.command {
+        Command::Server(_) => Ok(()), // `run` has taken it
+        Command::Topic(command) => topic::run(&client, out, command).await,
+        Command::Produce(command) => produce::run(&client, out, command).await,
+        Command::Consume(command) => consume::run(&client, out, command).await,
+        Command::Group(command) => group::run(&client, out, command).await,
+        Command::Cluster(command) => cluster::run(&client, out, command).await,
+        Command::Bench(command) => bench::run(&client, out, command).await,
+        Command::Verify(command) => verify::run(&client, out, command).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn urls_can_be_repeated_and_separated_by_commas() {
+        let cli = Cli::try_parse_from([
+            "quorate",
+            "--url",
+            "http://a:1,http://b:2",
+            "--url",
+            "http://c:3",
+            "cluster",
+            "status",
+        ])
+        .unwrap();
+        assert_eq!(
+            cli.connection.urls,
+            ["http://a:1", "http://b:2", "http://c:3"]
+        );
+    }
+
+    #[test]
+    fn the_connection_flags_may_stand_after_the_subcommand() {
+        let cli =
+            Cli::try_parse_from(["quorate", "topic", "list", "--json", "--url", "http://a:1"])
+                .unwrap();
+        assert!(cli.connection.json);
+        assert_eq!(cli.connection.urls, ["http://a:1"]);
+    }
+}

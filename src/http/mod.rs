@@ -1,0 +1,213 @@
+//! The HTTP layer: parses and checks requests, asks the [`Broker`], renders answers.
+//!
+//! Invariants: nothing here knows Raft or files; every failure leaves as an RFC 9457 problem
+//! through [`error`]; nothing a client sends is ignored silently or kept without a bound.
+
+pub mod body;
+pub mod error;
+mod layers;
+pub mod limits;
+mod multi;
+mod path;
+mod query;
+pub mod server;
+mod sse;
+mod v1;
+mod write_timeout;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::middleware::{from_fn, from_fn_with_state};
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::OpenApi;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::broker::Broker;
+use crate::config::ServerConfig;
+use crate::metrics::Metrics;
+use limits::{ByteBudget, HttpLimits};
+
+pub use server::serve;
+
+/// What every handler can reach.
+#[derive(Debug, Clone)]
+pub struct HttpState {
+    pub broker: Arc<Broker>,
+    pub metrics: Arc<Metrics>,
+    pub limits: HttpLimits,
+    pub budget: ByteBudget,
+    /// Cancelled when the node begins to stop: long polls and streams then end.
+    pub shutdown: CancellationToken,
+    /// Replicas of a topic whose creator doesn't say.
+    pub default_replicas: u32,
+    /// No topic may allow larger messages.
+    pub max_message_bytes: u64,
+    /// Pause of an event stream after which it shows that it lives.
+    pub ping_interval: Duration,
+}
+
+impl HttpState {
+    pub fn new(
+        broker: Arc<Broker>,
+        metrics: Arc<Metrics>,
+        config: &ServerConfig,
+        shutdown: CancellationToken,
+    ) -> Self {
+        let limits = HttpLimits::from(&config.http);
+        Self {
+            broker,
+            metrics,
+            budget: ByteBudget::new(limits.max_inflight_bytes),
+            limits,
+            shutdown,
+            default_replicas: config.default_replicas(),
+            max_message_bytes: config.limits.max_message_bytes,
+            ping_interval: Duration::from_secs(15),
+        }
+    }
+}
+
+#[derive(Debug, OpenApi)]
+#[openapi(info(
+    title = "Quorate",
+    description = "A replicated message log: every queue is a Raft group, every acknowledgement is on a majority's disks."
+))]
+struct ApiDoc;
+
+fn routes() -> OpenApiRouter<HttpState> {
+    OpenApiRouter::with_openapi(ApiDoc::openapi())
+        .routes(routes!(v1::topics::create, v1::topics::list))
+        .routes(routes!(
+            v1::topics::get,
+            v1::topics::update,
+            v1::topics::delete
+        ))
+        .routes(routes!(v1::produce::produce))
+        .routes(routes!(v1::produce::register_producer))
+        .routes(routes!(v1::consume::fetch))
+        .routes(routes!(v1::consume::fetch_many))
+        .routes(routes!(v1::consume::offset_at))
+        .routes(routes!(v1::offsets::commit, v1::offsets::list))
+        .routes(routes!(v1::offsets::reset))
+        .routes(routes!(v1::cluster::describe))
+        .routes(routes!(v1::cluster::events))
+        .routes(routes!(v1::cluster::transfer_leader))
+        .routes(routes!(v1::health::live))
+        .routes(routes!(v1::health::ready))
+        .routes(routes!(v1::health::metrics))
+        .routes(routes!(v1::health::openapi))
+}
+
+/// The reference, as generated from the handlers.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    routes().into_openapi()
+}
+
+/// The whole API over one broker.
+pub fn router(state: HttpState) -> Router {
+    let (router, _) = routes().split_for_parts();
+    router
+        .fallback(layers::unknown_route)
+        .method_not_allowed_fallback(layers::method_not_allowed)
+        .layer(CatchPanicLayer::custom(layers::panicked))
+        .layer(from_fn(error::render))
+        .layer(from_fn_with_state(state.clone(), layers::observe))
+        .with_state(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_has_every_endpoint_of_the_contract() {
+        let reference = serde_json::to_value(openapi()).unwrap();
+        let paths = reference["paths"].as_object().unwrap();
+        let mut found: Vec<String> = paths
+            .iter()
+            .flat_map(|(path, item)| {
+                let methods = item.as_object().unwrap().keys();
+                methods.map(move |method| format!("{} {path}", method.to_uppercase()))
+            })
+            .collect();
+        found.sort();
+        let expected = [
+            "DELETE /v1/topics/{topic}",
+            "GET /health/live",
+            "GET /health/ready",
+            "GET /metrics",
+            "GET /openapi.json",
+            "GET /v1/cluster",
+            "GET /v1/cluster/events",
+            "GET /v1/groups/{group}/offsets",
+            "GET /v1/topics",
+            "GET /v1/topics/{topic}",
+            "GET /v1/topics/{topic}/queues/{queue}/messages",
+            "GET /v1/topics/{topic}/queues/{queue}/offset",
+            "PATCH /v1/topics/{topic}",
+            "POST /v1/fetch",
+            "POST /v1/groups/{group}/offsets/reset",
+            "POST /v1/producers",
+            "POST /v1/topics",
+            "POST /v1/topics/{topic}/messages",
+            "POST /v1/topics/{topic}/queues/{queue}/leader",
+            "PUT /v1/groups/{group}/offsets",
+        ];
+        assert_eq!(found, expected);
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_answer_and_the_node_goes_on() {
+        use axum::routing::post;
+        use tower::ServiceExt;
+
+        async fn broken() {
+            panic!("a bug");
+        }
+        let app: Router = Router::new()
+            .route("/broken", post(broken))
+            .layer(CatchPanicLayer::custom(layers::panicked))
+            .layer(from_fn(error::render));
+        for _ in 0..2 {
+            let request = axum::http::Request::post("/broken").body(axum::body::Body::empty());
+            let response = app.clone().oneshot(request.unwrap()).await.unwrap();
+            assert_eq!(response.status(), 500);
+            let body = axum::body::to_bytes(response.into_body(), 1 << 16)
+                .await
+                .unwrap();
+            let problem: serde_json::Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(problem["code"], "internal");
+            assert_eq!(problem["outcome"], "unknown");
+            assert!(!problem.to_string().contains("a bug"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn the_reference_describes_bodies_and_problems() {
+        let reference = serde_json::to_value(openapi()).unwrap();
+        let schemas = &reference["components"]["schemas"];
+        for (schema, field) in [
+            ("CreateTopic", "queues"),
+            ("MessageBody", "value_base64"),
+            ("Problem", "retryable"),
+            ("FetchAnswer", "next_offset"),
+            ("CommitBody", "allow_rewind"),
+            ("ClusterBody", "nodes"),
+        ] {
+            assert!(
+                schemas[schema]["properties"][field].is_object(),
+                "{schema}.{field}"
+            );
+        }
+        // Every reference inside the document leads somewhere.
+        let text = reference.to_string();
+        for name in text.split("#/components/schemas/").skip(1) {
+            let name = name.split('"').next().unwrap();
+            assert!(schemas[name].is_object(), "{name} is missing");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! A live stream of one queue's messages as server-sent events: `id` is the offset, so that a
+//! client that comes back with `Last-Event-ID` goes on where it was.
+//!
+//! The stream is pulled: a slow client makes fewer fetches, never a longer buffer.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::stream;
+use tokio::time::Instant;
+
+use super::query::{Encoding, Fetch};
+use super::render::{MessageOut, value_bytes};
+use crate::broker::{BrokerError, FetchAnswer, FetchRequest, StartAt};
+use crate::http::HttpState;
+use crate::http::error::ApiError;
+use crate::http::limits::BudgetShare;
+use crate::http::sse;
+
+/// Pause before a stream that lost its leader asks again.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+struct Live {
+    state: HttpState,
+    request: FetchRequest,
+    encoding: Encoding,
+    ready: VecDeque<Bytes>,
+    last_sign: Instant,
+    ended: bool,
+}
+
+/// Events that count against the budget until they are sent.
+struct Charged {
+    events: Vec<u8>,
+    _share: BudgetShare,
+}
+
+impl AsRef<[u8]> for Charged {
+    fn as_ref(&self) -> &[u8] {
+        &self.events
+    }
+}
+
+/// Begins a stream. What is wrong from the start is still an ordinary error with its status.
+pub async fn response(
+    state: HttpState,
+    fetch: Fetch,
+    last_event_id: Option<u64>,
+) -> Result<Response, ApiError> {
+    let mut request = fetch.request;
+    if let Some(last) = last_event_id {
+        request.start = StartAt::Offset(last.saturating_add(1));
+    }
+    request.wait_ms = 0;
+    let first = state.broker.fetch(request.clone()).await?;
+    let mut live = Live {
+        last_sign: Instant::now(),
+        state,
+        request,
+        encoding: fetch.encoding,
+        ready: VecDeque::new(),
+        ended: false,
+    };
+    if !live.take(&first) {
+        return Err(ApiError::overloaded(
+            "too many bytes of requests and answers are in memory",
+        ));
+    }
+    // Long enough to cost little, short enough that a leader's end is noticed between two.
+    live.request.wait_ms = u64::try_from(live.state.ping_interval.as_millis()).unwrap_or(15_000);
+    let events = stream::unfold(live, |mut live| async move {
+        let piece = live.next().await?;
+        Some((piece, live))
+    });
+    Ok(sse::response(events))
+}
+
+impl Live {
+    /// Turns an answer into events and moves on past it; false, and nothing done, while the memory
+    /// for answers is used up.
+    fn take(&mut self, answer: &FetchAnswer) -> bool {
+        let bytes = value_bytes(&answer.messages);
+        let capacity = bytes * 9 / 8 + answer.messages.len() * 224;
+        let mut share = BudgetShare::default();
+        if !self.state.budget.take(&mut share, capacity) {
+            return false;
+        }
+        self.request.start = StartAt::Offset(answer.next_offset);
+        if answer.messages.is_empty() {
+            return true;
+        }
+        let metrics = &self.state.metrics;
+        metrics.observe_fetch(None, answer.messages.len() as u64, bytes as u64);
+        let mut events = Vec::with_capacity(capacity);
+        for message in &answer.messages {
+            let out = MessageOut {
+                message,
+                encoding: self.encoding,
+            };
+            sse::write_event(&mut events, Some(message.offset), None, &out);
+        }
+        self.ready.push_back(Bytes::from_owner(Charged {
+            events,
+            _share: share,
+        }));
+        true
+    }
+
+    /// The next piece to send; None when the stream is over.
+    async fn next(&mut self) -> Option<Bytes> {
+        while !self.ended {
+            if let Some(piece) = self.ready.pop_front() {
+                self.last_sign = Instant::now();
+                return Some(piece);
+            }
+            let ping_at = self.last_sign + self.state.ping_interval;
+            let shutdown = self.state.shutdown.clone();
+            tokio::select! {
+                () = shutdown.cancelled() => self.ended = true,
+                () = tokio::time::sleep_until(ping_at) => {
+                    self.ready.push_back(Bytes::from_static(sse::PING));
+                }
+                answer = self.state.broker.fetch(self.request.clone()) => match answer {
+                    Ok(answer) => if !self.take(&answer) {
+                        pause_until(ping_at).await;
+                    },
+                    // Between two leaders: the stream waits, pings go on.
+                    Err(error) if waits(&error) => pause_until(ping_at).await,
+                    Err(error) => {
+                        self.ended = true;
+                        return Some(sse::error_event(&error.into()));
+                    }
+                },
+            }
+        }
+        None
+    }
+}
+
+fn waits(error: &BrokerError) -> bool {
+    error.retryable() && !matches!(error, BrokerError::ShuttingDown)
+}
+
+async fn pause_until(ping_at: Instant) {
+    tokio::time::sleep_until(ping_at.min(Instant::now() + RETRY_PAUSE)).await;
+}

@@ -1,0 +1,90 @@
+//! Produce answers: one result per message, in request order.
+
+use axum::response::Response;
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::broker::{BrokerError, Durability, ProduceAnswer, Stored};
+use crate::http::error::Problem;
+use crate::http::multi::{Nothing, respond};
+
+/// Where a message was stored.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct StoredBody<'a> {
+    queue: u32,
+    /// Null while the message is not visible yet.
+    offset: Option<u64>,
+    /// Opaque and unique for ever.
+    message_id: &'a str,
+}
+
+impl<'a> From<&'a Stored> for StoredBody<'a> {
+    fn from(stored: &'a Stored) -> Self {
+        Self {
+            queue: stored.queue,
+            offset: stored.offset,
+            message_id: &stored.message_id,
+        }
+    }
+}
+
+/// The answer to a produce request; failed entries are `{"error": {problem}}`.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = ProduceAnswer)]
+pub struct ProduceAnswerBody<'a> {
+    results: Vec<StoredBody<'a>>,
+    /// `majority_fsync` or `majority_written`.
+    durability: &'static str,
+}
+
+#[derive(Debug, Serialize)]
+struct Extra {
+    durability: &'static str,
+}
+
+pub fn response(answer: &ProduceAnswer) -> Response {
+    let parts = answer.results.iter().map(|result| match result {
+        Ok(stored) => Ok(StoredBody::from(stored)),
+        Err(error) => Err((Nothing {}, error.clone())),
+    });
+    respond(
+        parts,
+        Extra {
+            durability: answer.durability.as_str(),
+        },
+        true,
+    )
+}
+
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+enum Line<'a> {
+    Stored {
+        #[serde(flatten)]
+        stored: StoredBody<'a>,
+        durability: &'static str,
+    },
+    Failed {
+        error: Box<Problem>,
+    },
+}
+
+/// Appends one ndjson line.
+pub fn write_line(
+    buffer: &mut Vec<u8>,
+    result: Result<&Stored, &BrokerError>,
+    durability: Durability,
+) {
+    let line = match result {
+        Ok(stored) => Line::Stored {
+            stored: StoredBody::from(stored),
+            durability: durability.as_str(),
+        },
+        Err(error) => Line::Failed {
+            error: Box::new(Problem::new(&error.clone().into(), true)),
+        },
+    };
+    // A Vec takes everything and the types have string keys: this cannot fail.
+    let _ = serde_json::to_writer(&mut *buffer, &line);
+    buffer.push(b'\n');
+}

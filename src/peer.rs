@@ -1,0 +1,204 @@
+//! What brokers ask each other over the link between nodes.
+//!
+//! The first byte is the version of these messages. Asking is safe to repeat where nothing is
+//! written; a write's answer says whether anybody took it.
+
+use std::sync::{Arc, OnceLock, Weak};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use quorate_raft::{NodeId, PeerService};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::broker::queue::BatchOutcome;
+use crate::broker::{Broker, BrokerError, StartAt};
+use crate::coordinator::QueueOffset;
+
+const VERSION: u8 = 1;
+
+/// One batch on its way to the leader of its queue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewBatch {
+    pub key: [u8; 16],
+    pub fingerprint: u64,
+    pub batch: Bytes,
+}
+
+/// A read of one queue's stored batches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadRequest {
+    pub group: u64,
+    pub start: StartAt,
+    pub max_messages: u64,
+    pub max_bytes: u64,
+    pub wait_ms: u64,
+    /// Only what this node has applied, without proof of leadership.
+    pub stale: bool,
+}
+
+/// A stored batch as it lies in the commit log, with what apply gave it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredBatch {
+    pub place: crate::broker::queue::Place,
+    pub timestamp_ms: u64,
+    /// Base offset 0.
+    pub batch: Bytes,
+}
+
+/// Consecutive batches of one queue. The first may begin before `start`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slice {
+    /// The offset asked for, once "latest" and the like are resolved.
+    pub start: u64,
+    pub batches: Vec<StoredBatch>,
+    pub earliest: u64,
+    pub end: u64,
+}
+
+/// What a node with a replica knows of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupView {
+    pub leader: Option<NodeId>,
+    pub term: u64,
+    /// Of the leader: the nodes whose replica is close behind. Empty elsewhere.
+    pub in_sync: Vec<NodeId>,
+    pub earliest: u64,
+    pub end: u64,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum PeerRequest {
+    Produce {
+        group: u64,
+        batches: Vec<NewBatch>,
+        timeout_ms: u64,
+    },
+    /// A command for the state machine of a group that the other node leads.
+    Propose {
+        group: u64,
+        body: Bytes,
+        timeout_ms: u64,
+    },
+    Read(ReadRequest),
+    /// The first offset at or after a time, proved; the end if there is none.
+    OffsetAt {
+        group: u64,
+        timestamp_ms: u64,
+    },
+    Describe {
+        groups: Vec<u64>,
+    },
+    GroupOffsets {
+        coordinator: u32,
+        consumer_group: String,
+    },
+    TransferLeader {
+        group: u64,
+        to: NodeId,
+    },
+}
+
+/// Why the other node did not do it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+pub enum PeerError {
+    /// Nobody took it: ask the leader.
+    #[error("that node does not lead the group")]
+    NotLeader { leader: Option<NodeId> },
+    /// That node has no open replica of the group.
+    #[error("that node has no open replica of the group")]
+    NotHere,
+    #[error(transparent)]
+    Broker(BrokerError),
+}
+
+pub type PeerResult<T> = Result<T, PeerError>;
+
+/// Writes a request or an answer.
+pub(crate) fn encode<T: Serialize>(message: &T) -> Bytes {
+    // Plain data into memory: there is no way to fail.
+    let bytes = postcard::to_extend(message, vec![VERSION]).unwrap_or_default();
+    Bytes::from(bytes)
+}
+
+/// Reads a request or an answer. The text says what is wrong with it.
+pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+    match bytes.split_first() {
+        Some((&VERSION, rest)) => postcard::from_bytes(rest).map_err(|e| e.to_string()),
+        Some((version, _)) => Err(format!("peer message version {version} is not known")),
+        None => Err("the peer message is empty".to_owned()),
+    }
+}
+
+/// The broker's side of the link. Requests that come before the broker is there are refused.
+#[derive(Debug, Default)]
+pub struct BrokerService {
+    broker: OnceLock<Weak<Broker>>,
+}
+
+impl BrokerService {
+    /// From now on requests go to `broker`. Only the first call counts.
+    pub fn connect(&self, broker: &Arc<Broker>) {
+        self.broker.set(Arc::downgrade(broker)).ok();
+    }
+}
+
+impl PeerService for BrokerService {
+    fn call(&self, _from: NodeId, body: Bytes) -> BoxFuture<'static, Bytes> {
+        let broker = self.broker.get().and_then(Weak::upgrade);
+        Box::pin(async move {
+            let Some(broker) = broker else {
+                return encode(&PeerResult::<()>::Err(PeerError::NotHere));
+            };
+            match decode::<PeerRequest>(&body) {
+                Ok(request) => serve(&broker, request).await,
+                Err(reason) => {
+                    let error = BrokerError::Internal(reason);
+                    encode(&PeerResult::<()>::Err(PeerError::Broker(error)))
+                }
+            }
+        })
+    }
+}
+
+async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
+    use std::time::Duration;
+    match request {
+        PeerRequest::Produce {
+            group,
+            batches,
+            timeout_ms,
+        } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            let answer: PeerResult<Vec<BatchOutcome>> =
+                broker.produce_here(group, batches, timeout).await;
+            encode(&answer)
+        }
+        PeerRequest::Propose {
+            group,
+            body,
+            timeout_ms,
+        } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            encode(&broker.propose_here(group, body, timeout).await)
+        }
+        PeerRequest::Read(request) => encode(&broker.read_here(&request).await),
+        PeerRequest::OffsetAt {
+            group,
+            timestamp_ms,
+        } => encode(&broker.offset_at_here(group, timestamp_ms).await),
+        PeerRequest::Describe { groups } => encode(&PeerResult::Ok(broker.describe_here(&groups))),
+        PeerRequest::GroupOffsets {
+            coordinator,
+            consumer_group,
+        } => {
+            let answer: PeerResult<Vec<QueueOffset>> = broker
+                .group_offsets_here(coordinator, &consumer_group)
+                .await;
+            encode(&answer)
+        }
+        PeerRequest::TransferLeader { group, to } => {
+            encode(&broker.transfer_leader_here(group, to).await)
+        }
+    }
+}

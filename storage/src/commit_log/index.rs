@@ -1,0 +1,261 @@
+//! Where a group's written entries are: Raft index to segment and byte.
+//!
+//! [`Written`] is the group as of the last frame encoded, in the order of the one stream of frames. It
+//! lags behind what callers see by what is queued; everything newer is in the tail cache. Sealed
+//! segments are spans that point into a sidecar file, so memory grows with segments, not with entries.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::frame::Content;
+use super::part::{EntryRef, GroupPart};
+use super::segment::Segment;
+use super::sidecar::RECORD_BYTES;
+use crate::{LogId, RaftGroupId, Vote};
+
+/// A run of consecutive live entries in one sealed segment.
+#[derive(Debug, Clone)]
+pub(super) struct Span {
+    pub segment: Arc<Segment>,
+    pub first: u64,
+    /// Inclusive.
+    pub last: u64,
+    pub records: Records,
+}
+
+/// Where the positions of a span's entries are.
+#[derive(Debug, Clone)]
+pub(super) enum Records {
+    /// Until the sidecar is durable.
+    Memory(Arc<GroupPart>),
+    /// Byte in the sidecar of the record of Raft index `first`.
+    Sidecar { at: u64, first: u64 },
+}
+
+/// Entries next to each other, as found for a reader.
+#[derive(Debug)]
+pub(super) enum Run {
+    Refs(Arc<Segment>, Vec<EntryRef>),
+    /// `count` records from byte `at` of the segment's sidecar.
+    Records {
+        segment: Arc<Segment>,
+        at: u64,
+        count: usize,
+    },
+}
+
+/// One group as of the last frame encoded.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    pub vote: Option<(Vote, u64)>,
+    pub purged: Option<(LogId, u64)>,
+    pub last: Option<LogId>,
+    spans: VecDeque<Span>,
+    active: GroupPart,
+    /// The segment `active` is about; none while the group has no frame in the active segment.
+    active_segment: Option<Arc<Segment>>,
+}
+
+impl Written {
+    /// Takes in the next frame of the group. True when it is the group's first one in `segment`.
+    pub fn apply(
+        &mut self,
+        content: &Content,
+        segment: &Arc<Segment>,
+        position: u64,
+        length: u32,
+    ) -> Result<bool, &'static str> {
+        let new = self.active_segment.is_none();
+        if new {
+            self.active_segment = Some(segment.clone());
+        }
+        let offset = (position - segment.base) as u32;
+        self.active.apply(content, position, offset, length)?;
+        match *content {
+            Content::Entry { log_id, .. } => {
+                self.cut_spans(log_id.index);
+                self.last = Some(log_id);
+            }
+            Content::Vote(vote) => self.vote = Some((vote, position)),
+            Content::Truncate { from, kept } => {
+                self.cut_spans(from);
+                self.last = kept;
+            }
+            Content::Purge(upto) => self.purge(upto, position),
+            Content::Remove => {
+                self.vote = None;
+                self.purged = None;
+                self.last = None;
+                self.spans.clear();
+            }
+            Content::Relocated { .. } | Content::Mark { .. } => {}
+        }
+        Ok(new)
+    }
+
+    /// Takes in a whole segment's effect; used by recovery, segment by segment. `own` is the run of
+    /// entries the part itself holds.
+    pub fn absorb(&mut self, part: &GroupPart, own: Option<Span>) {
+        if part.removed {
+            *self = Self::default();
+        }
+        self.cut_spans(part.cut_from);
+        if let Some(vote) = part.vote {
+            self.vote = Some(vote);
+        }
+        if let Some(last) = part.last {
+            self.last = last;
+        }
+        if let Some((upto, position)) = part.purged {
+            self.purge(upto, position);
+        }
+        self.spans.extend(own);
+    }
+
+    /// Takes in the part of the segment that will be written on.
+    pub fn absorb_active(&mut self, part: GroupPart, segment: &Arc<Segment>) {
+        self.absorb(&part, None);
+        self.active = part;
+        self.active_segment = Some(segment.clone());
+    }
+
+    /// Raft index of the first live entry.
+    pub fn first(&self) -> Option<u64> {
+        let active = (!self.active.entries.is_empty()).then_some(self.active.first);
+        self.spans.front().map(|span| span.first).or(active)
+    }
+
+    /// Ends the active segment: its part becomes a span and is handed out for the sidecar.
+    pub fn seal(&mut self) -> Option<Arc<GroupPart>> {
+        let segment = self.active_segment.take()?;
+        let part = Arc::new(std::mem::take(&mut self.active));
+        self.spans.extend(memory_span(&segment, &part));
+        Some(part)
+    }
+
+    /// From now on the positions in `segment` are read from its sidecar.
+    pub fn sidecar_is_durable(&mut self, segment: &Segment, at: u64, first: u64) {
+        if let Some(span) = self
+            .spans
+            .iter_mut()
+            .find(|span| span.segment.base == segment.base)
+        {
+            span.records = Records::Sidecar { at, first };
+        }
+    }
+
+    /// Finds `index` and up to `limit` entries behind it that are in the same place.
+    pub fn find(&self, index: u64, limit: usize) -> Option<Run> {
+        if let Some(segment) = &self.active_segment
+            && !self.active.entries.is_empty()
+            && index >= self.active.first
+        {
+            let refs = refs_from(&self.active, index, u64::MAX, limit);
+            return (!refs.is_empty()).then(|| Run::Refs(segment.clone(), refs));
+        }
+        let after = self.spans.partition_point(|span| span.first <= index);
+        let span = self.spans.get(after.checked_sub(1)?)?;
+        if index > span.last {
+            return None;
+        }
+        match &span.records {
+            Records::Memory(part) => Some(Run::Refs(
+                span.segment.clone(),
+                refs_from(part, index, span.last, limit),
+            )),
+            Records::Sidecar { at, first } => Some(Run::Records {
+                segment: span.segment.clone(),
+                at: at + (index - first) * RECORD_BYTES,
+                count: limit.min((span.last - index + 1) as usize),
+            }),
+        }
+    }
+
+    /// True when an entry, the vote or the purge of this group lies in the segment.
+    pub fn lives_in(&self, segment: &Segment) -> Live {
+        let inside = |position: u64| (segment.base..segment.end()).contains(&position);
+        Live {
+            entries: self
+                .spans
+                .iter()
+                .any(|span| span.segment.base == segment.base),
+            small: self.vote.is_some_and(|(_, at)| inside(at))
+                || self.purged.is_some_and(|(_, at)| inside(at)),
+        }
+    }
+
+    /// Whether the runs of entries are without holes up to `last`; what is wrong, if not.
+    pub fn check(&self, group: RaftGroupId) -> Result<(), String> {
+        let mut next = self.purged.map(|(upto, _)| upto.index + 1);
+        let active = (!self.active.entries.is_empty()).then(|| {
+            let first = self.active.first;
+            (first, first + self.active.entries.len() as u64 - 1)
+        });
+        let runs = self.spans.iter().map(|span| (span.first, span.last));
+        for (first, last) in runs.chain(active) {
+            if next.is_some_and(|next| next != first) {
+                return Err(format!(
+                    "entries of {group} before index {first} are missing"
+                ));
+            }
+            next = Some(last + 1);
+        }
+        if next != self.last.map(|last| last.index + 1) {
+            return Err(format!("the last entries of {group} are missing"));
+        }
+        Ok(())
+    }
+
+    fn purge(&mut self, upto: LogId, position: u64) {
+        self.purged = Some((upto, position));
+        while let Some(front) = self.spans.front_mut() {
+            if front.last > upto.index {
+                front.first = front.first.max(upto.index + 1);
+                break;
+            }
+            self.spans.pop_front();
+        }
+        if self.last.is_none_or(|last| last.index < upto.index) {
+            self.last = Some(upto);
+        }
+    }
+
+    fn cut_spans(&mut self, from: u64) {
+        while let Some(back) = self.spans.back_mut() {
+            if back.first < from {
+                back.last = back.last.min(from - 1);
+                break;
+            }
+            self.spans.pop_back();
+        }
+    }
+}
+
+/// What of a group keeps a segment alive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Live {
+    pub entries: bool,
+    /// Its vote or its purge: can be written again at the head.
+    pub small: bool,
+}
+
+/// The span of a part whose sidecar is not there yet; none without entries.
+pub(super) fn memory_span(segment: &Arc<Segment>, part: &Arc<GroupPart>) -> Option<Span> {
+    let count = part.entries.len() as u64;
+    (count > 0).then(|| Span {
+        segment: segment.clone(),
+        first: part.first,
+        last: part.first + count - 1,
+        records: Records::Memory(part.clone()),
+    })
+}
+
+fn refs_from(part: &GroupPart, index: u64, last: u64, limit: usize) -> Vec<EntryRef> {
+    let Some(skip) = index.checked_sub(part.first) else {
+        return Vec::new();
+    };
+    let count = limit.min((last - index).saturating_add(1) as usize);
+    let skip = part.entries.len().min(skip as usize);
+    let end = part.entries.len().min(skip.saturating_add(count));
+    part.entries.range(skip..end).copied().collect()
+}

@@ -1,0 +1,69 @@
+//! Creating and replacing small files so that a crash leaves the old one or the new one.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::StorageError;
+use crate::vfs::Vfs;
+
+/// Suffix of files that are being written and mean nothing yet.
+pub(crate) const TEMP_SUFFIX: &str = ".tmp";
+
+/// Creates `dir` with all its parents, and makes their directory entries durable.
+///
+/// An entry counts only after an fsync of the directory that holds it. The last one is synced
+/// even if `dir` exists: a process that died may have created it without getting that far.
+pub(crate) fn create_dirs(vfs: &dyn Vfs, dir: &Path) -> Result<(), StorageError> {
+    let mut holders = vec![parent(dir)];
+    while let Some(holder) = holders.last() {
+        let exists = vfs
+            .exists(holder)
+            .map_err(|e| StorageError::io("look up", holder, e))?;
+        if exists {
+            break;
+        }
+        holders.push(parent(holder));
+    }
+    vfs.create_dir_all(dir)
+        .map_err(|e| StorageError::io("create directory", dir, e))?;
+    for holder in holders.iter().rev() {
+        sync_dir(vfs, holder)?;
+    }
+    Ok(())
+}
+
+/// Puts the finished, fsynced file `temp` in the place of `path`, durably.
+pub(crate) fn publish(vfs: &dyn Vfs, temp: &Path, path: &Path) -> Result<(), StorageError> {
+    vfs.rename(temp, path)
+        .map_err(|e| StorageError::io("rename", path, e))?;
+    sync_dir(vfs, &parent(path))
+}
+
+pub(crate) fn sync_dir(vfs: &dyn Vfs, dir: &Path) -> Result<(), StorageError> {
+    vfs.sync_dir(dir)
+        .map_err(|e| StorageError::io("fsync directory", dir, e))
+}
+
+/// Removes a file; one that isn't there is fine. Not durable until the directory is synced.
+pub(crate) fn remove_if_present(vfs: &dyn Vfs, path: &Path) -> Result<(), StorageError> {
+    match vfs.remove(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StorageError::io("remove", path, e)),
+        _ => Ok(()),
+    }
+}
+
+/// `path` with `suffix` added to its last component.
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
+
+/// The directory that holds `path`; `.` for a bare relative name.
+pub(crate) fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => PathBuf::from("."),
+        Some(parent) => parent.to_path_buf(),
+        None => path.to_path_buf(),
+    }
+}

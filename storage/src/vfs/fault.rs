@@ -1,0 +1,510 @@
+//! A file system in memory that knows what was synced, can lose the rest, and can fail on demand.
+//!
+//! The model is harsher than a disk: a write without fsync may survive in any part and any order, a
+//! name without fsync of its directory may vanish, and after a failed fsync the bytes it was about are
+//! never written, though they stay readable until the crash (as with Linux's page cache).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::{Vfs, VfsFile};
+
+/// Writes are torn at multiples of this.
+const SECTOR: usize = 512;
+
+/// The kinds of operation that can be counted and made to fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Operation {
+    Open,
+    Create,
+    Read,
+    Write,
+    /// `sync_data` and `sync_all`.
+    Sync,
+    /// `set_len` and `allocate`.
+    Resize,
+    Rename,
+    Remove,
+    SyncDir,
+}
+
+/// See the module. Clones are the same file system.
+#[derive(Debug, Clone, Default)]
+pub struct FaultVfs {
+    disk: Arc<Mutex<Disk>>,
+}
+
+#[derive(Debug)]
+struct Disk {
+    files: Vec<FileData>,
+    names: BTreeMap<PathBuf, usize>,
+    durable_names: BTreeMap<PathBuf, usize>,
+    /// Changes of names since the last fsync of their directory, in order.
+    renamings: Vec<Renaming>,
+    dirs: BTreeSet<PathBuf>,
+    counts: BTreeMap<Operation, u64>,
+    /// Calls that may change something, in all.
+    changes: u64,
+    failing: Vec<(Operation, u64, io::ErrorKind)>,
+    halt_at: Option<u64>,
+    free_space: u64,
+}
+
+impl Default for Disk {
+    fn default() -> Self {
+        Self {
+            files: Vec::new(),
+            names: BTreeMap::new(),
+            durable_names: BTreeMap::new(),
+            renamings: Vec::new(),
+            dirs: BTreeSet::new(),
+            counts: BTreeMap::new(),
+            changes: 0,
+            failing: Vec::new(),
+            halt_at: None,
+            free_space: u64::MAX,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct FileData {
+    /// What reads see.
+    live: Vec<u8>,
+    /// What is on the medium.
+    durable: Vec<u8>,
+    /// The way from `durable` to `live`, as far as a sync can still bring it there.
+    pending: Vec<Change>,
+}
+
+#[derive(Debug, Clone)]
+enum Change {
+    Write { at: usize, bytes: Vec<u8> },
+    SetLen(usize),
+}
+
+#[derive(Debug, Clone)]
+enum Renaming {
+    Add(PathBuf, usize),
+    Remove(PathBuf),
+    Move(PathBuf, PathBuf),
+}
+
+impl FaultVfs {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes the `nth` next operation of a kind fail (1 is the very next).
+    pub fn fail_nth(&self, operation: Operation, nth: u64, kind: io::ErrorKind) {
+        let mut disk = self.disk.lock();
+        let at = disk.counts.get(&operation).copied().unwrap_or(0) + nth;
+        disk.failing.push((operation, at, kind));
+    }
+
+    /// The power goes after `count` more operations that change something: every later operation of
+    /// any kind fails and changes nothing.
+    pub fn halt_after(&self, count: u64) {
+        let mut disk = self.disk.lock();
+        disk.halt_at = Some(disk.changes + count);
+    }
+
+    /// How many operations of a kind were asked for.
+    pub fn count(&self, operation: Operation) -> u64 {
+        self.disk
+            .lock()
+            .counts
+            .get(&operation)
+            .copied()
+            .unwrap_or(0)
+    }
+
+    /// Calls so far that change something.
+    pub fn changes(&self) -> u64 {
+        self.disk.lock().changes
+    }
+
+    pub fn set_free_space(&self, bytes: u64) {
+        self.disk.lock().free_space = bytes;
+    }
+
+    /// What a machine finds that loses its power now: everything synced, and of the rest what the seed
+    /// says. This file system goes on as it was.
+    pub fn crash(&self, seed: u64) -> Self {
+        let mut rng = SplitMix(seed);
+        let disk = self.disk.lock();
+        let files = disk.files.iter().map(|file| file.after_crash(&mut rng));
+        let files = files.collect();
+        let percent = match rng.below(3) {
+            0 => 0,
+            1 => 100,
+            _ => 10 + rng.below(85),
+        };
+        let mut names = disk.durable_names.clone();
+        // Changes of different names may survive in any order, those of one name only in theirs.
+        let mut lost: BTreeSet<&Path> = BTreeSet::new();
+        for renaming in &disk.renamings {
+            let touched = renaming.names();
+            if rng.below(100) < percent && touched.iter().all(|name| !lost.contains(name)) {
+                renaming.apply(&mut names);
+            } else {
+                lost.extend(touched);
+            }
+        }
+        Self::booted(files, names, &disk)
+    }
+
+    /// What the next process finds after this one was killed: everything written, synced or not.
+    /// What was not synced is still not synced.
+    pub fn kill(&self) -> Self {
+        let disk = self.disk.lock();
+        let files = disk.files.iter().map(FileData::as_it_is).collect();
+        let other = Self::booted(files, disk.durable_names.clone(), &disk);
+        {
+            let mut next = other.disk.lock();
+            next.names = disk.names.clone();
+            next.renamings = disk.renamings.clone();
+        }
+        other
+    }
+
+    fn booted(files: Vec<FileData>, names: BTreeMap<PathBuf, usize>, old: &Disk) -> Self {
+        Self {
+            disk: Arc::new(Mutex::new(Disk {
+                files,
+                names: names.clone(),
+                durable_names: names,
+                dirs: old.dirs.clone(),
+                free_space: old.free_space,
+                ..Disk::default()
+            })),
+        }
+    }
+
+    /// Flips bits of a file, on the medium too: `bytes[at] ^= with`.
+    pub fn corrupt(&self, path: &Path, at: usize, with: u8) {
+        let mut disk = self.disk.lock();
+        if let Some(file) = disk.names.get(path).copied() {
+            let file = &mut disk.files[file];
+            for bytes in [&mut file.live, &mut file.durable] {
+                if let Some(byte) = bytes.get_mut(at) {
+                    *byte ^= with;
+                }
+            }
+        }
+    }
+
+    /// The bytes of a file as reads see them.
+    pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
+        let disk = self.disk.lock();
+        let file = disk.names.get(path)?;
+        Some(disk.files[*file].live.clone())
+    }
+}
+
+impl FileData {
+    fn as_it_is(&self) -> Self {
+        Self {
+            live: self.live.clone(),
+            durable: self.durable.clone(),
+            pending: self.pending.clone(),
+        }
+    }
+
+    fn change(&mut self, change: Change) {
+        change.apply(&mut self.live);
+        self.pending.push(change);
+    }
+
+    fn sync(&mut self) {
+        for change in self.pending.drain(..) {
+            change.apply(&mut self.durable);
+        }
+    }
+
+    fn after_crash(&self, rng: &mut SplitMix) -> Self {
+        let mut bytes = self.durable.clone();
+        let all = &self.pending[..];
+        match rng.below(4) {
+            0 => {}
+            1 => all.iter().for_each(|change| change.apply(&mut bytes)),
+            2 => {
+                // A prefix, the last write torn at any byte.
+                let kept = rng.below(all.len() as u64 + 1) as usize;
+                all[..kept].iter().for_each(|c| c.apply(&mut bytes));
+                if let Some(Change::Write { at, bytes: torn }) = all.get(kept) {
+                    let torn = &torn[..rng.below(torn.len() as u64 + 1) as usize];
+                    write(&mut bytes, *at, torn);
+                }
+            }
+            _ => {
+                // Any sectors of any writes.
+                let percent = 10 + rng.below(85);
+                for change in all {
+                    change.apply_some(&mut bytes, &mut || rng.below(100) < percent);
+                }
+            }
+        }
+        Self {
+            live: bytes.clone(),
+            durable: bytes,
+            pending: Vec::new(),
+        }
+    }
+}
+
+impl Change {
+    fn apply(&self, to: &mut Vec<u8>) {
+        self.apply_some(to, &mut || true);
+    }
+
+    fn apply_some(&self, to: &mut Vec<u8>, keep: &mut dyn FnMut() -> bool) {
+        match self {
+            Change::SetLen(len) if keep() => to.resize(*len, 0),
+            Change::SetLen(_) => {}
+            Change::Write { at, bytes } => {
+                let mut from = 0;
+                while from < bytes.len() {
+                    let place = at + from;
+                    let size = (SECTOR - place % SECTOR).min(bytes.len() - from);
+                    if keep() {
+                        write(to, place, &bytes[from..from + size]);
+                    }
+                    from += size;
+                }
+            }
+        }
+    }
+}
+
+fn write(to: &mut Vec<u8>, at: usize, bytes: &[u8]) {
+    let end = at + bytes.len();
+    if to.len() < end {
+        to.resize(end, 0);
+    }
+    to[at..end].copy_from_slice(bytes);
+}
+
+impl Renaming {
+    fn apply(&self, names: &mut BTreeMap<PathBuf, usize>) {
+        match self {
+            Self::Add(path, file) => drop(names.insert(path.clone(), *file)),
+            Self::Remove(path) => drop(names.remove(path)),
+            Self::Move(from, to) => {
+                if let Some(file) = names.remove(from) {
+                    names.insert(to.clone(), file);
+                }
+            }
+        }
+    }
+
+    fn names(&self) -> Vec<&Path> {
+        match self {
+            Self::Add(path, _) | Self::Remove(path) => vec![path],
+            Self::Move(from, to) => vec![from, to],
+        }
+    }
+
+    fn is_in(&self, dir: &Path) -> bool {
+        self.names().iter().any(|name| name.parent() == Some(dir))
+    }
+}
+
+impl Disk {
+    /// Counts an operation, and fails it if that was asked for.
+    fn begin(&mut self, operation: Operation) -> io::Result<()> {
+        let count = self.counts.entry(operation).or_default();
+        *count += 1;
+        let count = *count;
+        if !matches!(operation, Operation::Open | Operation::Read) {
+            self.changes += 1;
+        }
+        if self.halted() {
+            return Err(io::Error::other("the power is gone"));
+        }
+        let failing = self.failing.iter();
+        match failing.clone().find(|f| f.0 == operation && f.1 == count) {
+            Some((_, _, kind)) => Err(io::Error::new(*kind, "made to fail")),
+            None => Ok(()),
+        }
+    }
+
+    fn halted(&self) -> bool {
+        self.halt_at.is_some_and(|at| self.changes > at)
+    }
+
+    fn rename(&mut self, renaming: Renaming) {
+        renaming.apply(&mut self.names);
+        self.renamings.push(renaming);
+    }
+
+    fn find(&self, path: &Path) -> io::Result<usize> {
+        let found = self.names.get(path).copied();
+        found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, "no such file"))
+    }
+}
+
+#[derive(Debug)]
+struct FaultFile {
+    disk: Arc<Mutex<Disk>>,
+    file: usize,
+}
+
+impl FaultFile {
+    fn change(&self, operation: Operation, change: Change) -> io::Result<()> {
+        let mut disk = self.disk.lock();
+        disk.begin(operation)?;
+        disk.files[self.file].change(change);
+        Ok(())
+    }
+}
+
+impl VfsFile for FaultFile {
+    fn read_at(&self, buf: &mut [u8], position: u64) -> io::Result<usize> {
+        let mut disk = self.disk.lock();
+        disk.begin(Operation::Read)?;
+        let live = &disk.files[self.file].live;
+        let from = live.len().min(position as usize);
+        let count = buf.len().min(live.len() - from);
+        buf[..count].copy_from_slice(&live[from..from + count]);
+        Ok(count)
+    }
+
+    fn write_all_at(&self, buf: &[u8], position: u64) -> io::Result<()> {
+        let change = Change::Write {
+            at: position as usize,
+            bytes: buf.to_vec(),
+        };
+        self.change(Operation::Write, change)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut disk = self.disk.lock();
+        let begun = disk.begin(Operation::Sync);
+        let halted = disk.halted();
+        let file = &mut disk.files[self.file];
+        match &begun {
+            Ok(()) => file.sync(),
+            Err(_) if halted => {}
+            // The kernel forgets that these pages are dirty.
+            Err(_) => file.pending.clear(),
+        }
+        begun
+    }
+
+    fn sync_all(&self) -> io::Result<()> {
+        self.sync_data()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.change(Operation::Resize, Change::SetLen(len as usize))
+    }
+
+    fn allocate(&self, len: u64) -> io::Result<()> {
+        let now = self.len()?;
+        self.set_len(len.max(now))
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.disk.lock().files[self.file].live.len() as u64)
+    }
+}
+
+impl Vfs for FaultVfs {
+    fn open(&self, path: &Path) -> io::Result<Arc<dyn VfsFile>> {
+        let mut disk = self.disk.lock();
+        disk.begin(Operation::Open)?;
+        let file = disk.find(path)?;
+        Ok(Arc::new(FaultFile {
+            disk: self.disk.clone(),
+            file,
+        }))
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Arc<dyn VfsFile>> {
+        let mut disk = self.disk.lock();
+        disk.begin(Operation::Create)?;
+        if disk.names.contains_key(path) {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "exists"));
+        }
+        let file = disk.files.len();
+        disk.files.push(FileData::default());
+        disk.rename(Renaming::Add(path.to_path_buf(), file));
+        Ok(Arc::new(FaultFile {
+            disk: self.disk.clone(),
+            file,
+        }))
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut disk = self.disk.lock();
+        disk.begin(Operation::Rename)?;
+        disk.find(from)?;
+        disk.rename(Renaming::Move(from.to_path_buf(), to.to_path_buf()));
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut disk = self.disk.lock();
+        disk.begin(Operation::Remove)?;
+        disk.find(path)?;
+        disk.rename(Renaming::Remove(path.to_path_buf()));
+        Ok(())
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
+        let disk = self.disk.lock();
+        let inside = disk.names.keys().filter(|path| path.parent() == Some(dir));
+        Ok(inside.cloned().collect())
+    }
+
+    /// Directories are durable at once; their entries are not.
+    fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
+        self.disk.lock().dirs.insert(dir.to_path_buf());
+        Ok(())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        let mut disk = self.disk.lock();
+        disk.begin(Operation::SyncDir)?;
+        let renamings = std::mem::take(&mut disk.renamings);
+        let (now, later): (Vec<_>, Vec<_>) = renamings.into_iter().partition(|r| r.is_in(dir));
+        for renaming in now {
+            renaming.apply(&mut disk.durable_names);
+        }
+        disk.renamings = later;
+        Ok(())
+    }
+
+    fn free_space(&self, _dir: &Path) -> io::Result<u64> {
+        Ok(self.disk.lock().free_space)
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        let disk = self.disk.lock();
+        Ok(disk.names.contains_key(path) || disk.dirs.contains(path))
+    }
+}
+
+/// Sebastiano Vigna's SplitMix64: small, and the same everywhere.
+#[derive(Debug)]
+struct SplitMix(u64);
+
+impl SplitMix {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A number below `bound`, which must not be 0.
+    fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound
+    }
+}

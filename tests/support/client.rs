@@ -1,0 +1,183 @@
+//! A small HTTP client that keeps "refused" and "unknown" apart, as a careful producer must.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+/// What became of one produce request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Produced {
+    /// Stored: `(queue, offset)` of every message, in order.
+    Acked(Vec<(u32, u64)>),
+    /// Certainly not stored.
+    Refused(String),
+    /// Stored or not.
+    Unknown(String),
+}
+
+/// Talks to all nodes in turn.
+#[derive(Debug, Clone)]
+pub struct Client {
+    pub urls: Vec<String>,
+    http: reqwest::Client,
+    next: std::sync::Arc<AtomicUsize>,
+}
+
+impl Client {
+    pub fn new(urls: Vec<String>) -> Self {
+        let http = reqwest::Client::builder()
+            .timeout(Duration::from_secs(20))
+            .connect_timeout(Duration::from_secs(2))
+            .build()
+            .expect("a client without TLS always builds");
+        Self {
+            urls,
+            http,
+            next: std::sync::Arc::default(),
+        }
+    }
+
+    /// The same client for one node only.
+    pub fn only(&self, url: &str) -> Self {
+        Self {
+            urls: vec![url.to_owned()],
+            ..self.clone()
+        }
+    }
+
+    fn url(&self) -> &str {
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        &self.urls[turn % self.urls.len()]
+    }
+
+    pub async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<(StatusCode, Value)> {
+        let mut request = self.http.request(method, format!("{}{path}", self.url()));
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = request.send().await?;
+        let status = answer.status();
+        let bytes = answer.bytes().await?;
+        let value = if bytes.is_empty() {
+            Value::Null
+        } else {
+            serde_json::from_slice(&bytes)
+                .with_context(|| format!("{status} with a body that is not JSON"))?
+        };
+        Ok((status, value))
+    }
+
+    pub async fn get(&self, path: &str) -> Result<Value> {
+        let (status, value) = self.request(Method::GET, path, None).await?;
+        if !status.is_success() {
+            bail!("GET {path}: {status} {value}");
+        }
+        Ok(value)
+    }
+
+    pub async fn create_topic(&self, name: &str, queues: u32) -> Result<()> {
+        self.create_topic_with(json!({ "name": name, "queues": queues }))
+            .await
+    }
+
+    pub async fn create_topic_with(&self, topic: Value) -> Result<()> {
+        let (status, value) = self
+            .request(Method::POST, "/v1/topics", Some(&topic))
+            .await?;
+        if !status.is_success() {
+            bail!("create topic: {status} {value}");
+        }
+        Ok(())
+    }
+
+    pub async fn produce(&self, topic: &str, body: &Value) -> Produced {
+        let path = format!("/v1/topics/{topic}/messages");
+        let (status, value) = match self.request(Method::POST, &path, Some(body)).await {
+            Ok(answer) => answer,
+            // Nothing left this process when not even a connection came about.
+            Err(error) if is_connect(&error) => return Produced::Refused(format!("{error:#}")),
+            Err(error) => return Produced::Unknown(format!("{error:#}")),
+        };
+        if status == StatusCode::OK {
+            let results = value["results"].as_array().cloned().unwrap_or_default();
+            let places = results.iter().map(|r| {
+                Some((
+                    u32::try_from(r["queue"].as_u64()?).ok()?,
+                    r["offset"].as_u64()?,
+                ))
+            });
+            return match places.collect() {
+                Some(places) => Produced::Acked(places),
+                None => Produced::Unknown(format!("200 without places: {value}")),
+            };
+        }
+        match value["outcome"].as_str() {
+            Some("not_committed") => Produced::Refused(value.to_string()),
+            _ => Produced::Unknown(format!("{status} {value}")),
+        }
+    }
+
+    /// Reads one replica's committed prefix, whoever leads.
+    pub async fn read_stale(
+        &self,
+        url: &str,
+        topic: &str,
+        queue: u32,
+    ) -> Result<Vec<(u64, String)>> {
+        self.read_with(url, topic, queue, "stale").await
+    }
+
+    pub async fn read_with(
+        &self,
+        url: &str,
+        topic: &str,
+        queue: u32,
+        consistency: &str,
+    ) -> Result<Vec<(u64, String)>> {
+        let node = self.only(url);
+        let mut messages = Vec::new();
+        let mut offset = 0;
+        loop {
+            let page = node
+                .get(&format!(
+                    "/v1/topics/{topic}/queues/{queue}/messages?offset={offset}&max_messages=5000&max_bytes=8388608&consistency={consistency}"
+                ))
+                .await?;
+            let found = page["messages"].as_array().cloned().unwrap_or_default();
+            if found.is_empty() {
+                return Ok(messages);
+            }
+            for message in &found {
+                let offset = message["offset"].as_u64().context("no offset")?;
+                let value = message["value"].as_str().context("no value")?;
+                messages.push((offset, value.to_owned()));
+            }
+            offset = page["next_offset"].as_u64().context("no next_offset")?;
+        }
+    }
+
+    pub async fn topic(&self, name: &str) -> Result<Value> {
+        self.get(&format!("/v1/topics/{name}")).await
+    }
+
+    pub async fn leader(&self, topic: &str, queue: u32) -> Result<u64> {
+        let topic = self.topic(topic).await?;
+        topic["queues"][queue as usize]["leader"]
+            .as_u64()
+            .context("the queue has no leader")
+    }
+}
+
+fn is_connect(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<reqwest::Error>()
+        .is_some_and(reqwest::Error::is_connect)
+}

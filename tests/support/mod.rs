@@ -1,0 +1,255 @@
+//! Real clusters for tests: one `quorate server` process per node, on free loopback ports.
+#![allow(dead_code)] // each test binary uses its part
+
+pub mod client;
+pub mod oracle;
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use client::Client;
+
+/// How long anything that must happen may take on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A cluster of processes. Dropping it kills them and deletes their data.
+pub struct Cluster {
+    pub nodes: Vec<Node>,
+    dir: tempfile::TempDir,
+}
+
+/// One process with its ports and its data.
+pub struct Node {
+    pub id: u64,
+    pub url: String,
+    config: PathBuf,
+    log: PathBuf,
+    process: Option<Child>,
+}
+
+fn free_ports(count: usize) -> Result<Vec<u16>> {
+    // All are held until the last is known, so that no port comes twice.
+    let listeners = (0..count)
+        .map(|_| TcpListener::bind("127.0.0.1:0"))
+        .collect::<std::io::Result<Vec<_>>>()?;
+    listeners
+        .iter()
+        .map(|l| Ok(l.local_addr()?.port()))
+        .collect()
+}
+
+impl Cluster {
+    /// Starts `count` nodes and waits until all are ready.
+    pub async fn start(count: usize) -> Result<Self> {
+        Self::start_with(count, "").await
+    }
+
+    /// The same with more lines for each configuration file.
+    pub async fn start_with(count: usize, more: &str) -> Result<Self> {
+        let mut cluster = Self::prepare(count, more)?;
+        for index in 0..count {
+            cluster.nodes[index].spawn()?;
+        }
+        cluster.wait_ready().await?;
+        Ok(cluster)
+    }
+
+    fn prepare(count: usize, more: &str) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("quorate-test-").tempdir()?;
+        let ports = free_ports(count * 2)?;
+        let (http, peer) = ports.split_at(count);
+        // A small log is scanned fast when a node starts again.
+        let log = match more.contains("[log]") {
+            true => "",
+            false => "[log]\nsegment_bytes = 33554432\n\n",
+        };
+        let list = (0..count)
+            .map(|i| {
+                format!(
+                    "  {{ id = {}, peer = \"127.0.0.1:{}\", url = \"http://127.0.0.1:{}\" }},\n",
+                    i + 1,
+                    peer[i],
+                    http[i]
+                )
+            })
+            .collect::<String>();
+        let nodes = (0..count)
+            .map(|i| {
+                let home = dir.path().join(format!("node{}", i + 1));
+                fs::create_dir_all(&home)?;
+                let config = home.join("quorate.toml");
+                let text = format!(
+                    "node_id = {}\ndata_dir = {:?}\n\n[cluster]\nname = \"test\"\nnodes = [\n{list}]\n\n[http]\nlisten = \"127.0.0.1:{}\"\n\n[peer]\nlisten = \"127.0.0.1:{}\"\n\n{log}{more}\n",
+                    i + 1,
+                    home.join("data"),
+                    http[i],
+                    peer[i],
+                );
+                fs::write(&config, text)?;
+                Ok(Node {
+                    id: i as u64 + 1,
+                    url: format!("http://127.0.0.1:{}", http[i]),
+                    log: home.join("log"),
+                    config,
+                    process: None,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        Ok(Self { nodes, dir })
+    }
+
+    pub fn node(&mut self, id: u64) -> &mut Node {
+        let index = id as usize - 1;
+        &mut self.nodes[index]
+    }
+
+    pub fn urls(&self) -> Vec<String> {
+        self.nodes.iter().map(|n| n.url.clone()).collect()
+    }
+
+    pub fn client(&self) -> Client {
+        Client::new(self.urls())
+    }
+
+    /// Waits until every running node says that it is ready.
+    pub async fn wait_ready(&self) -> Result<()> {
+        let http = reqwest::Client::new();
+        for node in self.nodes.iter().filter(|n| n.process.is_some()) {
+            eventually(&format!("node {} is ready", node.id), || async {
+                let answer = http
+                    .get(format!("{}/health/ready", node.url))
+                    .timeout(Duration::from_secs(2))
+                    .send()
+                    .await?;
+                let status = answer.status();
+                if status.is_success() {
+                    return Ok(());
+                }
+                bail!("{status}: {}", answer.text().await.unwrap_or_default())
+            })
+            .await
+            .with_context(|| node.last_log_lines())?;
+        }
+        Ok(())
+    }
+
+    pub fn data_dir(&self, id: u64) -> PathBuf {
+        self.dir.path().join(format!("node{id}")).join("data")
+    }
+}
+
+/// The `quorate` binary; for the figures outside the test suite, one built with optimisations.
+fn binary() -> PathBuf {
+    std::env::var_os("QUORATE_BIN").map_or_else(
+        || PathBuf::from(env!("CARGO_BIN_EXE_quorate")),
+        PathBuf::from,
+    )
+}
+
+impl Node {
+    pub fn spawn(&mut self) -> Result<()> {
+        let log = File::options().create(true).append(true).open(&self.log)?;
+        let process = Command::new(binary())
+            .args(["server", "--config"])
+            .arg(&self.config)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    pub fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(Child::id)
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.process.as_mut().map(Child::try_wait), Some(Ok(None)))
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill().ok();
+            process.wait().ok();
+        }
+    }
+
+    fn signal(&self, name: &str) -> Result<()> {
+        let pid = self.pid().context("the node does not run")?;
+        let status = Command::new("kill")
+            .args([format!("-{name}"), pid.to_string()])
+            .status()?;
+        if !status.success() {
+            bail!("kill -{name} {pid}: {status}");
+        }
+        Ok(())
+    }
+
+    pub fn pause(&self) -> Result<()> {
+        self.signal("STOP")
+    }
+
+    pub fn resume(&self) -> Result<()> {
+        self.signal("CONT")
+    }
+
+    /// SIGTERM, then waits for the exit. Returns the exit code and how long it took.
+    pub fn terminate(&mut self) -> Result<(Option<i32>, Duration)> {
+        self.signal("TERM")?;
+        let began = Instant::now();
+        let mut process = self.process.take().context("the node does not run")?;
+        loop {
+            if let Some(status) = process.try_wait()? {
+                return Ok((status.code(), began.elapsed()));
+            }
+            if began.elapsed() > PATIENCE {
+                process.kill().ok();
+                process.wait().ok();
+                bail!("node {} did not end after SIGTERM", self.id);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The end of what the process wrote, for failures.
+    pub fn last_log_lines(&self) -> String {
+        let text = fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().rev().take(30).collect();
+        let lines: Vec<&str> = lines.into_iter().rev().collect();
+        format!("node {} ended its log with:\n{}", self.id, lines.join("\n"))
+    }
+
+    pub fn log_path(&self) -> &Path {
+        &self.log
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Tries until it works or [`PATIENCE`] is over, and then says what the last failure was.
+pub async fn eventually<T, F, Fut>(what: &str, mut attempt: F) -> Result<T>
+where
+    F: FnMut() -> Fut,
+    Fut: Future<Output = Result<T>>,
+{
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match attempt().await {
+            Ok(value) => return Ok(value),
+            Err(error) if Instant::now() > deadline => {
+                return Err(error.context(format!("never happened: {what}")));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
