@@ -93,15 +93,15 @@ async fn follow_liveness(host: Arc<RaftHost>) {
     }
 }
 
-/// A node has come, perhaps as another process: what it led is asked for again, what is led here is
-/// sent to it at once.
+/// A node has come: what is led here is sent to it at once, and it is asked for what it leads. What
+/// an earlier process of it led was given up when that process was found dead.
 async fn greet(host: Arc<RaftHost>, node: NodeId) {
     let groups = stream::iter(host.groups());
     groups
         .for_each_concurrent(ELECTIONS_AT_ONCE, |group| async move {
             if group.is_leader() {
                 group.reset_backoff(node).await;
-            } else if group.doubt_leader(node) {
+            } else if group.leader().is_none() {
                 group.ask_who_leads().await;
             }
         })

@@ -265,6 +265,10 @@ impl RaftHost {
         if group.is_pristine() && group.spec().preferred == self.config.node_id {
             self.initialize(&group).await;
             tokio::spawn(elections::win_first_election(self.clone(), group.clone()));
+        } else if !group.is_pristine() {
+            // Its leader may be waiting out a long backoff.
+            let group = group.clone();
+            tokio::spawn(async move { group.ask_who_leads().await });
         }
         Ok(group)
     }

@@ -35,7 +35,7 @@ const APPENDS_IN_FLIGHT_MAX: usize = 64;
 /// Waits between attempts at a replica that cannot be reached. A new topic's follower opens its
 /// replica a moment after the leader, so the first waits are short; a dead node's are long, since
 /// every group it had a replica of retries. The host resets them when the node returns.
-const BACKOFF_MS: [u64; 10] = [2, 5, 10, 20, 50, 100, 200, 1000, 5000, 20_000];
+const BACKOFF_MS: [u64; 9] = [2, 5, 10, 20, 50, 100, 200, 1000, 5000];
 
 /// Makes the connections of one group's leader to its followers.
 #[derive(Debug, Clone)]
@@ -164,6 +164,13 @@ impl RaftNetworkV2<TypeConfig> for Network {
             return stream_append_sequential(self, input, option);
         }
         Box::pin(async move {
+            let mut input = input;
+            // openraft waits out its backoff in front of the first request. A stream that is opened
+            // before would be refused at once by a peer that is not ready, and never wait.
+            let Some(first) = input.next().await else {
+                return Ok(Box::pin(stream::empty()) as BoxStream<'s, _>);
+            };
+            let input = stream::once(std::future::ready(first)).chain(input);
             let hello = encode(&StreamHello {
                 target: self.target,
             });

@@ -122,6 +122,10 @@ impl Broker {
             return Some(format!("{closed} replicas are not open yet"));
         }
         let behind = self.local.behind();
-        (behind > 0).then(|| format!("{behind} replicas have not caught up with their own log yet"))
+        let first = behind.first()?;
+        Some(format!(
+            "{} replicas have not caught up with their own log yet, one of them: {first}",
+            behind.len()
+        ))
     }
 }

@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::batcher::Submission;
 use super::queue::QueueShared;
+use super::NodeId;
 use crate::coordinator::CoordinatorView;
 
 /// Replicas that ask their leaders for what is committed at the same time.
@@ -160,19 +161,46 @@ impl LocalGroups {
         tokio::spawn(catch_up(group, recovered_index, self.catching_up.0.clone()));
     }
 
-    /// How many replicas have not applied their recovered log yet. Without a leader nothing can be
+    /// The replicas that have not applied their recovered log yet. Without a leader nothing can be
     /// applied, and that is no reason to turn readers away.
-    pub fn behind(&self) -> usize {
-        let behind =
-            |group: &Group, recovered| group.leader().is_some() && !caught_up(group, recovered);
+    pub fn behind(&self) -> Vec<Behind> {
+        let behind = |group: &Group, recovered| {
+            let leader = group.leader()?;
+            (!caught_up(group, recovered)).then(|| Behind {
+                group: group.id().0,
+                applied: group.applied().map_or(0, |id| id.index),
+                recovered: recovered.unwrap_or(0),
+                leader,
+            })
+        };
         let queues = self.queues.read();
         let queues = queues
             .values()
-            .filter(|q| behind(&q.group, q.recovered_index));
+            .filter_map(|q| behind(&q.group, q.recovered_index));
         let coordinators = self.coordinators.read();
         let coordinators = coordinators
             .values()
-            .filter(|c| behind(&c.group, c.recovered_index));
-        queues.count() + coordinators.count()
+            .filter_map(|c| behind(&c.group, c.recovered_index));
+        queues.chain(coordinators).collect()
+    }
+}
+
+/// A replica that has not applied all of its own log yet.
+#[derive(Debug, Clone, Copy)]
+pub struct Behind {
+    pub group: u64,
+    pub applied: u64,
+    /// The last index in the log when it was opened.
+    pub recovered: u64,
+    pub leader: NodeId,
+}
+
+impl std::fmt::Display for Behind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "group {} applied {} of {}, led by node {}",
+            self.group, self.applied, self.recovered, self.leader
+        )
     }
 }

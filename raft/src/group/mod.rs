@@ -182,17 +182,6 @@ impl Group {
         }
     }
 
-    /// The leader's process may be another one by now: it has to show itself again.
-    /// True if this replica had followed that node.
-    pub(crate) fn doubt_leader(&self, node: NodeId) -> bool {
-        let followed = !self.is_leader() && self.last_known_leader() == Some(node);
-        if followed {
-            let term = self.term();
-            self.inner.unheard_term.store(term, Ordering::Relaxed);
-        }
-        followed
-    }
-
     /// Asks the other replicas which of them leads. The one that does also says what is committed.
     /// Returns the highest term in which one does.
     pub(crate) async fn ask_who_leads(&self) -> Option<u64> {
