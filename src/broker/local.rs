@@ -9,9 +9,9 @@ use parking_lot::{Mutex, RwLock};
 use quorate_raft::{Group, ReadError};
 use tokio::sync::{Semaphore, mpsc};
 
+use super::NodeId;
 use super::batcher::Submission;
 use super::queue::QueueShared;
-use super::NodeId;
 use crate::coordinator::CoordinatorView;
 
 /// Replicas that ask their leaders for what is committed at the same time.
