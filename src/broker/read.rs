@@ -51,9 +51,14 @@ impl Broker {
             tracing::debug!(group = request.group, %error, "a broken replica is not read");
             return Err(PeerError::NotHere);
         }
-        self.read_queue(&queue, request)
-            .await
-            .map_err(PeerError::Broker)
+        let read = self.read_queue(&queue, request).await;
+        match read {
+            // What the read found is wrong with this replica alone.
+            Err(BrokerError::Internal(_)) if queue.shared.broken().is_some() => {
+                Err(PeerError::NotHere)
+            }
+            read => read.map_err(PeerError::Broker),
+        }
     }
 
     async fn read_queue(
@@ -118,7 +123,10 @@ impl Broker {
             StartAt::Earliest => Ok(Some(queue.shared.bounds().earliest)),
             StartAt::Latest => Ok(None),
             // Log time never goes back, so the first message found here is the first there is.
-            StartAt::Timestamp(ms) => queue.shared.index().offset_at_time(ms).map_err(unreadable),
+            StartAt::Timestamp(ms) => {
+                let found = queue.shared.index().offset_at_time(ms);
+                found.map_err(|error| unreadable(queue, error))
+            }
         }
     }
 
@@ -139,7 +147,7 @@ impl Broker {
             let joined = tokio::task::spawn_blocking(far).await;
             joined.map_err(|e| BrokerError::Internal(e.to_string()))?
         };
-        let batches = batches.map_err(unreadable)?;
+        let batches = batches.map_err(|error| unreadable(queue, error))?;
         // Taken anew: what was read may have been applied after the bounds were looked at.
         let bounds = queue.shared.bounds();
         Ok(Slice {
@@ -190,7 +198,12 @@ fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
     }
 }
 
-fn unreadable(error: StorageError) -> BrokerError {
+fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
+    if let StorageError::Damaged { path, .. } = &error
+        && path == queue.shared.index().path()
+    {
+        queue.shared.set_broken(error.clone());
+    }
     tracing::error!(%error, "a queue cannot be read");
     BrokerError::Internal(error.to_string())
 }

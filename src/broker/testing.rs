@@ -252,7 +252,7 @@ impl Opener {
             Some(GroupOwner::Queue { .. }) => {
                 let path = self.dir.join(format!("{}.index", placement.group));
                 let index = Arc::new(QueueIndex::open(self.vfs.clone(), path).unwrap());
-                let shared = QueueShared::new(index.clone());
+                let shared = QueueShared::new(index.clone(), Arc::default());
                 let machine = QueueMachine::new(index, shared.clone(), state.limits);
                 let spec = spec(LogRetention::Messages);
                 let Ok(group) = self.host.open_group(spec, Box::new(machine)).await else {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use parking_lot::Mutex;
 use quorate_storage::StorageError;
 use quorate_storage::queue_index::QueueIndex;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// The offsets a queue holds on this node: `earliest..end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,10 +26,12 @@ pub struct QueueShared {
     last_stamp_ms: AtomicU64,
     wake: watch::Sender<u64>,
     broken: Mutex<Option<StorageError>>,
+    repair: Arc<Notify>,
 }
 
 impl QueueShared {
-    pub fn new(index: Arc<QueueIndex>) -> Arc<Self> {
+    /// `repair` is told when the index breaks.
+    pub fn new(index: Arc<QueueIndex>, repair: Arc<Notify>) -> Arc<Self> {
         Arc::new(Self {
             index,
             earliest: AtomicU64::new(0),
@@ -37,6 +39,7 @@ impl QueueShared {
             last_stamp_ms: AtomicU64::new(0),
             wake: watch::Sender::new(0),
             broken: Mutex::new(None),
+            repair,
         })
     }
 
@@ -66,8 +69,10 @@ impl QueueShared {
         self.broken.lock().clone()
     }
 
-    pub(super) fn set_broken(&self, error: StorageError) {
+    /// The index can't be used any more: nobody reads this replica until it has a new one.
+    pub(in crate::broker) fn set_broken(&self, error: StorageError) {
         self.broken.lock().get_or_insert(error);
+        self.repair.notify_one();
     }
 
     pub(super) fn publish(&self, bounds: QueueBounds, last_stamp_ms: u64) {

@@ -25,7 +25,7 @@ struct Replica {
 
 fn machine_at(path: &Path) -> QueueMachine {
     let index = Arc::new(QueueIndex::open(Arc::new(OsVfs), path.join("index")).unwrap());
-    let shared = QueueShared::new(Arc::clone(&index));
+    let shared = QueueShared::new(Arc::clone(&index), Arc::default());
     QueueMachine::new(index, shared, LIMITS)
 }
 

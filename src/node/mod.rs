@@ -1,9 +1,9 @@
 //! One node, assembled: disk, links, Raft groups, and the broker over them.
 //!
-//! The node follows the catalog: whenever it changes, the groups that have a replica here are
-//! opened and those of deleted topics are removed, files and all.
+//! The node follows the catalog: see `replicas`.
 
-use std::collections::BTreeSet;
+mod replicas;
+
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,11 +12,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use quorate_raft::{
     Flush, GroupSpec, HostConfig, HostStorage, Identity, LogRetention, NodeId, RaftEvent, RaftHost,
-    Replica, Run, StateMachine,
+    Replica, Run,
 };
-use quorate_storage::RaftGroupId;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
-use quorate_storage::queue_index::QueueIndex;
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::os::OsVfs;
@@ -25,13 +23,11 @@ use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::local::{LocalCoordinator, LocalGroups, LocalQueue};
-use crate::broker::queue::{QueueLimits, QueueMachine, QueueShared};
-use crate::broker::{Broker, BrokerConfig, BrokerParts, FlushMode};
-use crate::catalog::{
-    CATALOG_GROUP, CatalogCommand, CatalogMachine, CatalogReply, CatalogState, GroupPlacement,
-};
-use crate::coordinator::CoordinatorMachine;
+use self::replicas::Replicas;
+use crate::broker::local::LocalGroups;
+use crate::broker::queue::QueueLimits;
+use crate::broker::{Broker, BrokerConfig, BrokerParts};
+use crate::catalog::{CATALOG_GROUP, CatalogCommand, CatalogMachine, CatalogReply, CatalogState};
 use crate::metrics::Metrics;
 use crate::peer::BrokerService;
 
@@ -128,14 +124,8 @@ impl Node {
         });
         service.connect(&broker);
         let stop = CancellationToken::new();
-        let opener = Opener {
-            config: config.clone(),
-            vfs,
-            host: host.clone(),
-            log: log.clone(),
-            locals,
-        };
-        tokio::spawn(opener.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
+        let replicas = Replicas::new(config.clone(), vfs, host.clone(), log.clone(), locals);
+        tokio::spawn(replicas.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
         let register = register(config, broker.clone(), identity, catalog, fatal_tx);
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));
         tokio::spawn(clean(log.clone(), stop.clone()));
@@ -313,155 +303,5 @@ async fn register(
         && let Err(error) = identity.set_cluster_id(id)
     {
         fatal.send(error.to_string()).ok();
-    }
-}
-
-/// Opens and removes groups as the catalog says.
-struct Opener {
-    config: NodeConfig,
-    vfs: Arc<dyn Vfs>,
-    host: Arc<RaftHost>,
-    log: CommitLog,
-    locals: Arc<LocalGroups>,
-}
-
-impl Opener {
-    async fn follow(
-        self,
-        mut catalog: watch::Receiver<Arc<CatalogState>>,
-        stop: CancellationToken,
-        fatal: mpsc::UnboundedSender<String>,
-    ) {
-        loop {
-            let state = catalog.borrow_and_update().clone();
-            if let Err(error) = self.reconcile(&state).await
-                && !stop.is_cancelled()
-            {
-                fatal.send(format!("{error:#}")).ok();
-                return;
-            }
-            tokio::select! {
-                () = stop.cancelled() => return,
-                changed = catalog.changed() => if changed.is_err() { return },
-            }
-        }
-    }
-
-    async fn reconcile(&self, catalog: &CatalogState) -> Result<()> {
-        for (number, placement) in (0..).zip(&catalog.coordinators) {
-            if placement.on(self.config.node_id) && self.host.group(placement.id()).is_none() {
-                self.open_coordinator(number, placement).await?;
-            }
-        }
-        let mut wanted = BTreeSet::new();
-        for topic in catalog.topics.values() {
-            for placement in &topic.queues {
-                if placement.on(self.config.node_id) {
-                    wanted.insert(placement.group);
-                    if self.locals.queue(placement.group).is_none() {
-                        self.open_queue(placement, topic.config.flush, catalog.limits)
-                            .await?;
-                    }
-                }
-            }
-        }
-        for queue in self.locals.queues() {
-            let group = queue.group.id();
-            if !wanted.contains(&group.0) {
-                self.remove_queue(group).await;
-            }
-        }
-        Ok(())
-    }
-
-    fn spec(&self, placement: &GroupPlacement, flush: Flush, retention: LogRetention) -> GroupSpec {
-        let replica = |r: &crate::catalog::ReplicaPlace| Replica {
-            replica: r.replica,
-            node: r.node,
-        };
-        GroupSpec {
-            group: placement.id(),
-            replicas: placement.replicas.iter().map(replica).collect(),
-            preferred: placement.preferred,
-            flush,
-            retention,
-            checkpoint_every: match retention {
-                LogRetention::Messages => self.config.checkpoint_every,
-                LogRetention::StateOnly => STATE_CHECKPOINT_EVERY,
-            },
-        }
-    }
-
-    async fn open(
-        &self,
-        spec: GroupSpec,
-        machine: Box<dyn StateMachine>,
-    ) -> Result<quorate_raft::Group> {
-        let group = spec.group;
-        let opened = self.host.open_group(spec, machine).await;
-        opened.with_context(|| format!("cannot open the replica of {group}"))
-    }
-
-    async fn open_coordinator(&self, number: u32, placement: &GroupPlacement) -> Result<()> {
-        let machine = CoordinatorMachine::new(number);
-        let view = machine.view();
-        let spec = self.spec(placement, Flush::Sync, LogRetention::StateOnly);
-        let recovered_index = self.recovered_index(placement.id());
-        let group = self.open(spec, Box::new(machine)).await?;
-        self.locals.insert_coordinator(
-            number,
-            Arc::new(LocalCoordinator {
-                group,
-                view,
-                recovered_index,
-            }),
-        );
-        Ok(())
-    }
-
-    async fn open_queue(
-        &self,
-        placement: &GroupPlacement,
-        flush: FlushMode,
-        limits: QueueLimits,
-    ) -> Result<()> {
-        let path = self.index_path(placement.id());
-        let dir = path.parent().unwrap_or(&self.config.data_dir);
-        self.vfs
-            .create_dir_all(dir)
-            .with_context(|| format!("cannot create {}", dir.display()))?;
-        let index = Arc::new(QueueIndex::open(self.vfs.clone(), path)?);
-        let shared = QueueShared::new(index.clone());
-        let machine = QueueMachine::new(index, shared.clone(), limits);
-        let flush = match flush {
-            FlushMode::Sync => Flush::Sync,
-            FlushMode::Async => Flush::Async,
-        };
-        let spec = self.spec(placement, flush, LogRetention::Messages);
-        let recovered_index = self.recovered_index(placement.id());
-        let group = self.open(spec, Box::new(machine)).await?;
-        self.locals
-            .insert_queue(LocalQueue::new(group, shared, recovered_index));
-        Ok(())
-    }
-
-    fn recovered_index(&self, group: RaftGroupId) -> Option<u64> {
-        self.log.group(group).state().last.map(|last| last.index)
-    }
-
-    fn index_path(&self, group: RaftGroupId) -> PathBuf {
-        self.config
-            .data_dir
-            .join("queues")
-            .join(format!("{:020}.index", group.0))
-    }
-
-    async fn remove_queue(&self, group: RaftGroupId) {
-        self.locals.remove_queue(group.0);
-        self.host.close_group(group, true).await;
-        let path = self.index_path(group);
-        if let Err(error) = self.vfs.remove(&path) {
-            tracing::warn!(%group, %error, "a removed queue's index is still on disk");
-        }
     }
 }

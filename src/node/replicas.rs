@@ -1,0 +1,219 @@
+//! The replicas on this node, as the catalog wants them: whenever it changes, the groups that have a
+//! replica here are opened and those of deleted topics are removed, files and all. A replica whose
+//! index broke is closed, and opened again with a new one.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use quorate_raft::{Flush, GroupSpec, LogRetention, RaftHost, Replica, StateMachine};
+use quorate_storage::commit_log::CommitLog;
+use quorate_storage::queue_index::QueueIndex;
+use quorate_storage::vfs::Vfs;
+use quorate_storage::{RaftGroupId, StorageError};
+use tokio::sync::{Notify, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{NodeConfig, STATE_CHECKPOINT_EVERY};
+use crate::broker::FlushMode;
+use crate::broker::local::{LocalCoordinator, LocalGroups, LocalQueue};
+use crate::broker::queue::{QueueLimits, QueueMachine, QueueShared};
+use crate::catalog::{CatalogState, GroupPlacement, ReplicaPlace};
+use crate::coordinator::CoordinatorMachine;
+
+/// Opens and removes groups as the catalog says.
+pub(super) struct Replicas {
+    config: NodeConfig,
+    vfs: Arc<dyn Vfs>,
+    host: Arc<RaftHost>,
+    log: CommitLog,
+    locals: Arc<LocalGroups>,
+    /// Told when a queue's index can't be used any more.
+    repair: Arc<Notify>,
+}
+
+impl Replicas {
+    pub(super) fn new(
+        config: NodeConfig,
+        vfs: Arc<dyn Vfs>,
+        host: Arc<RaftHost>,
+        log: CommitLog,
+        locals: Arc<LocalGroups>,
+    ) -> Self {
+        Self {
+            config,
+            vfs,
+            host,
+            log,
+            locals,
+            repair: Arc::default(),
+        }
+    }
+
+    pub(super) async fn follow(
+        self,
+        mut catalog: watch::Receiver<Arc<CatalogState>>,
+        stop: CancellationToken,
+        fatal: mpsc::UnboundedSender<String>,
+    ) {
+        loop {
+            let state = catalog.borrow_and_update().clone();
+            if let Err(error) = self.reconcile(&state).await
+                && !stop.is_cancelled()
+            {
+                fatal.send(format!("{error:#}")).ok();
+                return;
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                changed = catalog.changed() => if changed.is_err() { return },
+                () = self.repair.notified() => {}
+            }
+        }
+    }
+
+    async fn reconcile(&self, catalog: &CatalogState) -> Result<()> {
+        for (number, placement) in (0..).zip(&catalog.coordinators) {
+            if placement.on(self.config.node_id) && self.host.group(placement.id()).is_none() {
+                self.open_coordinator(number, placement).await?;
+            }
+        }
+        let wanted: BTreeSet<u64> = catalog
+            .topics
+            .values()
+            .flat_map(|topic| &topic.queues)
+            .filter(|placement| placement.on(self.config.node_id))
+            .map(|placement| placement.group)
+            .collect();
+        for queue in self.locals.queues() {
+            let group = queue.group.id();
+            if !wanted.contains(&group.0) {
+                self.remove_queue(group).await;
+            } else if let Some(cause) = queue.shared.broken() {
+                self.drop_index(group, &cause).await;
+            }
+        }
+        for topic in catalog.topics.values() {
+            for placement in &topic.queues {
+                if wanted.contains(&placement.group) && self.locals.queue(placement.group).is_none()
+                {
+                    self.open_queue(placement, topic.config.flush, catalog.limits)
+                        .await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn spec(&self, placement: &GroupPlacement, flush: Flush, retention: LogRetention) -> GroupSpec {
+        let replica = |r: &ReplicaPlace| Replica {
+            replica: r.replica,
+            node: r.node,
+        };
+        GroupSpec {
+            group: placement.id(),
+            replicas: placement.replicas.iter().map(replica).collect(),
+            preferred: placement.preferred,
+            flush,
+            retention,
+            checkpoint_every: match retention {
+                LogRetention::Messages => self.config.checkpoint_every,
+                LogRetention::StateOnly => STATE_CHECKPOINT_EVERY,
+            },
+        }
+    }
+
+    async fn open(
+        &self,
+        spec: GroupSpec,
+        machine: Box<dyn StateMachine>,
+    ) -> Result<quorate_raft::Group> {
+        let group = spec.group;
+        let opened = self.host.open_group(spec, machine).await;
+        opened.with_context(|| format!("cannot open the replica of {group}"))
+    }
+
+    async fn open_coordinator(&self, number: u32, placement: &GroupPlacement) -> Result<()> {
+        let machine = CoordinatorMachine::new(number);
+        let view = machine.view();
+        let spec = self.spec(placement, Flush::Sync, LogRetention::StateOnly);
+        let recovered_index = self.recovered_index(placement.id());
+        let group = self.open(spec, Box::new(machine)).await?;
+        self.locals.insert_coordinator(
+            number,
+            Arc::new(LocalCoordinator {
+                group,
+                view,
+                recovered_index,
+            }),
+        );
+        Ok(())
+    }
+
+    async fn open_queue(
+        &self,
+        placement: &GroupPlacement,
+        flush: FlushMode,
+        limits: QueueLimits,
+    ) -> Result<()> {
+        let path = self.index_path(placement.id());
+        let dir = path.parent().unwrap_or(&self.config.data_dir);
+        self.vfs
+            .create_dir_all(dir)
+            .with_context(|| format!("cannot create {}", dir.display()))?;
+        let index = match QueueIndex::open(self.vfs.clone(), path.clone()) {
+            Err(error @ StorageError::Damaged { .. }) => {
+                tracing::warn!(%error, "rebuilding a queue's index from the log");
+                QueueIndex::create_at(self.vfs.clone(), path, 0)
+            }
+            opened => opened,
+        };
+        let index = Arc::new(index?);
+        let shared = QueueShared::new(index.clone(), self.repair.clone());
+        let machine = QueueMachine::new(index, shared.clone(), limits);
+        let flush = match flush {
+            FlushMode::Sync => Flush::Sync,
+            FlushMode::Async => Flush::Async,
+        };
+        let spec = self.spec(placement, flush, LogRetention::Messages);
+        let recovered_index = self.recovered_index(placement.id());
+        let group = self.open(spec, Box::new(machine)).await?;
+        self.locals
+            .insert_queue(LocalQueue::new(group, shared, recovered_index));
+        Ok(())
+    }
+
+    fn recovered_index(&self, group: RaftGroupId) -> Option<u64> {
+        self.log.group(group).state().last.map(|last| last.index)
+    }
+
+    fn index_path(&self, group: RaftGroupId) -> PathBuf {
+        self.config
+            .data_dir
+            .join("queues")
+            .join(format!("{:020}.index", group.0))
+    }
+
+    async fn remove_queue(&self, group: RaftGroupId) {
+        self.locals.remove_queue(group.0);
+        self.host.close_group(group, true).await;
+        let path = self.index_path(group);
+        if let Err(error) = self.vfs.remove(&path) {
+            tracing::warn!(%group, %error, "a removed queue's index is still on disk");
+        }
+    }
+
+    /// Closes a replica and drops its index. Opened again, it applies its log from the oldest state
+    /// on and so makes the index anew.
+    async fn drop_index(&self, group: RaftGroupId, cause: &StorageError) {
+        tracing::warn!(%group, %cause, "rebuilding a queue's index from the log");
+        self.locals.remove_queue(group.0);
+        self.host.close_group(group, false).await;
+        let path = self.index_path(group);
+        // An index that stays is found damaged when it is opened or read again.
+        if let Err(error) = self.vfs.remove(&path) {
+            tracing::warn!(%group, %error, "a broken index is still on disk");
+        }
+    }
+}

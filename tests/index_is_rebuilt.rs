@@ -1,0 +1,100 @@
+//! A queue's index is derived from the log: whatever happens to its file, no message is lost and
+//! readers get what was acknowledged.
+
+mod support;
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+use support::client::{Client, Produced};
+use support::{Cluster, eventually};
+
+const MESSAGES: usize = 300;
+
+async fn fill(client: &Client) -> Result<Vec<(u64, String)>> {
+    client.create_topic("t", 1).await?;
+    let mut values = Vec::new();
+    for n in 0..MESSAGES {
+        let value = format!("message {n}");
+        let body = json!({"messages": [{"value": value, "queue": 0}]});
+        let places = match client.produce("t", &body).await {
+            Produced::Acked(places) => places,
+            other => anyhow::bail!("not acknowledged: {other:?}"),
+        };
+        ensure!(places == [(0, n as u64)]);
+        values.push((n as u64, value));
+    }
+    Ok(values)
+}
+
+fn index_file(cluster: &Cluster) -> Result<PathBuf> {
+    let mut files = fs::read_dir(cluster.data_dir(1).join("queues"))?;
+    let file = files.next().context("there is no index file")??;
+    Ok(file.path())
+}
+
+async fn reads_all(cluster: &Cluster, values: &[(u64, String)], what: &str) -> Result<()> {
+    let client = cluster.client();
+    let url = cluster.urls().remove(0);
+    eventually(what, || async {
+        let read = client.read_stale(&url, "t", 0).await?;
+        ensure!(read == values, "{} messages instead", read.len());
+        Ok(())
+    })
+    .await
+}
+
+/// Spoils the index of a node that was killed, starts it again, and reads everything.
+async fn survives(what: &str, spoil: impl Fn(&PathBuf) -> Result<()>) -> Result<()> {
+    // Small enough that checkpoints stand on the index which is spoiled.
+    let mut cluster = Cluster::start_with(
+        1,
+        "[log]\nsegment_bytes = 33554432\n\n[raft]\ncheckpoint_every = 64\n",
+    )
+    .await?;
+    let values = fill(&cluster.client()).await?;
+    cluster.node(1).kill();
+    let index = index_file(&cluster)?;
+    spoil(&index)?;
+    cluster.node(1).spawn()?;
+    cluster.wait_ready().await?;
+    reads_all(&cluster, &values, what).await?;
+    // And again from what is on disk now.
+    cluster.node(1).kill();
+    cluster.node(1).spawn()?;
+    cluster.wait_ready().await?;
+    reads_all(&cluster, &values, what).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_it_was_deleted() -> Result<()> {
+    survives("a deleted index is rebuilt", |index| {
+        Ok(fs::remove_file(index)?)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_its_header_was_overwritten() -> Result<()> {
+    survives("an index without a header is rebuilt", |index| {
+        let mut bytes = fs::read(index)?;
+        bytes[..1024].fill(0xff);
+        Ok(fs::write(index, bytes)?)
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_record_was_damaged() -> Result<()> {
+    survives("an index with a damaged record is rebuilt", |index| {
+        let mut bytes = fs::read(index)?;
+        // In the hundredth record: 1 KiB of headers, 40 bytes a record.
+        let place = 1024 + 99 * 40 + 8;
+        ensure!(bytes.len() > place, "only {} bytes", bytes.len());
+        bytes[place] ^= 0xff;
+        Ok(fs::write(index, bytes)?)
+    })
+    .await
+}
