@@ -44,6 +44,7 @@ async fn reads_all(cluster: &Cluster, values: &[(u64, String)], what: &str) -> R
         Ok(())
     })
     .await
+    .with_context(|| cluster.nodes[0].last_log_lines())
 }
 
 /// Spoils the index of a node that was killed, starts it again, and reads everything.

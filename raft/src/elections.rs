@@ -134,11 +134,12 @@ async fn follow_refusals(host: Arc<RaftHost>) {
 async fn fail_over(host: Arc<RaftHost>, dead: NodeId) {
     let began = Instant::now();
     let mut orphans = host.groups();
-    orphans.retain(|g| g.last_known_leader() == Some(dead) && !g.tail().is_suspect());
+    orphans.retain(|group| group.last_known_leader() == Some(dead));
+    join_all(orphans.iter().map(|group| group.void_lease(dead))).await;
+    orphans.retain(|group| !group.tail().is_suspect());
     if orphans.is_empty() {
         return;
     }
-    join_all(orphans.iter().map(|group| group.void_lease(dead))).await;
     let request = encode(&FailoverRequest {
         dead,
         groups: orphans.iter().map(|group| group.id().0).collect(),

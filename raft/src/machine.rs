@@ -220,7 +220,10 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
-        let all = self.snapshots.list(self.group)?;
+        // At its start openraft installs a snapshot that is newer than the state. Here that is a
+        // checkpoint which could not be restored: the log has everything since an older state.
+        let mut all = self.snapshots.list(self.group)?;
+        all.retain(|id| Some(*id) <= self.applied);
         let chosen = match self.retention {
             LogRetention::Messages => all.first(),
             LogRetention::StateOnly => all.last(),

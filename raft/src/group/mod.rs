@@ -93,7 +93,8 @@ impl Group {
         tail: TailGuard,
     ) -> Self {
         let metrics = raft.metrics();
-        let stored_term = metrics.borrow_watched().current_term;
+        // Not from the metrics: they are empty until the core has run.
+        let stored_term = log.state().vote.map_or(NO_TERM, |vote| vote.term);
         Self {
             inner: Arc::new(Inner {
                 spec,
