@@ -1,12 +1,15 @@
 //! The queue's batcher, on its leader: joins what is waiting into one Raft entry.
 //!
-//! There is no linger. An entry takes what has gathered while the ones before it were on their way;
-//! several entries are in flight, proposed in order without waiting for each other. A batcher begins
-//! with the first submission and ends when it has been idle.
+//! There is no linger: what finds the queue idle is proposed at once. While an entry is on its way
+//! the next one gathers, until that entry is done or enough has gathered to be worth an entry
+//! ([`BrokerConfig::pipeline_bytes`]); then several are in flight, proposed in order without waiting
+//! for each other. So many small requests cost few entries. A batcher begins with the first
+//! submission and ends when it has been idle.
 //!
 //! Invariant: a submission is proposed at most once. Whoever waits for it may withdraw it until it
 //! has been taken ([`Claim`]), and knows for certain that it was not stored if that worked.
 
+use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -159,7 +162,8 @@ fn send(
         config: config.clone(),
         metrics: metrics.clone(),
         rx,
-        next: None,
+        waiting: VecDeque::new(),
+        waiting_bytes: 0,
         stamp_ms: 0,
     };
     tokio::spawn(batcher.run());
@@ -170,8 +174,9 @@ struct Batcher {
     config: Arc<BrokerConfig>,
     metrics: Arc<Metrics>,
     rx: mpsc::UnboundedReceiver<Submission>,
-    /// What did not fit into the last entry.
-    next: Option<Submission>,
+    /// Received and not yet in an entry.
+    waiting: VecDeque<Submission>,
+    waiting_bytes: usize,
     /// Of the last entry; stamps never go back.
     stamp_ms: u64,
 }
@@ -182,32 +187,48 @@ impl Batcher {
     async fn run(mut self) {
         let mut in_flight: FuturesUnordered<Proposal> = FuturesUnordered::new();
         loop {
-            if in_flight.len() >= self.config.max_entries_in_flight {
-                in_flight.next().await;
+            while let Ok(submission) = self.rx.try_recv() {
+                self.receive(submission);
+            }
+            if self.is_due(in_flight.len()) {
+                // Polled once before the next is made: this is what keeps entries in order.
+                if let Some(mut proposal) = self.next_entry()
+                    && futures_util::poll!(&mut proposal).is_pending()
+                {
+                    in_flight.push(proposal);
+                }
                 continue;
             }
-            let first = match self.next.take() {
-                Some(submission) => Some(submission),
-                None => tokio::select! {
-                    biased;
-                    Some(()) = in_flight.next(), if !in_flight.is_empty() => continue,
-                    received = tokio::time::timeout(self.config.batcher_idle, self.rx.recv()) => {
-                        match received {
-                            Ok(submission) => submission,
-                            Err(_) if in_flight.is_empty() => self.last_look(),
-                            Err(_) => continue,
-                        }
+            tokio::select! {
+                biased;
+                Some(()) = in_flight.next(), if !in_flight.is_empty() => {}
+                received = tokio::time::timeout(self.config.batcher_idle, self.rx.recv()) => {
+                    match received {
+                        Ok(Some(submission)) => self.receive(submission),
+                        Ok(None) => return,
+                        Err(_) if in_flight.is_empty() => match self.last_look() {
+                            Some(submission) => self.receive(submission),
+                            None => return,
+                        },
+                        Err(_) => {}
                     }
-                },
-            };
-            let Some(first) = first else { return };
-            let Some(mut proposal) = self.next_entry(first) else {
-                continue;
-            };
-            // Polled once before the next is made: this is what keeps entries in order.
-            if futures_util::poll!(&mut proposal).is_pending() {
-                in_flight.push(proposal);
+                }
             }
+        }
+    }
+
+    fn receive(&mut self, submission: Submission) {
+        self.waiting_bytes += submission.bytes;
+        self.waiting.push_back(submission);
+    }
+
+    /// Whether what is waiting should be proposed beside that many entries under way.
+    fn is_due(&self, in_flight: usize) -> bool {
+        match in_flight {
+            _ if self.waiting.is_empty() => false,
+            0 => true,
+            entries if entries >= self.config.max_entries_in_flight => false,
+            _ => self.waiting_bytes >= self.config.pipeline_bytes,
         }
     }
 
@@ -222,24 +243,25 @@ impl Batcher {
         last
     }
 
-    /// Joins `first` and what waits behind it; none if all of it was withdrawn.
-    fn next_entry(&mut self, first: Submission) -> Option<Proposal> {
+    /// Joins what is waiting, as far as it fits; none if all of that was withdrawn.
+    fn next_entry(&mut self) -> Option<Proposal> {
         let mut taken: Vec<Submission> = Vec::new();
         let (mut batches, mut bytes) = (0, 0);
-        let mut candidate = Some(first);
-        while let Some(submission) = candidate.take() {
-            let fits = bytes + submission.bytes <= self.config.max_entry_bytes
-                && batches + submission.batches.len() <= MAX_BATCHES;
+        while let Some(next) = self.waiting.front() {
+            let fits = bytes + next.bytes <= self.config.max_entry_bytes
+                && batches + next.batches.len() <= MAX_BATCHES;
             if !taken.is_empty() && !fits {
-                self.next = Some(submission);
                 break;
             }
+            let Some(submission) = self.waiting.pop_front() else {
+                break;
+            };
+            self.waiting_bytes -= submission.bytes;
             if submission.claim.settle(TAKEN) {
                 batches += submission.batches.len();
                 bytes += submission.bytes;
                 taken.push(submission);
             }
-            candidate = self.rx.try_recv().ok();
         }
         if taken.is_empty() {
             return None;

@@ -16,6 +16,8 @@ pub struct BrokerConfig {
     pub max_batch_bytes: usize,
     /// Batches stop joining an entry here; a single larger batch still makes an entry.
     pub max_entry_bytes: usize,
+    /// While an entry of a queue is on its way, the next one waits until so much has gathered.
+    pub pipeline_bytes: usize,
     /// Entries of one queue that are proposed and not yet applied.
     pub max_entries_in_flight: usize,
     /// Bytes waiting to be proposed, per queue and over all queues of this node.
@@ -33,6 +35,7 @@ impl Default for BrokerConfig {
             create_timeout: Duration::from_secs(10),
             max_batch_bytes: 24 << 20,
             max_entry_bytes: 1 << 20,
+            pipeline_bytes: 128 << 10,
             max_entries_in_flight: 16,
             max_queued_bytes_per_queue: 64 << 20,
             max_queued_bytes: 256 << 20,

@@ -15,6 +15,7 @@ mod sse;
 mod v1;
 mod write_timeout;
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -33,9 +34,12 @@ use limits::{ByteBudget, HttpLimits};
 
 pub use server::serve;
 
-/// What every handler can reach.
+/// What every handler can reach. Cloned for every request and every layer it passes.
 #[derive(Debug, Clone)]
-pub struct HttpState {
+pub struct HttpState(Arc<HttpParts>);
+
+#[derive(Debug)]
+pub struct HttpParts {
     pub broker: Arc<Broker>,
     pub metrics: Arc<Metrics>,
     pub limits: HttpLimits,
@@ -58,7 +62,7 @@ impl HttpState {
         shutdown: CancellationToken,
     ) -> Self {
         let limits = HttpLimits::from(&config.http);
-        Self {
+        Self(Arc::new(HttpParts {
             broker,
             metrics,
             budget: ByteBudget::new(limits.max_inflight_bytes),
@@ -67,7 +71,15 @@ impl HttpState {
             default_replicas: config.default_replicas(),
             max_message_bytes: config.limits.max_message_bytes,
             ping_interval: Duration::from_secs(15),
-        }
+        }))
+    }
+}
+
+impl Deref for HttpState {
+    type Target = HttpParts;
+
+    fn deref(&self) -> &HttpParts {
+        &self.0
     }
 }
 
