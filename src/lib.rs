@@ -12,4 +12,5 @@ pub mod names;
 pub mod node;
 pub mod peer;
 pub mod server;
+pub mod soundness;
 pub mod telemetry;

@@ -13,6 +13,7 @@ use super::NodeId;
 use super::batcher::Submission;
 use super::queue::QueueShared;
 use crate::coordinator::CoordinatorView;
+use crate::soundness::Soundness;
 
 /// Replicas that ask their leaders for what is committed at the same time.
 const CATCH_UP_AT_ONCE: usize = 64;
@@ -48,6 +49,7 @@ impl LocalQueue {
 pub struct LocalCoordinator {
     pub group: Group,
     pub view: CoordinatorView,
+    pub soundness: Arc<Soundness>,
     pub recovered_index: Option<u64>,
 }
 
@@ -103,6 +105,15 @@ impl LocalGroups {
             turns,
         ));
         self.coordinators.write().insert(number, coordinator);
+    }
+
+    pub fn coordinators(&self) -> Vec<(u32, Arc<LocalCoordinator>)> {
+        let all = self.coordinators.read();
+        all.iter().map(|(n, c)| (*n, c.clone())).collect()
+    }
+
+    pub fn remove_coordinator(&self, number: u32) {
+        self.coordinators.write().remove(&number);
     }
 
     /// Whether the group is open here, as a queue or as a coordinator.

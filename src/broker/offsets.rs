@@ -212,10 +212,16 @@ impl Broker {
         let Some(local) = self.local.coordinator(coordinator) else {
             return Err(PeerError::NotHere);
         };
+        if local.soundness.broken().is_some() {
+            return Err(PeerError::NotHere);
+        }
         let deadline = Instant::now() + self.config.read_timeout;
         let proof = self.barrier(&local.group, deadline).await;
         proof.map_err(PeerError::Broker)?;
-        Ok(local.view.offsets(group))
+        local.view.offsets(group).map_err(|cause| {
+            local.soundness.set_broken(cause);
+            PeerError::NotHere
+        })
     }
 }
 

@@ -150,6 +150,10 @@ impl Broker {
         // Plain data into memory: there is no way to fail.
         let body = postcard::to_stdvec(command).unwrap_or_default();
         let reply = self.propose(placement.group, body.into()).await?;
+        if reply.is_empty() {
+            // Committed, but this leader's own copy of the state broke while it was applied.
+            return Err(super::route::UNKNOWN);
+        }
         postcard::from_bytes(&reply).map_err(|e| BrokerError::Internal(e.to_string()))
     }
 }

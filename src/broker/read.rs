@@ -47,14 +47,14 @@ impl Broker {
         let Some(queue) = self.local.queue(request.group) else {
             return Err(PeerError::NotHere);
         };
-        if let Some(error) = queue.shared.broken() {
+        if let Some(error) = queue.shared.soundness().broken() {
             tracing::debug!(group = request.group, %error, "a broken replica is not read");
             return Err(PeerError::NotHere);
         }
         let read = self.read_queue(&queue, request).await;
         match read {
             // What the read found is wrong with this replica alone.
-            Err(BrokerError::Internal(_)) if queue.shared.broken().is_some() => {
+            Err(BrokerError::Internal(_)) if queue.shared.soundness().broken().is_some() => {
                 Err(PeerError::NotHere)
             }
             read => read.map_err(PeerError::Broker),
@@ -202,7 +202,7 @@ fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
     if let StorageError::Damaged { path, .. } = &error
         && path == queue.shared.index().path()
     {
-        queue.shared.set_broken(error.clone());
+        queue.shared.soundness().set_broken(error.clone());
     }
     tracing::error!(%error, "a queue cannot be read");
     BrokerError::Internal(error.to_string())

@@ -8,6 +8,7 @@ use quorate_raft::{
     Flush, GroupSpec, HostConfig, HostStorage, Identity, LogRetention, NodeId, RaftHost, Replica,
 };
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
+use quorate_storage::derived::DerivedStore;
 use quorate_storage::queue_index::QueueIndex;
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
@@ -154,6 +155,7 @@ async fn start(
         id,
         vfs,
         dir: dir.to_owned(),
+        derived: DerivedStore::open(&dir.join("derived")).unwrap(),
         host: host.clone(),
         log: log.clone(),
         local,
@@ -186,6 +188,7 @@ struct Opener {
     dir: std::path::PathBuf,
     host: Arc<RaftHost>,
     log: CommitLog,
+    derived: DerivedStore,
     local: Arc<LocalGroups>,
 }
 
@@ -236,8 +239,9 @@ impl Opener {
         };
         match state.owner(placement.id()) {
             Some(GroupOwner::Coordinator(number)) => {
-                let machine = CoordinatorMachine::new(number);
-                let view = machine.view();
+                let store = self.derived.group(placement.id());
+                let machine = CoordinatorMachine::new(number, store, Arc::default());
+                let (view, soundness) = (machine.view(), machine.soundness());
                 let spec = spec(LogRetention::StateOnly);
                 let Ok(group) = self.host.open_group(spec, Box::new(machine)).await else {
                     return;
@@ -245,6 +249,7 @@ impl Opener {
                 let coordinator = LocalCoordinator {
                     group,
                     view,
+                    soundness,
                     recovered_index: recovered,
                 };
                 self.local.insert_coordinator(number, Arc::new(coordinator));

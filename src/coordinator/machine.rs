@@ -1,8 +1,17 @@
 //! A coordinator's state machine. Fencing and rewinding are judged here, in apply, and nowhere else.
+//!
+//! Its records are in the derived store, each command's changes together with the command's place in
+//! the log. The store outlives the process, so at a restart it may be ahead of the checkpoint: the
+//! commands it has seen are not executed again. When the store fails, the replica is broken until
+//! whoever watches its [`Soundness`] has reset the store and opened the replica again.
+
+use std::sync::Arc;
 
 use bytes::Bytes;
 use quorate_raft::StateMachine;
+use quorate_storage::derived::DerivedGroup;
 use quorate_storage::{LogId, StorageError};
+use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, QueueOffset};
@@ -11,6 +20,7 @@ use super::records::{
     producer_id_key, producer_key,
 };
 use crate::names::MAX_NAME_CHARS;
+use crate::soundness::Soundness;
 
 /// A producer id is: coordinator number, one bit for "has a name", the coordinator's own count.
 const COORDINATOR_SHIFT: u32 = 40;
@@ -32,14 +42,22 @@ pub fn is_named(id: i64) -> bool {
 pub struct CoordinatorMachine {
     number: u32,
     records: Records,
+    soundness: Arc<Soundness>,
 }
 
 impl CoordinatorMachine {
-    pub fn new(number: u32) -> Self {
+    /// `repair` is told when the store fails.
+    pub fn new(number: u32, store: DerivedGroup, repair: Arc<Notify>) -> Self {
         Self {
             number,
-            records: Records::default(),
+            records: Records::new(store),
+            soundness: Arc::new(Soundness::new(repair)),
         }
+    }
+
+    /// Whether the store can be used.
+    pub fn soundness(&self) -> Arc<Soundness> {
+        self.soundness.clone()
     }
 
     /// The applied state, for readers.
@@ -47,8 +65,8 @@ impl CoordinatorMachine {
         self.records.view()
     }
 
-    fn execute(&mut self, command: CoordinatorCommand) -> CoordinatorReply {
-        match command {
+    fn execute(&mut self, command: CoordinatorCommand) -> Result<CoordinatorReply, StorageError> {
+        Ok(match command {
             CoordinatorCommand::Commit { group, .. } if group.len() > MAX_NAME_CHARS => {
                 CoordinatorReply::Invalid("the consumer group's name is too long".to_owned())
             }
@@ -62,63 +80,68 @@ impl CoordinatorMachine {
                 let each = offsets.iter();
                 let verdicts = each.map(|offset| match fenced {
                     // There are no members to be one of, yet.
-                    true => CommitVerdict::Fenced,
+                    true => Ok(CommitVerdict::Fenced),
                     false => self.commit(&group, *offset, allow_rewind),
                 });
-                CoordinatorReply::Committed(verdicts.collect())
+                CoordinatorReply::Committed(verdicts.collect::<Result<_, _>>()?)
             }
             CoordinatorCommand::RegisterProducer { name: None } => CoordinatorReply::Producer {
-                id: self.next_producer(false),
+                id: self.next_producer(false)?,
                 epoch: 0,
                 fence: Vec::new(),
             },
-            CoordinatorCommand::RegisterProducer { name: Some(name) } => self.register(&name),
+            CoordinatorCommand::RegisterProducer { name: Some(name) } => self.register(&name)?,
             CoordinatorCommand::AttachProducer {
                 id,
                 epoch,
                 queue_group,
-            } => self.attach(id, epoch, queue_group),
-        }
+            } => self.attach(id, epoch, queue_group)?,
+        })
     }
 
-    fn commit(&self, group: &str, offset: QueueOffset, allow_rewind: bool) -> CommitVerdict {
+    fn commit(
+        &mut self,
+        group: &str,
+        offset: QueueOffset,
+        allow_rewind: bool,
+    ) -> Result<CommitVerdict, StorageError> {
         let key = offset_key(group, offset.topic, offset.queue);
-        let known = self.records.get(&key);
+        let known = self.records.get(&key)?;
         let known = known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?)));
         if let Some(committed) = known
             && offset.offset < committed
             && !allow_rewind
         {
-            return CommitVerdict::Conflict { committed };
+            return Ok(CommitVerdict::Conflict { committed });
         }
         if known != Some(offset.offset) {
             self.records.put(key, offset.offset.to_be_bytes().to_vec());
         }
-        CommitVerdict::Done
+        Ok(CommitVerdict::Done)
     }
 
-    fn next_producer(&self, named: bool) -> i64 {
-        let last = self.records.get(PRODUCER_NUMBER_KEY);
+    fn next_producer(&mut self, named: bool) -> Result<i64, StorageError> {
+        let last = self.records.get(PRODUCER_NUMBER_KEY)?;
         let last = last.and_then(|v| Some(i64::from_be_bytes(v.try_into().ok()?)));
         let number = last.unwrap_or(0) + 1;
         let value = number.to_be_bytes().to_vec();
         self.records.put(PRODUCER_NUMBER_KEY.to_vec(), value);
         let named = if named { NAMED_BIT } else { 0 };
-        i64::from(self.number) << COORDINATOR_SHIFT | named | number
+        Ok(i64::from(self.number) << COORDINATOR_SHIFT | named | number)
     }
 
-    fn register(&self, name: &str) -> CoordinatorReply {
-        let producer = match self.named(name) {
+    fn register(&mut self, name: &str) -> Result<CoordinatorReply, StorageError> {
+        let producer = match self.named(name)? {
             None => NamedProducer {
-                id: self.next_producer(true),
+                id: self.next_producer(true)?,
                 epoch: 0,
                 queues: Default::default(),
             },
             Some(known) if known.epoch == i16::MAX => {
-                return CoordinatorReply::Invalid(format!(
+                return Ok(CoordinatorReply::Invalid(format!(
                     "producer {name:?} was registered {} times; choose another name",
                     i16::MAX
-                ));
+                )));
             }
             Some(known) => NamedProducer {
                 epoch: known.epoch + 1,
@@ -128,85 +151,109 @@ impl CoordinatorMachine {
         let id_key = producer_id_key(producer.id);
         self.records.put(id_key, name.as_bytes().to_vec());
         self.store(name, &producer);
-        CoordinatorReply::Producer {
+        Ok(CoordinatorReply::Producer {
             id: producer.id,
             epoch: producer.epoch,
             fence: producer.queues.into_iter().collect(),
-        }
+        })
     }
 
-    fn attach(&self, id: i64, epoch: i16, queue_group: u64) -> CoordinatorReply {
-        let name = self.records.get(&producer_id_key(id));
-        let name = name.and_then(|n| String::from_utf8(n).ok());
-        let Some((name, mut producer)) = name.and_then(|n| Some((n.clone(), self.named(&n)?)))
-        else {
-            return CoordinatorReply::UnknownProducer;
+    fn attach(
+        &mut self,
+        id: i64,
+        epoch: i16,
+        queue_group: u64,
+    ) -> Result<CoordinatorReply, StorageError> {
+        let name = self.records.get(&producer_id_key(id))?;
+        let Some(name) = name.and_then(|n| String::from_utf8(n).ok()) else {
+            return Ok(CoordinatorReply::UnknownProducer);
+        };
+        let Some(mut producer) = self.named(&name)? else {
+            return Ok(CoordinatorReply::UnknownProducer);
         };
         if epoch < producer.epoch {
-            return CoordinatorReply::Fenced {
+            return Ok(CoordinatorReply::Fenced {
                 current: producer.epoch,
-            };
+            });
         }
         if epoch > producer.epoch {
-            return CoordinatorReply::UnknownProducer;
+            return Ok(CoordinatorReply::UnknownProducer);
         }
         if producer.queues.insert(queue_group) {
             self.store(&name, &producer);
         }
-        CoordinatorReply::Attached
+        Ok(CoordinatorReply::Attached)
     }
 
-    fn named(&self, name: &str) -> Option<NamedProducer> {
-        postcard::from_bytes(&self.records.get(&producer_key(name))?).ok()
+    fn named(&self, name: &str) -> Result<Option<NamedProducer>, StorageError> {
+        let stored = self.records.get(&producer_key(name))?;
+        Ok(stored.and_then(|bytes| postcard::from_bytes(&bytes).ok()))
     }
 
-    fn store(&self, name: &str, producer: &NamedProducer) {
+    fn store(&mut self, name: &str, producer: &NamedProducer) {
         let value = postcard::to_stdvec(producer).unwrap_or_default();
         self.records.put(producer_key(name), value);
     }
 
-    fn load(&self, state: &[u8]) -> Result<(), StorageError> {
+    fn load(&mut self, log_id: Option<LogId>, state: &[u8]) -> Result<(), StorageError> {
         let content: Content = postcard::from_bytes(state).map_err(|e| {
             let number = self.number;
             StorageError::InvalidArgument(format!("coordinator {number}'s state: {e}"))
         })?;
-        self.records.replace(content);
-        Ok(())
+        self.records.replace(content, log_id)
     }
-}
 
-impl StateMachine for CoordinatorMachine {
-    fn apply(&mut self, log_id: LogId, body: &Bytes) -> Bytes {
+    fn try_apply(&mut self, log_id: LogId, body: &Bytes) -> Result<Bytes, StorageError> {
+        if let Some(cause) = self.soundness.broken() {
+            return Err(cause);
+        }
+        if self.records.has_applied(log_id) {
+            return Ok(Bytes::new());
+        }
         let reply = match postcard::from_bytes(body) {
-            Ok(command) => self.execute(command),
+            Ok(command) => self.execute(command)?,
             Err(error) => {
                 tracing::error!(%log_id, %error, "a coordinator command that cannot be read");
                 CoordinatorReply::Invalid("the command cannot be read".to_owned())
             }
         };
-        postcard::to_stdvec(&reply).unwrap_or_default().into()
+        self.records.commit(log_id)?;
+        Ok(postcard::to_stdvec(&reply).unwrap_or_default().into())
+    }
+}
+
+impl StateMachine for CoordinatorMachine {
+    /// An empty reply says nothing: the command was executed before a restart, or can't be here.
+    fn apply(&mut self, log_id: LogId, body: &Bytes) -> Bytes {
+        self.try_apply(log_id, body).unwrap_or_else(|cause| {
+            self.soundness.set_broken(cause);
+            Bytes::new()
+        })
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError> {
-        Ok(self.records.encode())
-    }
-
-    fn restore(&mut self, _last: Option<LogId>, state: Option<&[u8]>) -> Result<(), StorageError> {
-        match state {
-            Some(state) => self.load(state),
-            None => {
-                self.records.replace(Content::new());
-                Ok(())
-            }
+        match self.soundness.broken() {
+            Some(cause) => Err(cause),
+            None => self.records.encode(),
         }
     }
 
-    fn install(&mut self, _last: LogId, state: &[u8]) -> Result<(), StorageError> {
-        self.load(state)
+    fn restore(&mut self, last: Option<LogId>, state: Option<&[u8]>) -> Result<(), StorageError> {
+        if self.records.resume(last)? {
+            return Ok(());
+        }
+        match state {
+            Some(state) => self.load(last, state),
+            None => self.records.replace(Content::new(), None),
+        }
+    }
+
+    fn install(&mut self, last: LogId, state: &[u8]) -> Result<(), StorageError> {
+        self.load(Some(last), state)
     }
 
     fn state_hash(&self) -> u64 {
-        xxh3_64(&self.records.encode())
+        self.records.encode().map_or(0, |content| xxh3_64(&content))
     }
 }
 

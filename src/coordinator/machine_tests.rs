@@ -1,7 +1,53 @@
 use proptest::prelude::*;
 
+use quorate_storage::RaftGroupId;
+use quorate_storage::derived::DerivedStore;
+use tempfile::TempDir;
+
 use super::*;
 use crate::broker::MemberMark;
+
+/// A coordinator over a store of its own.
+struct Fixture {
+    machine: CoordinatorMachine,
+    applied: u64,
+    store: DerivedStore,
+    _dir: TempDir,
+}
+
+impl Fixture {
+    fn new(number: u32) -> Self {
+        let dir = TempDir::new().unwrap();
+        let store = DerivedStore::open(&dir.path().join("derived")).unwrap();
+        let group = store.group(RaftGroupId(16));
+        Self {
+            machine: CoordinatorMachine::new(number, group, Arc::default()),
+            applied: 0,
+            store,
+            _dir: dir,
+        }
+    }
+
+    fn apply_bytes(&mut self, body: &Bytes) -> Bytes {
+        self.applied += 1;
+        self.machine.apply(LogId::new(1, self.applied), body)
+    }
+
+    fn apply(&mut self, command: CoordinatorCommand) -> CoordinatorReply {
+        let body = postcard::to_stdvec(&command).unwrap();
+        postcard::from_bytes(&self.apply_bytes(&body.into())).unwrap()
+    }
+
+    /// Another life of the same replica, before it has restored anything.
+    fn restart(&mut self) {
+        let group = self.store.group(RaftGroupId(16));
+        self.machine = CoordinatorMachine::new(self.machine.number, group, Arc::default());
+    }
+
+    fn offsets(&self, group: &str) -> Vec<QueueOffset> {
+        self.machine.view().offsets(group).unwrap()
+    }
+}
 
 fn commit(group: &str, queue: u32, offset: u64, allow_rewind: bool) -> CoordinatorCommand {
     CoordinatorCommand::Commit {
@@ -16,16 +62,16 @@ fn commit(group: &str, queue: u32, offset: u64, allow_rewind: bool) -> Coordinat
     }
 }
 
-fn verdict(machine: &mut CoordinatorMachine, command: CoordinatorCommand) -> CommitVerdict {
-    match machine.execute(command) {
+fn verdict(machine: &mut Fixture, command: CoordinatorCommand) -> CommitVerdict {
+    match machine.apply(command) {
         CoordinatorReply::Committed(verdicts) => verdicts[0],
         other => panic!("{other:?}"),
     }
 }
 
-fn register(machine: &mut CoordinatorMachine, name: Option<&str>) -> (i64, i16, Vec<u64>) {
+fn register(machine: &mut Fixture, name: Option<&str>) -> (i64, i16, Vec<u64>) {
     let name = name.map(str::to_owned);
-    match machine.execute(CoordinatorCommand::RegisterProducer { name }) {
+    match machine.apply(CoordinatorCommand::RegisterProducer { name }) {
         CoordinatorReply::Producer { id, epoch, fence } => (id, epoch, fence),
         other => panic!("{other:?}"),
     }
@@ -33,7 +79,7 @@ fn register(machine: &mut CoordinatorMachine, name: Option<&str>) -> (i64, i16, 
 
 #[test]
 fn a_committed_offset_goes_back_only_when_allowed() {
-    let mut machine = CoordinatorMachine::new(0);
+    let mut machine = Fixture::new(0);
     assert_eq!(
         verdict(&mut machine, commit("g", 0, 5, false)),
         CommitVerdict::Done
@@ -46,28 +92,28 @@ fn a_committed_offset_goes_back_only_when_allowed() {
         verdict(&mut machine, commit("g", 0, 4, false)),
         CommitVerdict::Conflict { committed: 5 }
     );
-    assert_eq!(machine.view().offsets("g")[0].offset, 5);
+    assert_eq!(machine.offsets("g")[0].offset, 5);
     assert_eq!(
         verdict(&mut machine, commit("g", 0, 4, true)),
         CommitVerdict::Done
     );
-    assert_eq!(machine.view().offsets("g")[0].offset, 4);
+    assert_eq!(machine.offsets("g")[0].offset, 4);
 }
 
 #[test]
 fn groups_whose_names_begin_alike_are_apart() {
-    let mut machine = CoordinatorMachine::new(0);
-    machine.execute(commit("g", 300, 1, false));
-    machine.execute(commit("g", 2, 2, false));
-    machine.execute(commit("gg", 0, 3, false));
-    let offsets = machine.view().offsets("g");
+    let mut machine = Fixture::new(0);
+    machine.apply(commit("g", 300, 1, false));
+    machine.apply(commit("g", 2, 2, false));
+    machine.apply(commit("gg", 0, 3, false));
+    let offsets = machine.offsets("g");
     let queues: Vec<_> = offsets.iter().map(|o| (o.queue, o.offset)).collect();
     assert_eq!(queues, [(2, 2), (300, 1)]);
 }
 
 #[test]
 fn a_member_is_fenced_while_there_are_none() {
-    let mut machine = CoordinatorMachine::new(0);
+    let mut machine = Fixture::new(0);
     let CoordinatorCommand::Commit { group, offsets, .. } = commit("g", 0, 5, false) else {
         unreachable!()
     };
@@ -81,13 +127,13 @@ fn a_member_is_fenced_while_there_are_none() {
         }),
     };
     assert_eq!(verdict(&mut machine, command), CommitVerdict::Fenced);
-    assert!(machine.view().offsets("g").is_empty());
+    assert!(machine.offsets("g").is_empty());
 }
 
 #[test]
 fn producer_ids_are_unique_over_coordinators_and_names_raise_the_epoch() {
-    let mut two = CoordinatorMachine::new(2);
-    let mut three = CoordinatorMachine::new(3);
+    let mut two = Fixture::new(2);
+    let mut three = Fixture::new(3);
     let ids = [
         register(&mut two, None).0,
         register(&mut two, None).0,
@@ -107,10 +153,10 @@ fn producer_ids_are_unique_over_coordinators_and_names_raise_the_epoch() {
 
 #[test]
 fn a_new_epoch_learns_where_the_old_one_wrote() {
-    let mut machine = CoordinatorMachine::new(0);
+    let mut machine = Fixture::new(0);
     let (id, _, _) = register(&mut machine, Some("a"));
-    let attach = |machine: &mut CoordinatorMachine, epoch, queue_group| {
-        machine.execute(CoordinatorCommand::AttachProducer {
+    let attach = |machine: &mut Fixture, epoch, queue_group| {
+        machine.apply(CoordinatorCommand::AttachProducer {
             id,
             epoch,
             queue_group,
@@ -148,22 +194,58 @@ fn any_command() -> impl Strategy<Value = CoordinatorCommand> {
 }
 
 proptest! {
+    // Each case opens two databases.
+    #![proptest_config(ProptestConfig::with_cases(24))]
     #[test]
     fn replicas_agree_whenever_they_restart(
-        commands in proptest::collection::vec((any_command(), any::<bool>()), 1..60)
+        commands in proptest::collection::vec((any_command(), 0..4u8), 1..60)
     ) {
-        let mut steady = CoordinatorMachine::new(0);
-        let mut shaken = CoordinatorMachine::new(0);
-        let id = LogId::new(1, 1);
-        for (command, restart) in commands {
+        let mut steady = Fixture::new(0);
+        let mut shaken = Fixture::new(0);
+        let mut log = Vec::new();
+        let mut checkpoint = (0, None);
+        for (command, event) in commands {
             let body = Bytes::from(postcard::to_stdvec(&command).unwrap());
-            prop_assert_eq!(steady.apply(id, &body), shaken.apply(id, &body));
-            if restart {
-                let state = shaken.checkpoint().unwrap();
-                shaken = CoordinatorMachine::new(0);
-                shaken.install(id, &state).unwrap();
+            prop_assert_eq!(steady.apply_bytes(&body), shaken.apply_bytes(&body));
+            log.push(body);
+            let last = LogId::new(1, shaken.applied);
+            match event {
+                0 => checkpoint = (shaken.applied, Some(shaken.machine.checkpoint().unwrap())),
+                // The store is ahead of the checkpoint, or was lost; then the log is applied again.
+                1 | 2 => {
+                    if event == 2 {
+                        shaken.store.reset("a test").unwrap();
+                    }
+                    shaken.restart();
+                    let (index, state) = &checkpoint;
+                    let from = Some(LogId::new(1, *index)).filter(|_| *index > 0);
+                    shaken.machine.restore(from, state.as_deref()).unwrap();
+                    shaken.applied = *index;
+                    for body in &log[*index as usize..] {
+                        shaken.apply_bytes(body);
+                    }
+                }
+                _ => {
+                    let state = steady.machine.checkpoint().unwrap();
+                    shaken.machine.install(last, &state).unwrap();
+                }
             }
-            prop_assert_eq!(steady.state_hash(), shaken.state_hash());
+            prop_assert_eq!(steady.machine.state_hash(), shaken.machine.state_hash());
         }
     }
+}
+
+#[test]
+fn a_lost_store_is_noticed_and_nothing_is_answered_from_it() {
+    let mut machine = Fixture::new(0);
+    assert_eq!(
+        verdict(&mut machine, commit("g", 0, 5, false)),
+        CommitVerdict::Done
+    );
+    machine.store.reset("a test").unwrap();
+    let command = postcard::to_stdvec(&commit("g", 0, 6, false)).unwrap();
+    assert!(machine.apply_bytes(&command.into()).is_empty());
+    assert!(machine.machine.soundness().broken().is_some());
+    assert!(machine.machine.view().offsets("g").is_err());
+    assert!(machine.machine.checkpoint().is_err());
 }

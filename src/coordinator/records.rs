@@ -1,19 +1,18 @@
-//! A coordinator's state: records by key, read by the broker beside apply.
+//! A coordinator's state: records in the node's derived store, read by the broker beside apply.
 //!
 //! | key | value |
 //! |---|---|
-//! | `o`, length of the group's name (1), name, topic (8), queue (4) | committed offset (8) |
+//! | `o`, consumer group, topic u64, queue u32 | committed offset u64 |
 //! | `p`, name | id, epoch and queues of a named producer |
-//! | `i`, producer id (8) | its name |
+//! | `i`, producer id i64 | its name |
 //! | `n` | the last producer number given |
 //!
-//! Numbers are big-endian, so that a scan gives them in order. Names have at most 120 bytes.
+//! Keys are made of the store's ordered fields, numbers in values are big-endian.
 
 use std::collections::BTreeMap;
-use std::ops::Bound;
-use std::sync::Arc;
 
-use parking_lot::RwLock;
+use quorate_storage::derived::{DerivedGroup, KeyBuilder, KeyReader};
+use quorate_storage::{LogId, StorageError};
 use serde::{Deserialize, Serialize};
 
 use super::QueueOffset;
@@ -29,88 +28,117 @@ pub(super) struct NamedProducer {
     pub queues: std::collections::BTreeSet<u64>,
 }
 
-/// The records, shared between the state machine (the only writer) and readers.
-#[derive(Debug, Clone, Default)]
+/// The records, and what the command being applied changes of them.
+#[derive(Debug)]
 pub(super) struct Records {
-    content: Arc<RwLock<Content>>,
+    stored: DerivedGroup,
+    changes: Content,
+    /// The last command whose changes are stored. The store may be ahead of the state that a
+    /// restart begins with, since it outlives the process.
+    applied: Option<LogId>,
 }
 
 impl Records {
-    pub(super) fn view(&self) -> CoordinatorView {
-        CoordinatorView {
-            records: self.clone(),
+    pub(super) fn new(stored: DerivedGroup) -> Self {
+        Self {
+            stored,
+            changes: Content::new(),
+            applied: None,
         }
     }
 
-    pub(super) fn get(&self, key: &[u8]) -> Option<Vec<u8>> {
-        self.content.read().get(key).cloned()
+    pub(super) fn view(&self) -> CoordinatorView {
+        CoordinatorView {
+            records: self.stored.clone(),
+        }
     }
 
-    pub(super) fn put(&self, key: Vec<u8>, value: Vec<u8>) {
-        self.content.write().insert(key, value);
+    pub(super) fn has_applied(&self, log_id: LogId) -> bool {
+        self.applied.is_some_and(|applied| applied >= log_id)
     }
 
-    pub(super) fn replace(&self, content: Content) {
-        *self.content.write() = content;
+    pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
+        if let Some(value) = self.changes.get(key) {
+            return Ok(Some(value.clone()));
+        }
+        Ok(self.stored.get(key)?.map(|value| value.to_vec()))
     }
 
-    pub(super) fn encode(&self) -> Vec<u8> {
+    pub(super) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
+        self.changes.insert(key, value);
+    }
+
+    /// Stores what the command of `log_id` changed, together with its place in the log.
+    pub(super) fn commit(&mut self, log_id: LogId) -> Result<(), StorageError> {
+        let changes = std::mem::take(&mut self.changes);
+        let writes = changes.into_iter().map(|(key, value)| (key, Some(value)));
+        self.stored.write(writes.collect(), log_id)?;
+        self.applied = Some(log_id);
+        Ok(())
+    }
+
+    /// Goes on with what is stored, if that is at least the state of `log_id`.
+    pub(super) fn resume(&mut self, log_id: Option<LogId>) -> Result<bool, StorageError> {
+        self.applied = self.stored.applied()?;
+        Ok(self.applied >= log_id)
+    }
+
+    pub(super) fn replace(
+        &mut self,
+        content: Content,
+        log_id: Option<LogId>,
+    ) -> Result<(), StorageError> {
+        self.stored.clear()?;
+        self.applied = None;
+        self.changes = content;
+        log_id.map_or(Ok(()), |log_id| self.commit(log_id))
+    }
+
+    pub(super) fn encode(&self) -> Result<Vec<u8>, StorageError> {
+        let all = self.stored.scan(b"")?.into_iter();
+        let content: Content = all.map(|(k, v)| (k.to_vec(), v.to_vec())).collect();
         // A map of bytes into memory: there is no way to fail.
-        postcard::to_stdvec(&*self.content.read()).unwrap_or_default()
-    }
-
-    fn scan<T>(&self, prefix: &[u8], mut read: impl FnMut(&[u8], &[u8]) -> Option<T>) -> Vec<T> {
-        let content = self.content.read();
-        let from = (Bound::Included(prefix), Bound::Unbounded);
-        content
-            .range::<[u8], _>(from)
-            .take_while(|(key, _)| key.starts_with(prefix))
-            .filter_map(|(key, value)| read(&key[prefix.len()..], value))
-            .collect()
+        Ok(postcard::to_stdvec(&content).unwrap_or_default())
     }
 }
 
 /// What the broker reads of a coordinator's applied state.
 #[derive(Debug, Clone)]
 pub struct CoordinatorView {
-    records: Records,
+    records: DerivedGroup,
 }
 
 impl CoordinatorView {
     /// All that a consumer group has committed, in order of topic and queue.
-    pub fn offsets(&self, group: &str) -> Vec<QueueOffset> {
-        self.records.scan(&group_prefix(group), |rest, value| {
+    pub fn offsets(&self, group: &str) -> Result<Vec<QueueOffset>, StorageError> {
+        let prefix = group_prefix(group).build();
+        let found = self.records.scan(&prefix)?.into_iter();
+        let offsets = found.filter_map(|(key, value)| {
+            let mut fields = KeyReader::new(&key[prefix.len()..]);
             Some(QueueOffset {
-                topic: u64::from_be_bytes(rest.get(..8)?.try_into().ok()?),
-                queue: u32::from_be_bytes(rest.get(8..12)?.try_into().ok()?),
-                offset: u64::from_be_bytes(value.try_into().ok()?),
+                topic: fields.u64()?,
+                queue: fields.u32()?,
+                offset: u64::from_be_bytes(value[..].try_into().ok()?),
             })
-        })
+        });
+        Ok(offsets.collect())
     }
 }
 
-fn group_prefix(group: &str) -> Vec<u8> {
-    let mut key = Vec::with_capacity(2 + group.len() + 12);
-    key.push(b'o');
-    // Names are at most 120 bytes long; see `crate::names`.
-    key.push(group.len() as u8);
-    key.extend_from_slice(group.as_bytes());
-    key
+fn group_prefix(group: &str) -> KeyBuilder {
+    KeyBuilder::new().u8(b'o').text(group)
 }
 
 pub(super) fn offset_key(group: &str, topic: u64, queue: u32) -> Vec<u8> {
-    let mut key = group_prefix(group);
-    key.extend_from_slice(&topic.to_be_bytes());
-    key.extend_from_slice(&queue.to_be_bytes());
-    key
+    group_prefix(group).u64(topic).u32(queue).build()
 }
 
 pub(super) fn producer_key(name: &str) -> Vec<u8> {
-    [b"p", name.as_bytes()].concat()
+    KeyBuilder::new().u8(b'p').text(name).build()
 }
 
 pub(super) fn producer_id_key(id: i64) -> Vec<u8> {
-    [&b"i"[..], &id.to_be_bytes()].concat()
+    KeyBuilder::new().u8(b'i').i64(id).build()
 }
 
 pub(super) const PRODUCER_NUMBER_KEY: &[u8] = b"n";

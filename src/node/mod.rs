@@ -15,6 +15,7 @@ use quorate_raft::{
     Replica, Run,
 };
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
+use quorate_storage::derived::DerivedStore;
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::os::OsVfs;
@@ -88,6 +89,7 @@ impl Node {
         let log = CommitLog::open(vfs.clone(), &dir.join("log"), config.log.clone())?;
         tracing::info!(recovery = ?log.recovery(), "commit log recovered");
         let snapshots = Arc::new(SnapshotStore::open(vfs.clone(), &dir.join("snapshots"))?);
+        let derived = DerivedStore::open(&dir.join("derived"))?;
         let (fatal_tx, fatal) = mpsc::unbounded_channel();
         log.on_poison(Box::new({
             let fatal = fatal_tx.clone();
@@ -124,7 +126,14 @@ impl Node {
         });
         service.connect(&broker);
         let stop = CancellationToken::new();
-        let replicas = Replicas::new(config.clone(), vfs, host.clone(), log.clone(), locals);
+        let replicas = Replicas::new(
+            config.clone(),
+            vfs,
+            host.clone(),
+            log.clone(),
+            derived,
+            locals,
+        );
         tokio::spawn(replicas.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
         let register = register(config, broker.clone(), identity, catalog, fatal_tx);
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));

@@ -1,6 +1,6 @@
 //! The replicas on this node, as the catalog wants them: whenever it changes, the groups that have a
 //! replica here are opened and those of deleted topics are removed, files and all. A replica whose
-//! index broke is closed, and opened again with a new one.
+//! derived files broke is closed, and opened again with new ones.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use quorate_raft::{Flush, GroupSpec, LogRetention, RaftHost, Replica, StateMachine};
 use quorate_storage::commit_log::CommitLog;
+use quorate_storage::derived::DerivedStore;
 use quorate_storage::queue_index::QueueIndex;
 use quorate_storage::vfs::Vfs;
 use quorate_storage::{RaftGroupId, StorageError};
@@ -28,8 +29,9 @@ pub(super) struct Replicas {
     vfs: Arc<dyn Vfs>,
     host: Arc<RaftHost>,
     log: CommitLog,
+    derived: DerivedStore,
     locals: Arc<LocalGroups>,
-    /// Told when a queue's index can't be used any more.
+    /// Told when something that a replica derived from its log can't be used any more.
     repair: Arc<Notify>,
 }
 
@@ -39,6 +41,7 @@ impl Replicas {
         vfs: Arc<dyn Vfs>,
         host: Arc<RaftHost>,
         log: CommitLog,
+        derived: DerivedStore,
         locals: Arc<LocalGroups>,
     ) -> Self {
         Self {
@@ -46,6 +49,7 @@ impl Replicas {
             vfs,
             host,
             log,
+            derived,
             locals,
             repair: Arc::default(),
         }
@@ -74,6 +78,10 @@ impl Replicas {
     }
 
     async fn reconcile(&self, catalog: &CatalogState) -> Result<()> {
+        let coordinators = self.locals.coordinators();
+        if let Some(cause) = coordinators.iter().find_map(|(_, c)| c.soundness.broken()) {
+            self.reset_derived(&cause).await?;
+        }
         for (number, placement) in (0..).zip(&catalog.coordinators) {
             if placement.on(self.config.node_id) && self.host.group(placement.id()).is_none() {
                 self.open_coordinator(number, placement).await?;
@@ -90,7 +98,7 @@ impl Replicas {
             let group = queue.group.id();
             if !wanted.contains(&group.0) {
                 self.remove_queue(group).await;
-            } else if let Some(cause) = queue.shared.broken() {
+            } else if let Some(cause) = queue.shared.soundness().broken() {
                 self.drop_index(group, &cause).await;
             }
         }
@@ -135,8 +143,9 @@ impl Replicas {
     }
 
     async fn open_coordinator(&self, number: u32, placement: &GroupPlacement) -> Result<()> {
-        let machine = CoordinatorMachine::new(number);
-        let view = machine.view();
+        let store = self.derived.group(placement.id());
+        let machine = CoordinatorMachine::new(number, store, self.repair.clone());
+        let (view, soundness) = (machine.view(), machine.soundness());
         let spec = self.spec(placement, Flush::Sync, LogRetention::StateOnly);
         let recovered_index = self.recovered_index(placement.id());
         let group = self.open(spec, Box::new(machine)).await?;
@@ -145,10 +154,23 @@ impl Replicas {
             Arc::new(LocalCoordinator {
                 group,
                 view,
+                soundness,
                 recovered_index,
             }),
         );
         Ok(())
+    }
+
+    /// Gives the derived store up, and with it the replicas that stand on it. Opened again, they
+    /// begin with their newest snapshots.
+    async fn reset_derived(&self, cause: &StorageError) -> Result<()> {
+        for (number, coordinator) in self.locals.coordinators() {
+            self.locals.remove_coordinator(number);
+            self.host.close_group(coordinator.group.id(), false).await;
+        }
+        self.derived
+            .reset(&cause.to_string())
+            .context("the derived store is unusable and cannot be replaced")
     }
 
     async fn open_queue(

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use parking_lot::Mutex;
-use quorate_storage::StorageError;
 use quorate_storage::queue_index::QueueIndex;
 use tokio::sync::{Notify, watch};
+
+use crate::soundness::Soundness;
 
 /// The offsets a queue holds on this node: `earliest..end`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,8 +25,7 @@ pub struct QueueShared {
     end: AtomicU64,
     last_stamp_ms: AtomicU64,
     wake: watch::Sender<u64>,
-    broken: Mutex<Option<StorageError>>,
-    repair: Arc<Notify>,
+    soundness: Soundness,
 }
 
 impl QueueShared {
@@ -38,8 +37,7 @@ impl QueueShared {
             end: AtomicU64::new(0),
             last_stamp_ms: AtomicU64::new(0),
             wake: watch::Sender::new(0),
-            broken: Mutex::new(None),
-            repair,
+            soundness: Soundness::new(repair),
         })
     }
 
@@ -64,15 +62,9 @@ impl QueueShared {
         self.wake.subscribe()
     }
 
-    /// Why this replica can't be read any more, if so.
-    pub fn broken(&self) -> Option<StorageError> {
-        self.broken.lock().clone()
-    }
-
-    /// The index can't be used any more: nobody reads this replica until it has a new one.
-    pub(in crate::broker) fn set_broken(&self, error: StorageError) {
-        self.broken.lock().get_or_insert(error);
-        self.repair.notify_one();
+    /// Whether the index can be used.
+    pub fn soundness(&self) -> &Soundness {
+        &self.soundness
     }
 
     pub(super) fn publish(&self, bounds: QueueBounds, last_stamp_ms: u64) {

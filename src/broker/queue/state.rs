@@ -151,7 +151,7 @@ impl QueueMachine {
             // The commit log has the message; only this replica's index hasn't. It says so to
             // readers, and fails its next checkpoint, instead of serving a queue with a hole.
             tracing::error!(path = %self.index.path().display(), %error, "queue index failed");
-            self.shared.set_broken(error);
+            self.shared.soundness().set_broken(error);
         }
     }
 
@@ -234,7 +234,7 @@ impl StateMachine for QueueMachine {
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError> {
-        if let Some(error) = self.shared.broken() {
+        if let Some(error) = self.shared.soundness().broken() {
             return Err(error);
         }
         self.index.sync()?;

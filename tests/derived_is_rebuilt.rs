@@ -1,5 +1,5 @@
-//! A queue's index is derived from the log: whatever happens to its file, no message is lost and
-//! readers get what was acknowledged.
+//! A queue's index and the coordinators' records are derived from the log: whatever happens to
+//! their files, nothing is lost and readers get what was acknowledged.
 
 mod support;
 
@@ -7,6 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
+use reqwest::Method;
 use serde_json::json;
 use support::client::{Client, Produced};
 use support::{Cluster, eventually};
@@ -70,7 +71,7 @@ async fn survives(what: &str, spoil: impl Fn(&PathBuf) -> Result<()>) -> Result<
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_it_was_deleted() -> Result<()> {
+async fn an_index_that_was_deleted() -> Result<()> {
     survives("a deleted index is rebuilt", |index| {
         Ok(fs::remove_file(index)?)
     })
@@ -78,7 +79,7 @@ async fn after_it_was_deleted() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_its_header_was_overwritten() -> Result<()> {
+async fn an_index_without_a_header() -> Result<()> {
     survives("an index without a header is rebuilt", |index| {
         let mut bytes = fs::read(index)?;
         bytes[..1024].fill(0xff);
@@ -88,7 +89,7 @@ async fn after_its_header_was_overwritten() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn after_a_record_was_damaged() -> Result<()> {
+async fn an_index_with_a_damaged_record() -> Result<()> {
     survives("an index with a damaged record is rebuilt", |index| {
         let mut bytes = fs::read(index)?;
         // In the hundredth record: 1 KiB of headers, 40 bytes a record.
@@ -96,6 +97,45 @@ async fn after_a_record_was_damaged() -> Result<()> {
         ensure!(bytes.len() > place, "only {} bytes", bytes.len());
         bytes[place] ^= 0xff;
         Ok(fs::write(index, bytes)?)
+    })
+    .await
+}
+
+/// Spoils the coordinators' records of a node that was killed, and asks for a committed offset.
+async fn offsets_survive(spoil: impl Fn(&PathBuf) -> Result<()>) -> Result<()> {
+    let mut cluster = Cluster::start(1).await?;
+    let client = cluster.client();
+    fill(&client).await?;
+    let path = "/v1/groups/g/offsets";
+    for offset in [17, 42] {
+        let commit = json!({"offsets": [{"topic": "t", "queue": 0, "offset": offset}]});
+        let (status, answer) = client.request(Method::PUT, path, Some(&commit)).await?;
+        ensure!(status.is_success(), "{status} {answer}");
+    }
+    cluster.node(1).kill();
+    spoil(&cluster.data_dir(1).join("derived"))?;
+    cluster.node(1).spawn()?;
+    cluster.wait_ready().await?;
+    let committed = client.get(&format!("{path}?topic=t")).await?;
+    let text = committed.to_string();
+    ensure!(text.contains(r#""offset":42"#), "{text}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_were_deleted() -> Result<()> {
+    offsets_survive(|records| Ok(fs::remove_dir_all(records)?)).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_were_overwritten() -> Result<()> {
+    offsets_survive(|records| {
+        for file in ["db", "conf"] {
+            let file = records.join(file);
+            let bytes = fs::read(&file)?;
+            fs::write(&file, vec![0x5a; bytes.len()])?;
+        }
+        Ok(())
     })
     .await
 }
