@@ -13,6 +13,7 @@ mod error;
 mod events;
 mod fetch;
 pub(crate) mod local;
+mod lost_tails;
 mod message_id;
 mod offsets;
 mod partition;

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::{Broker, BrokerError, BrokerResult, NodeId, Outcome};
-use crate::catalog::{CATALOG_GROUP, CatalogState, GroupOwner, Topic};
+use crate::catalog::{CATALOG_GROUP, CatalogCommand, CatalogState, GroupOwner, Topic};
 use crate::peer::{PeerError, PeerRequest, PeerResult, decode, encode};
 use quorate_storage::RaftGroupId;
 
@@ -73,6 +73,15 @@ pub(super) const NO_LEADER: BrokerError = BrokerError::NoLeader {
 pub(super) const UNKNOWN: BrokerError = BrokerError::Timeout {
     outcome: Outcome::Unknown,
 };
+
+/// Deleting is how a full disk gets room again; the reserve has space for it.
+fn frees_space(group: u64, body: &[u8]) -> bool {
+    group == CATALOG_GROUP.0
+        && matches!(
+            postcard::from_bytes(body),
+            Ok(CatalogCommand::DeleteTopic { .. })
+        )
+}
 
 impl Broker {
     /// The group's replica here, whatever the group is for.
@@ -301,7 +310,9 @@ impl Broker {
                 leader: replica.leader().filter(|n| *n != self.node_id()),
             });
         }
-        self.refuse_without_room().map_err(PeerError::Broker)?;
+        if !frees_space(group, &body) {
+            self.refuse_without_room().map_err(PeerError::Broker)?;
+        }
         match tokio::time::timeout(timeout, replica.propose(body)).await {
             Ok(Ok((_, reply))) => Ok(reply),
             Ok(Err(ProposeError::NotLeader { leader })) => Err(PeerError::NotLeader { leader }),

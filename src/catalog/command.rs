@@ -41,6 +41,12 @@ pub enum CatalogCommand {
     DeleteTopic {
         name: String,
     },
+    /// A majority of this async-flush queue's replicas lost their tail. Raised once from each
+    /// value, however often it is asked for.
+    RaiseEpoch {
+        group: u64,
+        from: u64,
+    },
 }
 
 /// [`crate::broker::TopicPatch`] in a form that can be stored.

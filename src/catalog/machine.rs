@@ -82,6 +82,7 @@ impl CatalogMachine {
                 avoid,
             } => self.update(&name, &change, &avoid),
             CatalogCommand::DeleteTopic { name } => self.delete(&name),
+            CatalogCommand::RaiseEpoch { group, from } => self.raise_epoch(group, from),
         }
     }
 
@@ -242,6 +243,23 @@ impl CatalogMachine {
             }
         }
         self.state.version += 1;
+        CatalogReply::Done
+    }
+
+    fn raise_epoch(&mut self, group: u64, from: u64) -> CatalogReply {
+        let owner = self.state.queue_groups.get(&group).copied();
+        let topic = owner.and_then(|(topic, _)| self.state.topics.get_mut(&topic));
+        let Some(topic) = topic else {
+            return CatalogReply::NotFound;
+        };
+        let mut queues = topic.queues.iter().filter(|queue| queue.group == group);
+        if queues.any(|queue| queue.epoch == from) {
+            let queues = &mut Arc::make_mut(topic).queues;
+            for queue in queues.iter_mut().filter(|queue| queue.group == group) {
+                queue.epoch += 1;
+            }
+            self.state.version += 1;
+        }
         CatalogReply::Done
     }
 

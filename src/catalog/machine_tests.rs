@@ -155,6 +155,25 @@ fn readers_get_a_new_state_only_after_a_change() {
 }
 
 #[test]
+fn an_epoch_is_raised_once_from_each_value() {
+    let mut machine = machine(3);
+    create(&mut machine, "t", 2, 3);
+    let group = machine.state.topics.values().next().unwrap().queues[1].group;
+    let raise = |machine: &mut CatalogMachine, from| {
+        machine.execute(CatalogCommand::RaiseEpoch { group, from })
+    };
+    assert_eq!(raise(&mut machine, 0), CatalogReply::Done);
+    assert_eq!(raise(&mut machine, 0), CatalogReply::Done);
+    let epochs = |machine: &CatalogMachine| -> Vec<u64> {
+        let topic = machine.state.topics.values().next().unwrap();
+        topic.queues.iter().map(|queue| queue.epoch).collect()
+    };
+    assert_eq!(epochs(&machine), [0, 1]);
+    assert_eq!(raise(&mut machine, 1), CatalogReply::Done);
+    assert_eq!(epochs(&machine), [0, 2]);
+}
+
+#[test]
 fn unreadable_commands_are_answered() {
     let mut machine = machine(1);
     let reply = machine.apply(LogId::new(1, 1), &Bytes::from_static(&[0xff; 9]));
@@ -187,6 +206,8 @@ fn any_command() -> impl Strategy<Value = CatalogCommand> {
             avoid: vec![]
         }),
         name.prop_map(|name| CatalogCommand::DeleteTopic { name }),
+        (1024..1030u64, 0..2u64)
+            .prop_map(|(group, from)| CatalogCommand::RaiseEpoch { group, from }),
     ]
 }
 

@@ -138,6 +138,10 @@ impl Node {
         let register = register(config, broker.clone(), identity, catalog, fatal_tx);
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));
         tokio::spawn(clean(log.clone(), stop.clone()));
+        let (broker_here, stopped) = (broker.clone(), stop.clone());
+        tokio::spawn(stopped.run_until_cancelled_owned(async move {
+            broker_here.announce_lost_tails().await;
+        }));
         Ok(Self {
             broker,
             host,

@@ -47,7 +47,7 @@ async fn a_full_disk_takes_no_writes_and_answers_reads() {
     // A reserve that no disk has stands in for a disk without room.
     let config = api.cluster.data_dir(1).with_file_name("quorate.toml");
     let mut text = std::fs::read_to_string(&config).unwrap();
-    text.push_str("\nreserve_bytes = 1099511627776\n");
+    text.push_str("\nreserve_bytes = 1125899906842624\n");
     std::fs::write(&config, text).unwrap();
     api.cluster.node(1).spawn().unwrap();
     api.cluster.wait_ready().await.unwrap();
@@ -65,6 +65,9 @@ async fn a_full_disk_takes_no_writes_and_answers_reads() {
         .await
         .expect(200);
     assert_eq!(end["end_offset"], 1);
+    // What makes room is taken.
+    let topic = api.request(Method::DELETE, "/v1/topics/t");
+    api.send(topic).await.expect(204);
 }
 
 /// A cluster whose first node is alone, seen through that node.

@@ -139,3 +139,17 @@ async fn more_replicas_than_nodes() {
     assert_eq!(body["retryable"], true);
     assert_eq!(body["outcome"], "not_committed");
 }
+
+#[tokio::test]
+async fn an_async_topic_names_its_durability() {
+    let api = Api::start().await.unwrap();
+    for (flush, durability) in [("async", "majority_written"), ("sync", "majority_fsync")] {
+        let topic = json!({"name": flush, "queues": 1, "flush": flush});
+        let topic = api.post("/v1/topics", &topic).await.expect(201);
+        assert_eq!(topic["queues"][0]["epoch"], 0);
+        let path = format!("/v1/topics/{flush}/messages");
+        let message = json!({"messages": [{"value": "a"}]});
+        let answer = api.post(&path, &message).await.expect(200);
+        assert_eq!(answer["durability"], durability);
+    }
+}

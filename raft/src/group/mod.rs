@@ -448,6 +448,11 @@ impl Group {
         self.inner.tail.tail_lost()
     }
 
+    /// They have been told.
+    pub fn tail_loss_told(&self) {
+        self.inner.tail.caught_up();
+    }
+
     pub(crate) fn tail(&self) -> &TailGuard {
         &self.inner.tail
     }

@@ -1,0 +1,34 @@
+//! `docs/guarantees.md` names tests that exist, and some for each promise.
+
+use std::fs;
+use std::path::Path;
+
+/// The text between each pair of backticks.
+fn quoted(line: &str) -> impl Iterator<Item = &str> {
+    line.split('`').skip(1).step_by(2)
+}
+
+#[test]
+fn every_promise_names_tests_that_exist() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(root.join("docs/guarantees.md")).unwrap();
+    let mut promises = text.split("\n## ").skip(1).peekable();
+    assert!(promises.peek().is_some());
+    for promise in promises {
+        let title = promise.lines().next().unwrap_or_default();
+        let (_, held_by) = promise.split_once("Held by:").expect(title);
+        let mut source = String::new();
+        let mut tests = 0;
+        for word in held_by.lines().flat_map(quoted) {
+            if word.ends_with(".rs") {
+                source = fs::read_to_string(root.join(word))
+                    .unwrap_or_else(|e| panic!("{title}: {word}: {e}"));
+            } else {
+                let named = source.contains(&format!("fn {word}("));
+                assert!(named, "{title}: there is no test {word} where it should be");
+                tests += 1;
+            }
+        }
+        assert!(tests > 0, "{title} names no test");
+    }
+}
