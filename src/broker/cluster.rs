@@ -110,7 +110,11 @@ impl Broker {
     pub fn not_ready(&self) -> Option<String> {
         let catalog = self.catalog();
         if catalog.cluster_id.is_none() {
-            return Some("the catalog is not known yet".to_owned());
+            let full = match self.log.disk_has_room() {
+                true => "",
+                false => "; less than log.reserve_bytes is free on this node's disk",
+            };
+            return Some(format!("the catalog is not known yet{full}"));
         }
         let own = self.local_group(CATALOG_GROUP.0);
         if own.is_none_or(|group| group.leader().is_none()) {

@@ -199,7 +199,7 @@ impl ServerConfig {
         let log = &self.log;
         in_range("log.segment_bytes", log.segment_bytes, MIB, 4 * GIB)?;
         in_range("log.tail_cache_bytes", log.tail_cache_bytes, 0, 1024 * GIB)?;
-        in_range("log.reserve_bytes", log.reserve_bytes, 0, 1024 * GIB)?;
+        in_range("log.reserve_bytes", log.reserve_bytes, 0, 1024 * 1024 * GIB)?;
         in_range("log.write_batch_bytes", log.write_batch_bytes, 4096, GIB)?;
         in_range(
             "log.async_flush_interval_ms",
