@@ -153,9 +153,9 @@ async fn fail_over(host: Arc<RaftHost>, dead: NodeId) {
         .filter(|node| host.peers.liveness().state(*node) == PeerState::Up)
         .collect();
     let answers = join_all(others.into_iter().map(|node| {
-        let (peers, request) = (host.peers.clone(), request.clone());
+        let (link, request) = (host.peers.link().clone(), request.clone());
         async move {
-            let answer = peers
+            let answer = link
                 .call(node, class::FAILOVER, 0, request, FAILOVER_PATIENCE)
                 .await;
             let answer: FailoverAnswer = decode(&answer.ok()?).ok()?;
@@ -340,9 +340,9 @@ async fn judge_tail(host: Arc<RaftHost>, group: Group, waited: Duration) {
                 target: r.replica,
                 body: (),
             });
-            let (peers, node, group) = (host.peers.clone(), r.node, group.id().0);
+            let (link, node, group) = (host.peers.link().clone(), r.node, group.id().0);
             async move {
-                let answer = peers
+                let answer = link
                     .call(node, class::TAIL, group, request, FAILOVER_PATIENCE)
                     .await;
                 decode::<Answer<TailReport>>(&answer.ok()?).ok()?.ok()

@@ -20,7 +20,7 @@ use crate::elections;
 use crate::error::{CallError, OpenGroupError};
 use crate::group::{Group, Raft};
 use crate::identity::Identity;
-use crate::link::{CallError as LinkCallError, LinkConfig, LinkHandler, LinkStream, LinkTable};
+use crate::link::{LinkConfig, LinkHandler, LinkStream, LinkTable};
 use crate::liveness::{Liveness, PeerState};
 use crate::log_store::LogStore;
 use crate::machine::Machine;
@@ -98,22 +98,6 @@ impl Peers {
 
     pub(crate) fn link(&self) -> &Arc<LinkTable> {
         &self.link
-    }
-
-    /// A call that does not wait for a node that is found dead meanwhile: a process that was
-    /// stopped keeps its connections.
-    pub(crate) async fn call(
-        &self,
-        node: NodeId,
-        class: u8,
-        group: u64,
-        body: Bytes,
-        timeout: Duration,
-    ) -> Result<Bytes, LinkCallError> {
-        tokio::select! {
-            answer = self.link.call(node, class, group, body, timeout) => answer,
-            () = self.liveness.found_dead(node) => Err(LinkCallError::ConnectionLost),
-        }
     }
 
     pub(crate) fn liveness(&self) -> &Arc<Liveness> {
@@ -371,8 +355,8 @@ impl RaftHost {
             let answer = tokio::time::timeout(timeout, self.service.call(node, body)).await;
             return answer.map_err(|_| CallError::Unknown("no answer in time".to_owned()));
         }
-        self.peers
-            .call(node, class::BROKER, 0, body, timeout)
+        let link = &self.peers.link;
+        link.call(node, class::BROKER, 0, body, timeout)
             .await
             .map_err(|error| {
                 if error.nobody_took_it() {

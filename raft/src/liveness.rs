@@ -21,7 +21,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use crate::NodeId;
@@ -64,8 +64,6 @@ struct Inner {
     /// Also held while events are sent, which keeps them in order.
     detector: Mutex<Detector>,
     events: broadcast::Sender<LivenessEvent>,
-    /// Marked at every death.
-    deaths: watch::Sender<()>,
     /// Has every event since the start; goes to the first who asks.
     first_events: Mutex<Option<broadcast::Receiver<LivenessEvent>>>,
 }
@@ -99,7 +97,6 @@ impl Liveness {
             config,
             detector: Mutex::new(Detector::new(config, Instant::now())),
             events,
-            deaths: watch::Sender::default(),
             first_events: Mutex::new(Some(first_events)),
         });
         let witness = Arc::downgrade(&inner);
@@ -112,7 +109,7 @@ impl Liveness {
                 Bytes::from_static(if not_alive { &[1] } else { &[0] })
             });
         let stop = CancellationToken::new();
-        tokio::spawn(watch_link(inner.clone(), stop.clone()));
+        tokio::spawn(watch(inner.clone(), stop.clone()));
         Arc::new(Liveness { inner, stop })
     }
 
@@ -136,17 +133,6 @@ impl Liveness {
         first.unwrap_or_else(|| self.inner.events.subscribe())
     }
 
-    /// Ends when a process of `node` is found dead from now on.
-    pub async fn found_dead(&self, node: NodeId) {
-        let mut deaths = self.inner.deaths.subscribe();
-        // The sender lives as long as this does.
-        while deaths.changed().await.is_ok() {
-            if self.state(node) == PeerState::Down {
-                return;
-            }
-        }
-    }
-
     /// Asks all other nodes whether they, too, see nothing of that process right now. True when a
     /// majority of the whole cluster says so, this node included.
     pub async fn agree_dead(&self, node: NodeId, incarnation: u64) -> bool {
@@ -155,7 +141,7 @@ impl Liveness {
 }
 
 /// Looks at the link at every change and every tick.
-async fn watch_link(inner: Arc<Inner>, stop: CancellationToken) {
+async fn watch(inner: Arc<Inner>, stop: CancellationToken) {
     let mut changes = inner.table.changes();
     loop {
         inner.look(&stop);
@@ -179,6 +165,8 @@ async fn settle(inner: Arc<Inner>, stop: CancellationToken, node: NodeId, incarn
             if detector.agreed_dead(node, incarnation) {
                 tracing::warn!(node, incarnation, "a majority agrees that the node is dead");
                 inner.send(LivenessEvent::Dead { node, incarnation });
+                drop(detector);
+                inner.table.give_up_calls(node);
             }
             return;
         }
@@ -236,9 +224,6 @@ impl Inner {
     fn send(&self, event: LivenessEvent) {
         // Without subscribers nobody has to know.
         let _ = self.events.send(event);
-        if matches!(event, LivenessEvent::Dead { .. }) {
-            self.deaths.send_replace(());
-        }
     }
 
     async fn agree_dead(&self, node: NodeId, incarnation: u64) -> bool {

@@ -1,7 +1,7 @@
 //! The state machine as openraft sees it: applies, checkpoints and boundary snapshots.
 //!
-//! Checkpoints are written at the indexes that are multiples of [`GroupSpec::checkpoint_every`],
-//! the same on every replica. A group that keeps its messages in the log never builds a snapshot of
+//! Checkpoints are written at the indexes that are multiples of [`GroupSpec::checkpoint_every`], and
+//! after many bytes: at the same indexes on every replica. A group that keeps its messages in the log never builds a snapshot of
 //! "now" while it has a checkpoint: what a newcomer installs is the oldest one kept, and every
 //! retained entry after it reaches the newcomer by ordinary replication.
 
@@ -23,6 +23,9 @@ use crate::types::{
     encode_membership, from_raft_log_id, to_raft_log_id,
 };
 
+/// A checkpoint is also written once so many bytes of commands were applied since the last one:
+/// large entries make a long way to apply again after a restart.
+const CHECKPOINT_BYTES: u64 = 32 << 20;
 /// How many checkpoints a group keeps beside its boundary, for a restart that finds the newest bad.
 const CHECKPOINTS_KEPT: usize = 2;
 
@@ -33,6 +36,8 @@ pub(crate) struct Machine {
     snapshots: Arc<SnapshotStore>,
     retention: LogRetention,
     checkpoint_every: u64,
+    /// Bytes of commands applied since the last checkpoint.
+    applied_bytes: u64,
     applied: Option<LogId>,
     membership: RaftStoredMembership,
     applied_tx: watch::Sender<Option<LogId>>,
@@ -114,6 +119,7 @@ impl Machine {
             snapshots,
             retention: spec.retention,
             checkpoint_every: spec.checkpoint_every.max(1),
+            applied_bytes: 0,
             applied,
             membership,
             applied_tx,
@@ -132,8 +138,15 @@ impl Machine {
         }
     }
 
+    /// The same on every replica: each counts the same bytes from the same checkpoint on.
+    fn is_checkpoint(&self, index: u64) -> bool {
+        let multiple = index > 0 && index.is_multiple_of(self.checkpoint_every);
+        multiple || self.applied_bytes >= CHECKPOINT_BYTES
+    }
+
     fn write_checkpoint(&mut self, last: LogId) -> Result<(), StorageError> {
         let state = self.inner.checkpoint()?;
+        self.applied_bytes = 0;
         let header = self.header(last, SnapshotKind::Checkpoint);
         self.snapshots.write(self.group, &header, &state)?;
         // The oldest is the boundary: nothing else can produce the state of that index.
@@ -170,7 +183,10 @@ impl RaftStateMachine<TypeConfig> for Machine {
             let (entry, responder) = item?;
             let log_id = from_raft_log_id(&entry.log_id);
             let reply = match entry.payload {
-                EntryPayload::Normal(command) => self.inner.apply(log_id, &command.0),
+                EntryPayload::Normal(command) => {
+                    self.applied_bytes += command.0.len() as u64;
+                    self.inner.apply(log_id, &command.0)
+                }
                 EntryPayload::Membership(membership) => {
                     self.membership = RaftStoredMembership::new(Some(entry.log_id), membership);
                     Bytes::new()
@@ -181,10 +197,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             if let Some(responder) = responder {
                 answers.push((responder, reply));
             }
-            if self.retention == LogRetention::Messages
-                && log_id.index > 0
-                && log_id.index.is_multiple_of(self.checkpoint_every)
-            {
+            if self.retention == LogRetention::Messages && self.is_checkpoint(log_id.index) {
                 self.write_checkpoint(log_id)?;
             }
         }
@@ -215,6 +228,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             self.snapshots.remove(self.group, id)?;
         }
         self.applied = Some(last);
+        self.applied_bytes = 0;
         self.publish();
         Ok(())
     }

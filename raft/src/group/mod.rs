@@ -199,7 +199,8 @@ impl Group {
                 body: self.inner.replica,
             });
             async move {
-                let call = peers.call(r.node, class::LEADS, self.id().0, request, ASK_PATIENCE);
+                let link = peers.link();
+                let call = link.call(r.node, class::LEADS, self.id().0, request, ASK_PATIENCE);
                 let answer: Answer<Option<u64>> = decode(&call.await.ok()?).ok()?;
                 answer.ok().flatten()
             }
@@ -358,6 +359,7 @@ impl Group {
         let request = encode(&ToReplica { target, body: () });
         let peers = &self.inner.peers;
         let answer = peers
+            .link()
             .call(
                 leader,
                 class::READ_INDEX,

@@ -25,7 +25,7 @@ use super::wire::{Body, HEADER_BYTES, Header, Kind};
 use super::writer::{Outgoing, Queues, Ticket};
 use super::{LinkConfig, PeerStats};
 use crate::NodeId;
-use calls::Pending;
+use calls::{Pending, PendingCall};
 use streams::Streams;
 
 /// Answers that may be dropped (refusals, reserved classes) never fill memory: beyond so many
@@ -208,14 +208,7 @@ impl Connection {
         };
         self.closed.cancel();
         self.call_budget.close();
-        for (ticket, answer) in calls.into_values() {
-            let error = match ticket.withdraw() {
-                true => CallError::NotSent(NotSent::ConnectionLost),
-                false => CallError::ConnectionLost,
-            };
-            // A caller that gave up does not want to know.
-            let _ = answer.send(Err(error));
-        }
+        calls.into_values().for_each(fail);
         let streams = {
             let mut streams = self.streams.lock();
             streams.closed = true;
@@ -224,6 +217,13 @@ impl Connection {
         streams
             .values()
             .for_each(|stream| stream.ended(StreamEnd::ConnectionLost));
+    }
+
+    /// Ends every pending call as if the connection were lost: its peer was found dead, though a
+    /// process that is stopped keeps its connections.
+    pub(crate) fn give_up_calls(&self) {
+        let calls = std::mem::take(&mut self.pending.lock().calls);
+        calls.into_values().for_each(fail);
     }
 
     pub(crate) fn close_reason(&self) -> Option<DisconnectReason> {
@@ -265,4 +265,14 @@ impl Connection {
         };
         let _ = self.queues.urgent.send(outgoing);
     }
+}
+
+/// Tells a caller what is known of its call when no answer will come.
+fn fail((ticket, answer): PendingCall) {
+    let error = match ticket.withdraw() {
+        true => CallError::NotSent(NotSent::ConnectionLost),
+        false => CallError::ConnectionLost,
+    };
+    // A caller that gave up does not want to know.
+    let _ = answer.send(Err(error));
 }

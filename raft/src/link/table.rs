@@ -82,6 +82,14 @@ impl LinkTable {
         self.connection(node)?.open_stream(group, hello)
     }
 
+    /// Ends all calls to a node that was found dead, as if its connection were lost. It stays open: a
+    /// process that was stopped may go on.
+    pub fn give_up_calls(&self, node: NodeId) {
+        if let Ok(connection) = self.connection(node) {
+            connection.give_up_calls();
+        }
+    }
+
     /// The other nodes, connected or not.
     pub fn peers(&self) -> Vec<NodeId> {
         self.shared.peers.read().keys().copied().collect()

@@ -19,9 +19,12 @@ type CallResult = Result<Bytes, CallError>;
 /// Id, ticket and answer of a call that was registered.
 type Expected = (u64, Arc<Ticket>, oneshot::Receiver<CallResult>);
 
+/// Who waits for the answer.
+pub(super) type PendingCall = (Arc<Ticket>, oneshot::Sender<CallResult>);
+
 #[derive(Default)]
 pub(super) struct Pending {
-    pub(super) calls: HashMap<u64, (Arc<Ticket>, oneshot::Sender<CallResult>)>,
+    pub(super) calls: HashMap<u64, PendingCall>,
     next: u64,
     /// Set once, by close.
     pub(super) reason: Option<DisconnectReason>,

@@ -122,6 +122,21 @@ async fn a_call_in_service_times_out_as_unknown_and_its_late_answer_harms_nobody
 }
 
 #[tokio::test]
+async fn calls_to_a_node_found_dead_end_as_unknown_and_the_connection_stays() {
+    let nodes = cluster(2, |_| {}).await;
+    let held = nodes[0].table.call(2, HELD, 0, body(1, 1), DEADLINE);
+    let give_up = async {
+        // Answered, so the call before it was sent.
+        assert_eq!(nodes[0].echo(2, body(2, 2)).await, Ok(body(2, 2)));
+        nodes[0].table.give_up_calls(2);
+    };
+    let (call, ()) = tokio::join!(held, give_up);
+    assert_eq!(call, Err(CallError::ConnectionLost));
+    nodes[1].handler.release.add_permits(1);
+    assert_eq!(nodes[0].echo(2, body(3, 2)).await, Ok(body(3, 2)));
+}
+
+#[tokio::test]
 async fn a_panicking_handler_fails_its_call_only() {
     let nodes = cluster(2, |_| {}).await;
     let call = nodes[0]
