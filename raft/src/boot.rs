@@ -5,10 +5,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use quorate_storage::StorageError;
 use quorate_storage::vfs::Vfs;
 
+/// Stands for the boot id until every tail that a crash made suspect has been made good.
+const SUSPECT: &str = "suspect";
 const FILE: &str = "run";
 const TEMPORARY: &str = "run.tmp";
 
@@ -19,6 +22,7 @@ pub struct Run {
     dir: std::path::PathBuf,
     boot_id: String,
     tails_suspect: bool,
+    settled: AtomicBool,
 }
 
 impl Run {
@@ -51,7 +55,8 @@ impl Run {
         } else {
             None
         };
-        // No mark is a first start; a clean end or the same boot lost nothing.
+        // No mark is a first start; a clean end or the same boot lost nothing. A run that began with
+        // suspect tails and did not settle them leaves them to the next one.
         let tails_suspect = previous.is_some_and(|previous| {
             let previous = previous.trim();
             previous != "ended" && previous != boot_id
@@ -61,8 +66,9 @@ impl Run {
             dir: dir.to_path_buf(),
             boot_id: boot_id.to_owned(),
             tails_suspect,
+            settled: AtomicBool::new(!tails_suspect),
         };
-        run.write(&run.boot_id)?;
+        run.write(if tails_suspect { SUSPECT } else { boot_id })?;
         Ok(run)
     }
 
@@ -71,9 +77,24 @@ impl Run {
         self.tails_suspect
     }
 
-    /// Everything is on disk: the next run need not suspect anything.
+    /// Whether something is still to be made good.
+    pub fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
+    }
+
+    /// Every suspect tail has been made good, or its loss was told.
+    pub fn settle(&self) -> Result<(), StorageError> {
+        self.write(&self.boot_id)?;
+        self.settled.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Everything is on disk: the next run need not suspect anything, unless this one did.
     pub fn end(&self) -> Result<(), StorageError> {
-        self.write("ended")
+        match self.is_settled() {
+            true => self.write("ended"),
+            false => Ok(()),
+        }
     }
 
     fn write(&self, mark: &str) -> Result<(), StorageError> {
@@ -117,7 +138,15 @@ mod tests {
             begin(dir.path(), "b").tails_suspect(),
             "the machine crashed"
         );
+        // Not made good before the process ended, whichever way.
+        assert!(begin(dir.path(), "b").tails_suspect(), "killed");
         let run = begin(dir.path(), "b");
+        run.end().unwrap();
+        let run = begin(dir.path(), "b");
+        assert!(run.tails_suspect() && !run.is_settled(), "ended");
+        run.settle().unwrap();
+        let run = begin(dir.path(), "b");
+        assert!(!run.tails_suspect(), "killed after it was made good");
         run.end().unwrap();
         assert!(
             !begin(dir.path(), "c").tails_suspect(),

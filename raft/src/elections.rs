@@ -24,6 +24,7 @@ use futures_util::{StreamExt, stream};
 use quorate_storage::{LogId, RaftGroupId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::group::Group;
@@ -225,6 +226,8 @@ struct Watch {
     leader: Option<(NodeId, u64)>,
     leaderless_since: Option<Instant>,
     attempts: u32,
+    /// The attempt to give away a leadership that is of no use.
+    stuck: Option<JoinHandle<()>>,
 }
 
 async fn sweep(host: Arc<RaftHost>) {
@@ -244,7 +247,12 @@ async fn sweep(host: Arc<RaftHost>) {
         for group in &groups {
             let watch = watches.entry(group.id()).or_default();
             note_leader(&host, group, watch);
-            if watch.leader.is_some() {
+            if group.is_stuck() {
+                if watch.stuck.as_ref().is_none_or(JoinHandle::is_finished) {
+                    let group = group.clone();
+                    watch.stuck = Some(tokio::spawn(async move { group.give_away().await }));
+                }
+            } else if watch.leader.is_some() {
                 watch.leaderless_since = None;
                 watch.attempts = 0;
             } else if group.tail().is_suspect() {
@@ -312,10 +320,6 @@ fn is_my_turn(host: &RaftHost, group: &Group, watch: &mut Watch, now: Instant) -
 }
 
 async fn attempt(host: Arc<RaftHost>, group: Group) {
-    if group.is_pristine() {
-        host.initialize(&group).await;
-        return;
-    }
     let led = group.ask_who_leads().await;
     if led.is_some_and(|term| term >= group.term()) || group.leader().is_some() {
         return;

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
+use openraft::async_runtime::WatchReceiver;
+use openraft::errors::Fatal;
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::RwLock;
 use quorate_storage::RaftGroupId;
@@ -18,11 +20,11 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{GroupSpec, HostConfig, LogRetention};
 use crate::elections;
 use crate::error::{CallError, OpenGroupError};
-use crate::group::{Group, Raft};
+use crate::group::{Group, MetricsReceiver, Raft};
 use crate::identity::Identity;
 use crate::link::{LinkConfig, LinkHandler, LinkStream, LinkTable};
 use crate::liveness::{Liveness, PeerState};
-use crate::log_store::LogStore;
+use crate::log_store::{LogStore, completion};
 use crate::machine::Machine;
 use crate::network::NetworkFactory;
 use crate::serve::{self, Groups};
@@ -75,6 +77,11 @@ pub enum RaftEvent {
     },
     NodeDown {
         node: NodeId,
+    },
+    /// A group ended here by itself. The node must not go on: the others believe it to lead.
+    Failed {
+        group: RaftGroupId,
+        reason: String,
     },
     /// A peer refuses this node for good: the text says why and what to do.
     Refused {
@@ -171,6 +178,30 @@ impl LinkHandler for Handler {
     }
 }
 
+/// Tells when a group's core ends by itself: a storage error or a panic.
+async fn watch_core(
+    mut metrics: MetricsReceiver,
+    group: RaftGroupId,
+    events: broadcast::Sender<RaftEvent>,
+) {
+    loop {
+        let ended = metrics.borrow_watched().running_state.clone().err();
+        match ended {
+            Some(Fatal::Stopped) => return,
+            Some(fatal) => {
+                tracing::error!(%group, %fatal, "a group ended");
+                let reason = fatal.to_string();
+                events.send(RaftEvent::Failed { group, reason }).ok();
+                return;
+            }
+            None => {}
+        }
+        if metrics.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 impl RaftHost {
     /// Starts the links and the elections; groups are opened afterwards.
     pub async fn start(
@@ -257,18 +288,29 @@ impl RaftHost {
         let raft = Raft::new(replica, self.raft_config(&spec)?, network, store, machine)
             .await
             .map_err(|e| OpenGroupError::Raft(e.to_string()))?;
-        let suspect =
-            self.config.tails_suspect && spec.flush == Flush::Async && state.last.is_some();
+        // A vote without entries may have lost all of them.
+        let used = state.last.is_some() || state.vote.is_some();
+        let suspect = self.config.tails_suspect && spec.flush == Flush::Async && used;
         let tail = TailGuard::new(suspect);
         let group = Group::new(spec, replica, raft, log, applied, self.peers.clone(), tail);
-        self.table.write().insert(group.id(), group.clone());
-        if group.is_pristine() && group.spec().preferred == self.config.node_id {
+        let pristine = group.is_pristine();
+        if pristine {
+            // Before anyone can ask for its vote: a replica that has voted can't begin any more, and
+            // the one that was to begin may be gone.
             self.initialize(&group).await;
-            tokio::spawn(elections::win_first_election(self.clone(), group.clone()));
-        } else if !group.is_pristine() {
+        }
+        self.table.write().insert(group.id(), group.clone());
+        tokio::spawn(watch_core(
+            group.raft().metrics(),
+            group.id(),
+            self.events.clone(),
+        ));
+        if !pristine {
             // Its leader may be waiting out a long backoff.
             let group = group.clone();
             tokio::spawn(async move { group.ask_who_leads().await });
+        } else if group.spec().preferred == self.config.node_id {
+            tokio::spawn(elections::win_first_election(self.clone(), group.clone()));
         }
         Ok(group)
     }
@@ -307,7 +349,8 @@ impl RaftHost {
                 LogRetention::Messages => SnapshotPolicy::Never,
                 LogRetention::StateOnly => SnapshotPolicy::LogsSinceLast(spec.checkpoint_every),
             },
-            max_in_snapshot_log_to_keep: 256,
+            // So much that the checkpoint before the newest can take its place.
+            max_in_snapshot_log_to_keep: spec.checkpoint_every + 256,
             purge_batch_size: 256,
             ..Config::default()
         };
@@ -322,6 +365,19 @@ impl RaftHost {
         let found = self.table.write().remove(&group);
         if let Some(group) = found {
             group.stop().await;
+        }
+        if !remove {
+            // Opened again, it takes what the log holds for synced.
+            let (done, synced) = completion();
+            if self
+                .storage
+                .log
+                .group(group)
+                .append(Vec::new(), Flush::Sync, done)
+                .is_ok()
+            {
+                synced.await.ok();
+            }
         }
         if remove {
             let done = Box::new(move |result| {

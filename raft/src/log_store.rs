@@ -12,7 +12,7 @@ use futures_util::{Stream, StreamExt, stream};
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::{OptionalSend, RaftLogReader};
 use quorate_storage::StorageError;
-use quorate_storage::commit_log::{Done, Flush, GroupLog};
+use quorate_storage::commit_log::{Done, EntryKind, Flush, GroupLog};
 use tokio::sync::oneshot;
 
 use crate::types::{
@@ -56,7 +56,7 @@ impl LogStore {
 }
 
 /// A completion that a task can wait for.
-fn completion() -> (Done, oneshot::Receiver<Result<(), StorageError>>) {
+pub(crate) fn completion() -> (Done, oneshot::Receiver<Result<(), StorageError>>) {
     let (tx, rx) = oneshot::channel();
     let done: Done = Box::new(move |result| {
         // Nobody waits any more when the group was closed meanwhile.
@@ -165,7 +165,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let entries: Vec<_> = entries.into_iter().map(to_log_entry).collect();
         let done: Done =
             Box::new(move |result| callback.io_completed(result.map_err(io::Error::from)));
-        self.log.append(entries, self.flush, done)?;
+        // Membership is never left to a later flush.
+        let membership = entries.iter().any(|e| e.kind == EntryKind::Membership);
+        let flush = if membership { Flush::Sync } else { self.flush };
+        self.log.append(entries, flush, done)?;
         Ok(())
     }
 

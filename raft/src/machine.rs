@@ -6,6 +6,7 @@
 //! retained entry after it reaches the newcomer by ordinary replication.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use quorate_storage::snapshot::{SnapshotHeader, SnapshotKind, SnapshotStore};
 use quorate_storage::{LogId, RaftGroupId, StorageError};
+use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
 
 use crate::config::{GroupSpec, LogRetention};
@@ -74,6 +76,8 @@ impl Machine {
             let installed = header.kind == SnapshotKind::Boundary;
             if !installed && last.is_none_or(|last| id.index > last.index) {
                 // Written ahead of this replica's own fsync: the entries behind it are gone here.
+                // Others may take their indexes, so it must not be found again.
+                snapshots.remove(spec.group, *id)?;
                 continue;
             }
             match inner.restore(Some(*id), Some(&state)) {
@@ -145,8 +149,8 @@ impl Machine {
     }
 
     fn write_checkpoint(&mut self, last: LogId) -> Result<(), StorageError> {
-        let state = self.inner.checkpoint()?;
         self.applied_bytes = 0;
+        let state = self.inner.checkpoint()?;
         let header = self.header(last, SnapshotKind::Checkpoint);
         self.snapshots.write(self.group, &header, &state)?;
         // The oldest is the boundary: nothing else can produce the state of that index.
@@ -163,6 +167,14 @@ impl Machine {
             self.inner.applied_batch(applied);
             self.applied_tx.send_replace(Some(applied));
         }
+    }
+}
+
+/// Runs what waits for the disk without holding up the other tasks of this thread, pings among them.
+fn without_blocking_others<T>(work: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
+        _ => work(),
     }
 }
 
@@ -185,7 +197,11 @@ impl RaftStateMachine<TypeConfig> for Machine {
             let reply = match entry.payload {
                 EntryPayload::Normal(command) => {
                     self.applied_bytes += command.0.len() as u64;
-                    self.inner.apply(log_id, &command.0)
+                    let apply = AssertUnwindSafe(|| self.inner.apply(log_id, &command.0));
+                    // openraft would go on without a state machine; an error ends the group.
+                    catch_unwind(apply).map_err(|_| {
+                        io::Error::other(format!("applying the entry at {log_id} panicked"))
+                    })?
                 }
                 EntryPayload::Membership(membership) => {
                     self.membership = RaftStoredMembership::new(Some(entry.log_id), membership);
@@ -197,8 +213,12 @@ impl RaftStateMachine<TypeConfig> for Machine {
             if let Some(responder) = responder {
                 answers.push((responder, reply));
             }
-            if self.retention == LogRetention::Messages && self.is_checkpoint(log_id.index) {
-                self.write_checkpoint(log_id)?;
+            if self.retention == LogRetention::Messages
+                && self.is_checkpoint(log_id.index)
+                && let Err(error) = without_blocking_others(|| self.write_checkpoint(log_id))
+            {
+                // The log has everything: a restart applies more of it.
+                tracing::error!(group = %self.group, at = %log_id, %error, "no checkpoint written");
             }
         }
         // Readers first: whoever is told of an acknowledgement must find the message.
@@ -210,7 +230,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Builder {
-        let result = self.build();
+        let result = without_blocking_others(|| self.build());
         Builder(Some(result))
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,7 +19,7 @@ use openraft::raft::{
 use quorate_storage::RaftGroupId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::link::{LinkStream, LinkTable};
@@ -111,25 +112,41 @@ impl Network {
     }
 }
 
+/// What the two halves of an append stream know of each other.
+#[derive(Debug)]
+struct Flight {
+    permits: Semaphore,
+    unanswered: AtomicUsize,
+    sent: Notify,
+}
+
+impl Flight {
+    fn new() -> Self {
+        Self {
+            permits: Semaphore::new(APPENDS_IN_FLIGHT_MAX),
+            unanswered: AtomicUsize::new(0),
+            sent: Notify::new(),
+        }
+    }
+
+    fn answered(&self) {
+        self.unanswered.fetch_sub(1, Ordering::Relaxed);
+        self.permits.add_permits(1);
+    }
+}
+
 /// Sends requests as openraft makes them; answers are read by the other half.
-async fn send_appends<S>(
-    mut input: S,
-    sender: Arc<LinkStream>,
-    in_flight: Arc<Semaphore>,
-    done: CancellationToken,
-) where
+async fn send_appends<S>(mut input: S, sender: Arc<LinkStream>, flight: Arc<Flight>)
+where
     S: Stream<Item = AppendEntriesRequest<TypeConfig>> + Unpin,
 {
-    loop {
-        let Ok(permit) = in_flight.acquire().await else {
+    while let Ok(permit) = flight.permits.acquire().await {
+        let Some(request) = input.next().await else {
             return;
         };
         permit.forget();
-        let request = tokio::select! {
-            () = done.cancelled() => return,
-            request = input.next() => request,
-        };
-        let Some(request) = request else { return };
+        flight.unanswered.fetch_add(1, Ordering::Relaxed);
+        flight.sent.notify_one();
         if sender.send_parts(encode_append(request)).await.is_err() {
             return;
         }
@@ -180,17 +197,20 @@ impl RaftNetworkV2<TypeConfig> for Network {
                 .map_err(unreachable)?;
             let sender = Arc::new(stream);
             let receiver = sender.clone();
-            let in_flight = Arc::new(Semaphore::new(APPENDS_IN_FLIGHT_MAX));
+            let flight = Arc::new(Flight::new());
+            // Whatever the sending half waits for, it ends with the receiving one.
             let done = CancellationToken::new();
             let guard = done.clone().drop_guard();
-            let sending = tokio::spawn(send_appends(input, sender, in_flight.clone(), done));
-            let state = Some((receiver, sending, in_flight, guard));
+            let sending = send_appends(input, sender, flight.clone());
+            let sending =
+                tokio::spawn(async move { done.run_until_cancelled_owned(sending).await });
+            let state = Some((receiver, sending, flight, guard));
             let timeout = self.timeout;
             let answers = stream::unfold(state, move |state| async move {
-                let (receiver, mut sending, in_flight, guard) = state?;
+                let (receiver, mut sending, flight, guard) = state?;
                 // A quiet leader sends nothing and may wait for ever; an unanswered request may not.
                 let answer = loop {
-                    let unanswered = in_flight.available_permits() < APPENDS_IN_FLIGHT_MAX - 1;
+                    let unanswered = flight.unanswered.load(Ordering::Relaxed) > 0;
                     let finished = sending.is_finished();
                     if finished && !unanswered {
                         return None;
@@ -198,6 +218,7 @@ impl RaftNetworkV2<TypeConfig> for Network {
                     tokio::select! {
                         answer = receiver.recv() => break answer,
                         _ = &mut sending, if !finished => {}
+                        () = flight.sent.notified(), if !unanswered => {}
                         () = tokio::time::sleep(timeout), if unanswered => {
                             return Some((Err(unreachable("no answer to an append in time")), None));
                         }
@@ -206,10 +227,10 @@ impl RaftNetworkV2<TypeConfig> for Network {
                 let Some(answer) = answer else {
                     return Some((Err(unreachable("the append stream was closed")), None));
                 };
-                in_flight.add_permits(1);
+                flight.answered();
                 match decode_append_answer(&answer) {
                     Ok(Ok(matched)) => {
-                        Some((Ok(Ok(matched)), Some((receiver, sending, in_flight, guard))))
+                        Some((Ok(Ok(matched)), Some((receiver, sending, flight, guard))))
                     }
                     Ok(Err(refused)) => Some((Ok(Err(refused)), None)),
                     Err(error) => Some((Err(unreachable(error)), None)),

@@ -10,6 +10,7 @@ use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
 use quorate_storage::RaftGroupId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
 
 use crate::group::Group;
 use crate::link::LinkStream;
@@ -138,18 +139,21 @@ pub(crate) async fn append_stream(
     let sender = Arc::new(stream);
     let receiver = sender.clone();
     let watcher = CatchUp::default();
+    // openraft reads the requests in a task of its own, which would hold the stream open.
+    let over = CancellationToken::new();
+    let _over = over.clone().drop_guard();
     let requests = stream::unfold(
-        (receiver, group.clone(), watcher.clone()),
+        (receiver, group.clone(), watcher.clone(), over),
         |state| async move {
-            let (receiver, group, watcher) = state;
-            let bytes = receiver.recv().await?;
+            let (receiver, group, watcher, over) = state;
+            let bytes = over.run_until_cancelled(receiver.recv()).await??;
             match decode_append(bytes) {
                 Ok(request) => {
                     group.heard(request.vote.leader_id().term);
                     if group.tail().is_suspect() {
                         watcher.saw(&request);
                     }
-                    Some((request, (receiver, group, watcher)))
+                    Some((request, (receiver, group, watcher, over)))
                 }
                 Err(error) => {
                     tracing::warn!(%error, "closing an append stream");

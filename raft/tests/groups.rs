@@ -2,8 +2,11 @@
 
 mod support;
 
-use quorate_raft::{Flush, LogRetention, ProposeError};
-use support::{PATIENCE, TestCluster, eventually, leader, propose};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use quorate_raft::{Flush, LogRetention, ProposeError, RaftEvent};
+use support::{GROUP, PANIC, PATIENCE, TestCluster, eventually, leader, propose};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_of_one_leads_itself_and_comes_back() {
@@ -72,7 +75,7 @@ async fn a_leader_hands_over_when_it_stops_and_gets_it_back() {
     propose(second, "without it").await;
     let back = cluster
         .start(first, |config| {
-            config.rebalance_after = std::time::Duration::from_millis(200)
+            config.rebalance_after = Duration::from_millis(200)
         })
         .await;
     back.group.read_barrier(PATIENCE).await.unwrap();
@@ -81,6 +84,68 @@ async fn a_leader_hands_over_when_it_stops_and_gets_it_back() {
         node.stop().await;
     }
     back.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transfer_to_a_replica_that_does_not_take_it_leaves_nobody_stuck() {
+    let mut cluster = TestCluster::new(3).await;
+    let nodes = cluster.start_all().await;
+    let first = leader(&nodes).await;
+    propose(first, "before").await;
+    // Its node lives, so nobody will find it dead; its replica is gone.
+    let target = nodes.iter().find(|n| n.id != first.id).unwrap();
+    target.host.close_group(GROUP, false).await;
+    first.group.transfer_leader(target.id).await.unwrap_err();
+    let others: Vec<_> = nodes.iter().filter(|n| n.id != target.id).collect();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let mut done = false;
+        for node in others.iter().filter(|n| n.group.is_leader()) {
+            let write = node.group.propose(Bytes::from_static(b"after"));
+            let write = tokio::time::timeout(Duration::from_secs(1), write).await;
+            done |= matches!(write, Ok(Ok(_)));
+        }
+        if done {
+            break;
+        }
+        assert!(Instant::now() < deadline, "nobody leads who can write");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_that_ends_by_itself_is_told() {
+    let mut cluster = TestCluster::new(1).await;
+    let node = cluster.start_all().await.remove(0);
+    node.group.wait_leader(PATIENCE).await.unwrap();
+    let mut events = node.host.events();
+    let group = node.group.clone();
+    tokio::spawn(async move { group.propose(Bytes::from_static(PANIC.as_bytes())).await });
+    let failed = async {
+        loop {
+            if let RaftEvent::Failed { group, .. } = events.recv().await.unwrap() {
+                return group;
+            }
+        }
+    };
+    let failed = tokio::time::timeout(PATIENCE, failed).await.unwrap();
+    assert_eq!(failed, GROUP);
+    assert!(node.group.is_closed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_group_is_led_although_the_one_to_begin_is_gone() {
+    let mut cluster = TestCluster::new(3).await;
+    let second = cluster.start(2, |_| {}).await;
+    let third = cluster.start(3, |_| {}).await;
+    let nodes = vec![second, third];
+    propose(leader(&nodes).await, "without the first").await;
+    for node in nodes {
+        node.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

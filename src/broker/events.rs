@@ -102,6 +102,6 @@ fn translate(event: &RaftEvent, catalog: &CatalogState, time_ms: u64) -> Option<
         }
         RaftEvent::NodeUp { node } => about_node(ClusterEventKind::NodeUp, *node),
         RaftEvent::NodeDown { node } => about_node(ClusterEventKind::NodeDown, *node),
-        RaftEvent::Refused { .. } => None,
+        RaftEvent::Refused { .. } | RaftEvent::Failed { .. } => None,
     }
 }

@@ -152,6 +152,9 @@ fn caught_up(group: &Group, recovered_index: Option<u64>) -> bool {
 /// asks. A read barrier makes the leader tell everyone what is committed.
 async fn catch_up(group: Group, recovered_index: Option<u64>, turns: Arc<Semaphore>) {
     while !caught_up(&group, recovered_index) {
+        if group.is_closed() {
+            return;
+        }
         if group.wait_leader(LOOK_AGAIN).await.is_none() {
             continue;
         }

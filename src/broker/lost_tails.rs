@@ -5,23 +5,29 @@ use std::time::Duration;
 use super::Broker;
 use crate::catalog::{CatalogCommand, CatalogReply};
 
-/// Between two looks at the queues led here.
+/// Between two looks at the queues.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 impl Broker {
-    /// Raises the visible epoch of every queue led here whose majority lost its tail, for as long
-    /// as the node runs.
+    /// Raises the visible epoch of every queue whose majority lost its tail, for as long as the node
+    /// runs. Each replica that had to go on without its tail says so, whoever leads now.
     pub async fn announce_lost_tails(&self) {
         let mut ticks = tokio::time::interval(LOOK_EVERY);
         loop {
             ticks.tick().await;
             for queue in self.local.queues() {
                 let group = &queue.group;
-                if group.tail_lost() && group.is_leader() && self.raise_epoch(group.id().0).await {
+                if group.tail_lost() && self.raise_epoch(group.id().0).await {
                     group.tail_loss_told();
                 }
             }
         }
+    }
+
+    /// Whether every replica that should be here is, and no tail of theirs is in doubt.
+    pub fn tails_are_settled(&self) -> bool {
+        let queues = self.local.queues();
+        self.not_ready().is_none() && !queues.iter().any(|queue| queue.group.tail_unsettled())
     }
 
     async fn raise_epoch(&self, group: u64) -> bool {

@@ -210,6 +210,9 @@ fn each_broken_relation_is_refused_with_its_keys() {
         ("limits.max_message_bytes", |c| {
             c.limits.max_message_bytes = 64 << 20
         }),
+        ("http.max_request_bytes", |c| {
+            c.http.max_request_bytes = 64 << 20
+        }),
         ("http.max_connections", |c| c.http.max_connections = 0),
         ("http.header_timeout_ms", |c| c.http.header_timeout_ms = 0),
         ("log.segment_bytes", |c| c.log.segment_bytes = 2 << 20),

@@ -155,7 +155,15 @@ impl ServerConfig {
             MIB,
             u64::from(u32::MAX),
         )?;
-        in_range("http.max_request_bytes", http.max_request_bytes, 1024, GIB)?;
+        // A request becomes at most one entry for each queue, which has to fit into a frame between
+        // nodes (64 MiB) with what belongs to it.
+        let request_max = 48 * MIB;
+        in_range(
+            "http.max_request_bytes",
+            http.max_request_bytes,
+            1024,
+            request_max,
+        )?;
         in_range(
             "http.max_connections",
             u64::from(http.max_connections),
@@ -208,7 +216,8 @@ impl ServerConfig {
             60_000,
         )?;
         let message = ("limits.max_message_bytes", self.limits.max_message_bytes);
-        at_least(("log.segment_bytes", log.segment_bytes), 2, message)?;
+        let request = ("http.max_request_bytes", self.http.max_request_bytes);
+        at_least(("log.segment_bytes", log.segment_bytes), 2, request)?;
         at_least(("log.queue_bytes", log.queue_bytes), 2, message)
     }
 

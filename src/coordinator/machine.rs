@@ -1,9 +1,9 @@
 //! A coordinator's state machine. Fencing and rewinding are judged here, in apply, and nowhere else.
 //!
 //! Its records are in the derived store, each command's changes together with the command's place in
-//! the log. The store outlives the process, so at a restart it may be ahead of the checkpoint: the
-//! commands it has seen are not executed again. When the store fails, the replica is broken until
-//! whoever watches its [`Soundness`] has reset the store and opened the replica again.
+//! the log. At a restart what is stored is used if it is the very state of the checkpoint, and else
+//! replaced by it: commands must not be executed twice. When the store fails, the replica is broken
+//! until whoever watches its [`Soundness`] has reset the store and opened the replica again.
 
 use std::sync::Arc;
 
@@ -207,9 +207,6 @@ impl CoordinatorMachine {
         if let Some(cause) = self.soundness.broken() {
             return Err(cause);
         }
-        if self.records.has_applied(log_id) {
-            return Ok(Bytes::new());
-        }
         let reply = match postcard::from_bytes(body) {
             Ok(command) => self.execute(command)?,
             Err(error) => {
@@ -223,7 +220,7 @@ impl CoordinatorMachine {
 }
 
 impl StateMachine for CoordinatorMachine {
-    /// An empty reply says nothing: the command was executed before a restart, or can't be here.
+    /// An empty reply: the command could not be executed here.
     fn apply(&mut self, log_id: LogId, body: &Bytes) -> Bytes {
         self.try_apply(log_id, body).unwrap_or_else(|cause| {
             self.soundness.set_broken(cause);
@@ -239,7 +236,7 @@ impl StateMachine for CoordinatorMachine {
     }
 
     fn restore(&mut self, last: Option<LogId>, state: Option<&[u8]>) -> Result<(), StorageError> {
-        if self.records.resume(last)? {
+        if self.records.is_at(last)? {
             return Ok(());
         }
         match state {

@@ -33,9 +33,6 @@ pub(super) struct NamedProducer {
 pub(super) struct Records {
     stored: DerivedGroup,
     changes: Content,
-    /// The last command whose changes are stored. The store may be ahead of the state that a
-    /// restart begins with, since it outlives the process.
-    applied: Option<LogId>,
 }
 
 impl Records {
@@ -43,7 +40,6 @@ impl Records {
         Self {
             stored,
             changes: Content::new(),
-            applied: None,
         }
     }
 
@@ -51,10 +47,6 @@ impl Records {
         CoordinatorView {
             records: self.stored.clone(),
         }
-    }
-
-    pub(super) fn has_applied(&self, log_id: LogId) -> bool {
-        self.applied.is_some_and(|applied| applied >= log_id)
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
@@ -72,15 +64,12 @@ impl Records {
     pub(super) fn commit(&mut self, log_id: LogId) -> Result<(), StorageError> {
         let changes = std::mem::take(&mut self.changes);
         let writes = changes.into_iter().map(|(key, value)| (key, Some(value)));
-        self.stored.write(writes.collect(), log_id)?;
-        self.applied = Some(log_id);
-        Ok(())
+        self.stored.write(writes.collect(), log_id)
     }
 
-    /// Goes on with what is stored, if that is at least the state of `log_id`.
-    pub(super) fn resume(&mut self, log_id: Option<LogId>) -> Result<bool, StorageError> {
-        self.applied = self.stored.applied()?;
-        Ok(self.applied >= log_id)
+    /// Whether what is stored is the state of `log_id`.
+    pub(super) fn is_at(&self, log_id: Option<LogId>) -> Result<bool, StorageError> {
+        Ok(self.stored.applied()? == log_id)
     }
 
     pub(super) fn replace(
@@ -89,7 +78,6 @@ impl Records {
         log_id: Option<LogId>,
     ) -> Result<(), StorageError> {
         self.stored.clear()?;
-        self.applied = None;
         self.changes = content;
         log_id.map_or(Ok(()), |log_id| self.commit(log_id))
     }

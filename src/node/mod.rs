@@ -36,6 +36,8 @@ use crate::peer::BrokerService;
 const RETRY: Duration = Duration::from_millis(50);
 /// Between two looks for segments that nothing needs any more.
 const CLEAN_EVERY: Duration = Duration::from_secs(30);
+/// Between two looks at replicas that a machine's crash made suspect.
+const SETTLE_EVERY: Duration = Duration::from_secs(1);
 /// The catalog and the coordinators are small: their logs are cut often.
 const STATE_CHECKPOINT_EVERY: u64 = 2_000;
 
@@ -63,7 +65,7 @@ pub struct Node {
     broker: Arc<Broker>,
     host: Arc<RaftHost>,
     log: CommitLog,
-    run: Run,
+    run: Arc<Run>,
     stop: CancellationToken,
     fatal: mpsc::UnboundedReceiver<String>,
     _lock: File,
@@ -84,9 +86,11 @@ impl Node {
             .with_context(|| format!("cannot create the data directory {}", dir.display()))?;
         let lock = lock_directory(dir)?;
         let vfs: Arc<dyn Vfs> = Arc::new(OsVfs);
-        let run = Run::begin(vfs.clone(), dir)?;
+        let run = Arc::new(Run::begin(vfs.clone(), dir)?);
         let identity = Arc::new(Identity::open(dir, config.node_id, &config.cluster_name)?);
-        let log = CommitLog::open(vfs.clone(), &dir.join("log"), config.log.clone())?;
+        let log_dir = dir.join("log");
+        refuse_lost_log(&identity, &log_dir)?;
+        let log = CommitLog::open(vfs.clone(), &log_dir, config.log.clone())?;
         tracing::info!(recovery = ?log.recovery(), "commit log recovered");
         let snapshots = Arc::new(SnapshotStore::open(vfs.clone(), &dir.join("snapshots"))?);
         let derived = DerivedStore::open(&dir.join("derived"))?;
@@ -104,7 +108,7 @@ impl Node {
             identity: identity.clone(),
         };
         let host = RaftHost::start(host_config, storage, peers, service.clone()).await?;
-        watch_refusals(host.events(), fatal_tx.clone());
+        watch_failures(host.events(), fatal_tx.clone());
 
         let (published, catalog) = watch::channel(Arc::new(CatalogState::default()));
         host.open_group(
@@ -142,6 +146,8 @@ impl Node {
         tokio::spawn(stopped.run_until_cancelled_owned(async move {
             broker_here.announce_lost_tails().await;
         }));
+        let settle = settle_tails(run.clone(), broker.clone());
+        tokio::spawn(stop.clone().run_until_cancelled_owned(settle));
         Ok(Self {
             broker,
             host,
@@ -196,7 +202,19 @@ fn lock_directory(dir: &Path) -> Result<File> {
     Ok(file)
 }
 
-fn watch_refusals(
+/// A node that belongs to a cluster and has forgotten its votes and entries would break promises.
+fn refuse_lost_log(identity: &Identity, log_dir: &Path) -> Result<()> {
+    let is_empty = fs::read_dir(log_dir).map_or(true, |mut files| files.next().is_none());
+    if identity.cluster_id().is_some() && is_empty {
+        bail!(
+            "{} is missing or empty, but this node has been part of a cluster: mount or restore it, or let the node come back with an empty data directory under a new node id",
+            log_dir.display()
+        );
+    }
+    Ok(())
+}
+
+fn watch_failures(
     mut events: broadcast::Receiver<RaftEvent>,
     fatal: mpsc::UnboundedSender<String>,
 ) {
@@ -208,11 +226,27 @@ fn watch_refusals(
                         .send(format!("node {node} refuses this node: {reason}"))
                         .ok();
                 }
+                Ok(RaftEvent::Failed { group, reason }) => {
+                    let reason = format!("the replica of {group} failed: {reason}");
+                    fatal.send(reason).ok();
+                }
                 Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
                 Err(broadcast::error::RecvError::Closed) => return,
             }
         }
     });
+}
+
+/// Ends the suspicion that a machine's crash left, once there is no more reason for it.
+async fn settle_tails(run: Arc<Run>, broker: Arc<Broker>) {
+    while !run.is_settled() {
+        tokio::time::sleep(SETTLE_EVERY).await;
+        if broker.tails_are_settled()
+            && let Err(error) = run.settle()
+        {
+            tracing::warn!(%error, "the mark of a crashed machine stays");
+        }
+    }
 }
 
 async fn clean(log: CommitLog, stop: CancellationToken) {

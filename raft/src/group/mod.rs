@@ -23,13 +23,14 @@ use self::barrier::Rounds;
 use crate::config::GroupSpec;
 use crate::error::{ProposeError, ReadError};
 use crate::host::Peers;
+use crate::liveness::PeerState;
 use crate::machine::Machine;
 use crate::tail_guard::{TailGuard, TailReport};
 use crate::types::{Command, NodeId, ReplicaId, TypeConfig, from_raft_log_id};
 use crate::wire::{Answer, ToReplica, class, decode, encode};
 
 pub(crate) type Raft = openraft::Raft<TypeConfig, Machine>;
-type MetricsReceiver =
+pub(crate) type MetricsReceiver =
     openraft::alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>;
 
 /// Between two attempts at something only a leader can do.
@@ -59,6 +60,9 @@ struct Inner {
     /// The term this replica had stored when its process began, until its leader shows itself: the
     /// leader may have ended in the meantime.
     unheard_term: AtomicU64,
+    /// The term in which this replica leads and has announced a transfer that failed: openraft lets
+    /// it propose nothing more in that term.
+    stuck_term: AtomicU64,
 }
 
 /// No term is this high.
@@ -108,6 +112,7 @@ impl Group {
                 tail,
                 deposed_term: AtomicU64::new(NO_TERM),
                 unheard_term: AtomicU64::new(stored_term),
+                stuck_term: AtomicU64::new(NO_TERM),
             }),
         }
     }
@@ -169,6 +174,11 @@ impl Group {
         }
         self.last_known_leader()
             .filter(|node| self.inner.peers.may_be_alive(*node))
+    }
+
+    /// Nothing happens here any more.
+    pub fn is_closed(&self) -> bool {
+        self.inner.metrics.borrow_watched().running_state.is_err()
     }
 
     pub fn is_leader(&self) -> bool {
@@ -377,7 +387,7 @@ impl Group {
     /// Hands over from this replica, which must lead.
     ///
     /// # Errors
-    /// When the other node did not take over in time; this replica then leads again.
+    /// When the other node did not take over in time. Another one leads then, or will.
     pub async fn transfer_leader(&self, to: NodeId) -> Result<(), ProposeError> {
         if !self.is_leader() {
             return Err(ProposeError::NotLeader {
@@ -388,28 +398,49 @@ impl Group {
         let target = self
             .replica_of(to)
             .ok_or_else(|| unknown(format!("node {to} has no replica of {}", self.id())))?;
+        if self.inner.peers.liveness().state(to) != PeerState::Up {
+            return Err(unknown(format!("node {to} is not up")));
+        }
         let term = self.term();
+        if self.try_transfer(target, term).await? {
+            return Ok(());
+        }
+        self.inner.stuck_term.store(term, Ordering::Relaxed);
+        self.give_away().await;
+        Err(unknown(format!("node {to} did not take over in time")))
+    }
+
+    /// Announces the transfer and waits for the next term's leader.
+    async fn try_transfer(&self, target: ReplicaId, term: u64) -> Result<bool, ProposeError> {
         let trigger = self.inner.raft.trigger();
         trigger
             .transfer_leader(target)
             .await
-            .map_err(|e| unknown(e.to_string()))?;
+            .map_err(|e| ProposeError::Unknown(e.to_string()))?;
         let mut metrics = self.inner.metrics.clone();
         let own = self.inner.replica;
         let moved = metrics.wait_until(|m| {
             m.current_term > term && m.current_leader.is_some_and(|leader| leader != own)
         });
-        let moved = timeout(self.inner.peers.timeout(), moved)
-            .await
-            .is_ok_and(|r| r.is_ok());
-        if moved {
-            return Ok(());
+        let moved = timeout(self.inner.peers.timeout(), moved).await;
+        Ok(moved.is_ok_and(|r| r.is_ok()))
+    }
+
+    /// Leads, and can do nothing with it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.is_leader() && self.inner.stuck_term.load(Ordering::Relaxed) == self.term()
+    }
+
+    /// After a failed transfer: hands over to whoever takes it.
+    pub(crate) async fn give_away(&self) {
+        let peers = &self.inner.peers;
+        for other in &self.inner.spec.replicas {
+            let up =
+                other.node != peers.node() && peers.liveness().state(other.node) == PeerState::Up;
+            if up && self.is_stuck() {
+                self.try_transfer(other.replica, self.term()).await.ok();
+            }
         }
-        // A leader that has announced a transfer takes no more proposals in this term.
-        if self.is_leader() {
-            self.inner.raft.trigger().elect(false).await.ok();
-        }
-        Err(unknown(format!("node {to} did not take over in time")))
     }
 
     /// The state's hash with the index it belongs to: equal on replicas at the same index.
@@ -448,6 +479,12 @@ impl Group {
     /// this process began; readers must be told.
     pub fn tail_lost(&self) -> bool {
         self.inner.tail.tail_lost()
+    }
+
+    /// True while this async-flush replica may lack what it had acknowledged, or readers were not
+    /// told yet that it does.
+    pub fn tail_unsettled(&self) -> bool {
+        self.inner.tail.is_suspect() || self.inner.tail.tail_lost()
     }
 
     /// They have been told.

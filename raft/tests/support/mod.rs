@@ -22,11 +22,15 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const GROUP: RaftGroupId = RaftGroupId(1024);
 
 /// Keeps every command it applied, for tests to look at.
+/// The command that no replica survives.
+pub const PANIC: &str = "panic";
+
 #[derive(Debug, Clone, Default)]
 pub struct Recorder(pub Arc<Mutex<Vec<Bytes>>>);
 
 impl StateMachine for Recorder {
     fn apply(&mut self, _log_id: LogId, body: &Bytes) -> Bytes {
+        assert_ne!(body, PANIC, "as the test wants it");
         let mut all = self.0.lock();
         all.push(body.clone());
         Bytes::from(all.len().to_string())
