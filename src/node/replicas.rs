@@ -4,7 +4,9 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use quorate_raft::{Flush, GroupSpec, LogRetention, RaftHost, Replica, StateMachine};
@@ -20,8 +22,15 @@ use super::{NodeConfig, STATE_CHECKPOINT_EVERY};
 use crate::broker::FlushMode;
 use crate::broker::local::{LocalCoordinator, LocalGroups, LocalQueue};
 use crate::broker::queue::{QueueLimits, QueueMachine, QueueShared};
-use crate::catalog::{CatalogState, GroupPlacement, ReplicaPlace};
+use crate::catalog::{
+    CATALOG_GROUP, CatalogState, FIRST_QUEUE_GROUP, GroupPlacement, ReplicaPlace,
+};
 use crate::coordinator::CoordinatorMachine;
+
+/// A replica whose files break again and again is not rebuilt more often than this.
+const REPAIR_PAUSE: Duration = Duration::from_secs(1);
+/// How long one attempt to prove the catalog current may take.
+const PROOF_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Opens and removes groups as the catalog says.
 pub(super) struct Replicas {
@@ -61,6 +70,8 @@ impl Replicas {
         stop: CancellationToken,
         fatal: mpsc::UnboundedSender<String>,
     ) {
+        let mut is_current = pin!(self.catalog_is_current());
+        let mut orphans_removed = false;
         loop {
             let state = catalog.borrow_and_update().clone();
             if let Err(error) = self.reconcile(&state).await
@@ -72,7 +83,34 @@ impl Replicas {
             tokio::select! {
                 () = stop.cancelled() => return,
                 changed = catalog.changed() => if changed.is_err() { return },
-                () = self.repair.notified() => {}
+                () = self.repair.notified() => tokio::time::sleep(REPAIR_PAUSE).await,
+                () = &mut is_current, if !orphans_removed => {
+                    orphans_removed = true;
+                    let state = catalog.borrow().clone();
+                    self.remove_orphans(&state).await;
+                }
+            }
+        }
+    }
+
+    /// Ends once this node's catalog holds all that was committed when the node started.
+    async fn catalog_is_current(&self) {
+        loop {
+            if let Some(catalog) = self.host.group(CATALOG_GROUP)
+                && catalog.read_barrier(PROOF_PATIENCE).await.is_ok()
+            {
+                return;
+            }
+            tokio::time::sleep(REPAIR_PAUSE).await;
+        }
+    }
+
+    /// Removes what is left of queues that were deleted while this node was away.
+    async fn remove_orphans(&self, catalog: &CatalogState) {
+        for group in self.log.groups() {
+            if group.0 >= FIRST_QUEUE_GROUP && catalog.owner(group).is_none() {
+                tracing::info!(%group, "removing what is left of a deleted queue");
+                self.remove_queue(group).await;
             }
         }
     }
@@ -222,7 +260,7 @@ impl Replicas {
         self.host.close_group(group, true).await;
         let path = self.index_path(group);
         if let Err(error) = self.vfs.remove(&path) {
-            tracing::warn!(%group, %error, "a removed queue's index is still on disk");
+            tracing::debug!(%group, %error, "a removed queue's index was not removed");
         }
     }
 
