@@ -19,6 +19,20 @@ pub fn is_valid_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
+/// Names of message headers that begin so are the server's own.
+pub const RESERVED_HEADER_PREFIX: &str = "quorate.";
+
+/// A tag must be something a filter can name.
+pub fn check_tag(tag: &str) -> Result<(), String> {
+    if tag.is_empty() || tag.len() > 255 || tag.contains("||") || tag.trim() != tag {
+        return Err(
+            "a tag has 1 to 255 bytes, no space at its ends and no || in it (which separates tags in filters)"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

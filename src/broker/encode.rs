@@ -29,7 +29,14 @@ pub(super) fn producer_stamp(
 ) -> BrokerResult<ProducerStamp> {
     let invalid = |text: &str| Err(BrokerError::InvalidRequest(text.to_owned()));
     let id: i64 = match mark.id.parse() {
-        Ok(id) if id > 0 && (owner_of_producer(id) as usize) < coordinators => id,
+        // Written as it was given: another spelling would be another producer to its owner.
+        Ok(id)
+            if id > 0
+                && (owner_of_producer(id) as usize) < coordinators
+                && id.to_string() == mark.id =>
+        {
+            id
+        }
         _ => return invalid("producer.id is not one that POST /v1/producers gave"),
     };
     let Ok(epoch) = i16::try_from(mark.epoch) else {

@@ -40,7 +40,7 @@ impl Broker {
                 read.max_messages = SCAN_MESSAGES;
                 read.max_bytes = read.max_bytes.max(SCAN_BYTES);
             }
-            let slice = self.read(group, &read).await?;
+            let slice = self.read_of_topic(&request.topic, group, &read).await?;
             let (messages, next_offset) = messages_of(group, &slice, &request)?;
             // Nothing passed the filter: go on behind it, while there is time.
             let scanned = next_offset > slice.start;
@@ -49,6 +49,7 @@ impl Broker {
                 continue;
             }
             return Ok(FetchAnswer {
+                group,
                 topic: request.topic,
                 queue: request.queue,
                 messages,
@@ -57,6 +58,23 @@ impl Broker {
                 end_offset: slice.end,
             });
         }
+    }
+
+    /// A topic may be deleted while its readers wait.
+    async fn read_of_topic(
+        &self,
+        topic: &str,
+        group: u64,
+        request: &ReadRequest,
+    ) -> BrokerResult<Slice> {
+        self.read(group, request)
+            .await
+            .map_err(|error| match self.catalog_knows(group) {
+                true => error,
+                false => BrokerError::TopicNotFound {
+                    topic: topic.to_owned(),
+                },
+            })
     }
 
     /// The stored batches as they are; the first may begin before the offset asked for.
@@ -68,7 +86,7 @@ impl Broker {
         let (_, group) = self.find_queue(&request.topic, request.queue).await?;
         let wait = Duration::from_millis(request.wait_ms);
         let read = read_request(group, &request, request.start, wait);
-        let slice = self.read(group, &read).await?;
+        let slice = self.read_of_topic(&request.topic, group, &read).await?;
         let last = slice.batches.last();
         let next_offset = last.map_or(slice.start, |b| {
             b.place.base_offset + u64::from(b.place.count)

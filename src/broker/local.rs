@@ -93,7 +93,9 @@ impl LocalGroups {
     }
 
     pub fn remove_queue(&self, group: u64) {
-        self.queues.write().remove(&group);
+        if let Some(queue) = self.queues.write().remove(&group) {
+            queue.shared.close();
+        }
     }
 
     /// The same for a coordinator.

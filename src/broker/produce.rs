@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use quorate_storage::batch::{BatchView, ProducerStamp, split};
+use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, split};
 
 use super::batcher::{SubmitError, submit};
 use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp};
@@ -17,6 +17,7 @@ use super::{
     Stored, message_id,
 };
 use crate::catalog::Topic;
+use crate::names::{RESERVED_HEADER_PREFIX, check_tag};
 use crate::peer::{NewBatch, PeerError, PeerRequest, PeerResult};
 
 const MAX_KEY_BYTES: usize = 256;
@@ -147,6 +148,7 @@ impl Broker {
         let max_bytes = topic.config.max_message_bytes;
         for record in view.records() {
             let record = record.map_err(invalid)?;
+            check_reserved(&record)?;
             let headers = record
                 .headers
                 .iter()
@@ -227,6 +229,27 @@ impl Broker {
             SubmitError::Unknown => PeerError::Broker(UNKNOWN),
         })
     }
+}
+
+/// What begins with the reserved prefix is ours, and of that a client may bring a tag.
+fn check_reserved(record: &RecordView) -> BrokerResult<()> {
+    for header in &record.headers {
+        let refused = if header.key == TAG_HEADER.as_bytes() {
+            let tag = header.value.as_deref();
+            let tag = tag.and_then(|value| std::str::from_utf8(value).ok());
+            check_tag(tag.unwrap_or_default()).err()
+        } else if header.key.starts_with(RESERVED_HEADER_PREFIX.as_bytes()) {
+            Some(format!(
+                "headers that begin with {RESERVED_HEADER_PREFIX:?} are reserved"
+            ))
+        } else {
+            None
+        };
+        if let Some(reason) = refused {
+            return Err(BrokerError::InvalidRequest(reason));
+        }
+    }
+    Ok(())
 }
 
 fn check_key(key: Option<&str>) -> BrokerResult<()> {

@@ -57,6 +57,9 @@ impl Broker {
             Err(BrokerError::Internal(_)) if queue.shared.soundness().broken().is_some() => {
                 Err(PeerError::NotHere)
             }
+            Ok(slice) if slice.batches.is_empty() && queue.shared.is_closed() => {
+                Err(PeerError::NotHere)
+            }
             read => read.map_err(PeerError::Broker),
         }
     }
@@ -103,7 +106,7 @@ impl Broker {
                 continue;
             }
             let woken = timeout_at(deadline, wake.changed()).await;
-            if !matches!(woken, Ok(Ok(()))) {
+            if !matches!(woken, Ok(Ok(()))) || queue.shared.is_closed() {
                 // The time is over, or the replica is being closed.
                 let bounds = queue.shared.bounds();
                 return Ok(Slice {

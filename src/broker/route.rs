@@ -180,7 +180,7 @@ impl Broker {
         }
     }
 
-    fn catalog_knows(&self, group: u64) -> bool {
+    pub(super) fn catalog_knows(&self, group: u64) -> bool {
         self.catalog().owner(RaftGroupId(group)).is_some()
     }
 

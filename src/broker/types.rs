@@ -211,6 +211,8 @@ pub struct FetchRequest {
 /// What a fetch found. `next_offset` has moved past what the filter left out.
 #[derive(Debug, Clone)]
 pub struct FetchAnswer {
+    /// The queue's Raft group: another one for a topic that was made again under the same name.
+    pub group: u64,
     pub topic: String,
     pub queue: u32,
     pub messages: Vec<Message>,

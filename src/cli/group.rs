@@ -11,8 +11,6 @@ use super::wire::GroupOffsets;
 
 #[derive(Debug, Subcommand)]
 pub enum GroupCommand {
-    /// All consumer groups.
-    List,
     /// Committed offsets and lag of one group.
     Offsets {
         group: String,
@@ -93,13 +91,6 @@ impl ResetArgs {
 
 pub async fn run(client: &Client, out: Output, command: GroupCommand) -> Result<(), CliError> {
     match command {
-        GroupCommand::List => {
-            let answer = client.call(Request::get(&["v1", "groups"])).await?;
-            if out.is_json() {
-                return out.json(&answer);
-            }
-            out.table(&group_table(&answer))
-        }
         GroupCommand::Offsets { group, topic } => {
             let path = ["v1", "groups", &group, "offsets"];
             let mut request = Request::get(&path);
@@ -125,18 +116,6 @@ pub async fn run(client: &Client, out: Output, command: GroupCommand) -> Result<
             out.table(&reset_table(&answer))
         }
     }
-}
-
-fn group_table(answer: &Value) -> Table {
-    let mut table = Table::new(&["GROUP"]);
-    for group in answer["groups"].as_array().into_iter().flatten() {
-        let name = group
-            .as_str()
-            .or_else(|| group["group"].as_str())
-            .or(group["name"].as_str());
-        table.row(vec![name.unwrap_or("?").to_owned()]);
-    }
-    table
 }
 
 fn offset_table(answer: &GroupOffsets) -> Table {

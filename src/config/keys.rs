@@ -101,11 +101,11 @@ section! {
     LimitsConfig, LimitsKeys, "limits" {
         /// No topic may allow larger messages.
         max_message_bytes: u64 = 8 * MIB, "limits-max-message-bytes", "QUORATE_LIMITS_MAX_MESSAGE_BYTES";
-        /// How long a queue remembers an Idempotency-Key.
+        /// How long a queue remembers an Idempotency-Key. Fixed when the cluster first starts.
         idempotency_window_ms: u64 = 600_000, "limits-idempotency-window-ms", "QUORATE_LIMITS_IDEMPOTENCY_WINDOW_MS";
-        /// Idempotency keys a queue remembers at once; further ones get 429.
+        /// Idempotency keys a queue remembers at once; further ones get 429. Fixed when the cluster first starts.
         idempotency_keys: u64 = 64 * KIB, "limits-idempotency-keys", "QUORATE_LIMITS_IDEMPOTENCY_KEYS";
-        /// Producers a queue remembers at once; a further one gets 429 until one has been quiet long enough.
+        /// Producers a queue remembers at once; a further one gets 429 until one has been quiet long enough. Fixed when the cluster first starts.
         producers: u64 = 16 * KIB, "limits-producers", "QUORATE_LIMITS_PRODUCERS";
         /// A write that nobody has confirmed after this time is answered 504 with outcome unknown.
         write_timeout_ms: u64 = 5_000, "limits-write-timeout-ms", "QUORATE_LIMITS_WRITE_TIMEOUT_MS";

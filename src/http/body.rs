@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::HttpState;
 use super::error::ApiError;
 use super::limits::{BudgetShare, ByteBudget, HttpLimits};
+use super::object::Object;
 use crate::broker::BrokerError;
 
 /// How much of a refused body is read on, as a multiple of what would have been accepted.
@@ -285,6 +286,7 @@ pub fn parse_json<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, ApiError
             "the body is empty; a JSON object is expected",
         ));
     }
-    serde_json::from_slice(bytes)
+    serde_json::from_slice::<Object<T>>(bytes)
+        .map(|object| object.0)
         .map_err(|error| ApiError::invalid(format!("the body does not fit: {error}")))
 }

@@ -8,6 +8,7 @@ pub mod error;
 mod layers;
 pub mod limits;
 mod multi;
+mod object;
 mod path;
 mod query;
 pub mod server;

@@ -135,6 +135,29 @@ async fn a_stream_of_a_deleted_topic_says_so_and_ends() {
 }
 
 #[tokio::test]
+async fn a_stream_does_not_go_on_in_another_topic_of_the_same_name() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    api.store("t", 0, &["a", "b"]).await;
+    let mut events = Events::open(&api, PATH, None).await;
+    for value in ["a", "b"] {
+        assert_eq!(events.message().await.1["value"], value);
+    }
+    api.send(api.request(Method::DELETE, "/v1/topics/t"))
+        .await
+        .expect(204);
+    api.topic("t", 1).await;
+    api.store("t", 0, &["x", "y", "z"]).await;
+    loop {
+        match events.next().await.unwrap() {
+            Some(block) if block.starts_with(':') => {}
+            Some(block) => assert!(block.contains("topic_not_found"), "{block}"),
+            None => break,
+        }
+    }
+}
+
+#[tokio::test]
 async fn elections_are_told() {
     let api = Api::start().await.unwrap();
     let mut events = Events::open(&api, "/v1/cluster/events", None).await;

@@ -207,3 +207,33 @@ async fn a_request_too_large_is_413_in_every_form() {
         .await
         .problem(400, "invalid_request");
 }
+
+#[tokio::test]
+async fn a_list_is_no_object() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let lists = [
+        (Method::POST, "/v1/topics", json!(["u", 1])),
+        (
+            Method::POST,
+            "/v1/topics/t/messages",
+            json!([[{"value": "a"}]]),
+        ),
+        (
+            Method::POST,
+            "/v1/topics/t/messages",
+            json!({"messages": [["a"]]}),
+        ),
+        (
+            Method::PUT,
+            "/v1/groups/g/offsets",
+            json!({"offsets": [["t", 0, 0]]}),
+        ),
+        (Method::POST, "/v1/fetch", json!({"queues": [["t", 0, 0]]})),
+        (Method::POST, "/v1/producers", json!(["name"])),
+    ];
+    for (method, path, body) in lists {
+        let answer = api.send(api.request(method, path).json(&body)).await;
+        answer.problem(400, "invalid_request");
+    }
+}

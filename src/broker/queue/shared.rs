@@ -1,7 +1,7 @@
 //! What readers of a queue see of its state machine: no lock is shared with apply.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use quorate_storage::queue_index::QueueIndex;
 use tokio::sync::{Notify, watch};
@@ -25,6 +25,7 @@ pub struct QueueShared {
     end: AtomicU64,
     last_stamp_ms: AtomicU64,
     wake: watch::Sender<u64>,
+    closed: AtomicBool,
     soundness: Soundness,
 }
 
@@ -37,6 +38,7 @@ impl QueueShared {
             end: AtomicU64::new(0),
             last_stamp_ms: AtomicU64::new(0),
             wake: watch::Sender::new(0),
+            closed: AtomicBool::new(false),
             soundness: Soundness::new(repair),
         })
     }
@@ -60,6 +62,16 @@ impl QueueShared {
     /// Changes after every run of applies that moved the end.
     pub fn subscribe(&self) -> watch::Receiver<u64> {
         self.wake.subscribe()
+    }
+
+    /// The replica goes away: whoever waits here looks elsewhere.
+    pub(in crate::broker) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+        self.wake.send_modify(|_| {});
+    }
+
+    pub(in crate::broker) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
     }
 
     /// Whether the index can be used.

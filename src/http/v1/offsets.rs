@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use crate::http::object;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -25,9 +26,10 @@ const MAX_OFFSETS: usize = 10_000;
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CommitBody {
+    #[serde(deserialize_with = "object::list")]
     offsets: Vec<OffsetBody>,
     /// Needed while the group has live members.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::optional")]
     member: Option<MemberBody>,
     /// Lets an offset be lower than the committed one.
     #[serde(default)]

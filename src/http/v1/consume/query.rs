@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 use super::super::produce::BATCHES;
 use crate::broker::{Consistency, FetchRequest, MultiFetchRequest, StartAt};
 use crate::http::error::ApiError;
+use crate::http::object;
 use crate::http::path::{TopicQueue, checked_name};
 use crate::http::query::{Params, bounded};
 
@@ -79,11 +80,6 @@ impl Fetch {
             "consistency",
             "encoding",
         ])?;
-        if form == Form::Events && params.get("wait_ms").is_some() {
-            return Err(ApiError::invalid(
-                "wait_ms: an event stream never stops waiting; leave it out",
-            ));
-        }
         let tags = params.get("tag").map(tags).transpose()?.unwrap_or_default();
         let encoding = encoding(params.get("encoding"))?;
         if form == Form::Batches && (!tags.is_empty() || params.get("encoding").is_some()) {
@@ -186,6 +182,7 @@ pub fn last_event_id(headers: &HeaderMap) -> Result<Option<u64>, ApiError> {
 #[serde(deny_unknown_fields)]
 pub struct FetchManyBody {
     /// 1 to 1000 queues.
+    #[serde(deserialize_with = "object::list")]
     queues: Vec<FromQueue>,
     /// Of all queues together. 1 to 10000, default 100.
     #[serde(default)]
@@ -329,12 +326,7 @@ mod tests {
             let error = parse(query, Form::Json).await.unwrap_err();
             assert!(error.contains(named), "{query}: {error}");
         }
-        assert!(
-            parse("wait_ms=5", Form::Events)
-                .await
-                .unwrap_err()
-                .contains("event stream")
-        );
+        assert!(parse("wait_ms=5", Form::Events).await.is_ok(), "it waits");
         assert!(
             parse("tag=a", Form::Batches)
                 .await

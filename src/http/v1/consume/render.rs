@@ -236,6 +236,7 @@ mod tests {
     async fn the_budget_is_held_until_the_answer_is_gone() {
         let budget = ByteBudget::new(1 << 20);
         let answer = FetchAnswer {
+            group: 1024,
             topic: "t".into(),
             queue: 1,
             messages: vec![message(Some(b"x"))],

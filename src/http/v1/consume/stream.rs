@@ -25,6 +25,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 struct Live {
     state: HttpState,
     request: FetchRequest,
+    /// What the stream began with: a topic that is made again is another one.
+    group: u64,
     encoding: Encoding,
     ready: VecDeque<Bytes>,
     last_sign: Instant,
@@ -59,6 +61,7 @@ pub async fn response(
         last_sign: Instant::now(),
         state,
         request,
+        group: first.group,
         encoding: fetch.encoding,
         ready: VecDeque::new(),
         ended: false,
@@ -123,6 +126,11 @@ impl Live {
                     self.ready.push_back(Bytes::from_static(sse::PING));
                 }
                 answer = self.state.broker.fetch(self.request.clone()) => match answer {
+                    Ok(answer) if answer.group != self.group => {
+                        self.ended = true;
+                        let topic = answer.topic;
+                        return Some(sse::error_event(&BrokerError::TopicNotFound { topic }.into()));
+                    }
                     Ok(answer) => if !self.take(&answer) {
                         pause_until(ping_at).await;
                     },

@@ -21,7 +21,8 @@ use crate::http::multi::json;
 use crate::http::path::{TopicName, checked_name};
 use crate::http::query::Params;
 use crate::metrics::Metrics;
-use wire::{ProduceBody, check_tag, refuse_later_fields};
+use crate::names::check_tag;
+use wire::{ProduceBody, refuse_later_fields};
 
 /// Stored RecordBatch v2 bytes, one batch after the other.
 pub const BATCHES: &str = "application/vnd.quorate.batches";

@@ -18,13 +18,13 @@ use utoipa::ToSchema;
 use super::super::given;
 use crate::broker::{NewMessage, ProducerMark};
 use crate::http::error::ApiError;
+use crate::http::object::{self, Object};
+use crate::names::{RESERVED_HEADER_PREFIX, check_tag};
 
 /// Messages one request may carry. With 16 MiB of body, `{}` alone would make millions.
 pub const MAX_MESSAGES: usize = 50_000;
 /// Headers one message may have; storage has room for more, the tag among them.
 pub const MAX_HEADERS: usize = 128;
-/// Header names with this prefix are the server's own.
-const RESERVED_HEADER_PREFIX: &str = "quorate.";
 
 /// A string, borrowed from the body where it has no escapes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,7 +70,7 @@ pub struct ProduceBody<'a> {
     #[serde(borrow)]
     #[schema(value_type = Vec<MessageBody>)]
     pub messages: Messages<'a>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::optional")]
     pub producer: Option<ProducerBody>,
 }
 
@@ -130,7 +130,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Messages<'a> {
             }
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
                 let mut messages = Vec::new();
-                while let Some(message) = list.next_element()? {
+                while let Some(Object(message)) = list.next_element()? {
                     if messages.len() == MAX_MESSAGES {
                         let error = format!("more than {MAX_MESSAGES} messages in one request");
                         return Err(A::Error::custom(error));
@@ -260,17 +260,6 @@ pub fn refuse_later_fields(
             "{name}: this version can't {what} yet; leave the field out"
         )),
     }
-}
-
-/// A tag must be something a filter can name.
-pub fn check_tag(tag: &str) -> Result<(), String> {
-    if tag.is_empty() || tag.len() > 255 || tag.contains("||") || tag.trim() != tag {
-        return Err(
-            "a tag has 1 to 255 bytes, no space at its ends and no || in it (which separates tags in filters)"
-                .to_owned(),
-        );
-    }
-    Ok(())
 }
 
 #[cfg(test)]

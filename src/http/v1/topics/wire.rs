@@ -10,6 +10,7 @@ use crate::broker::{
 };
 use crate::http::HttpState;
 use crate::http::error::ApiError;
+use crate::http::object;
 use crate::http::query::bounded;
 
 const MAX_QUEUES: u32 = 1024;
@@ -30,11 +31,11 @@ pub struct CreateTopic {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     flush: Option<FlushMode>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::optional")]
     retention: Option<RetentionBody>,
     #[serde(default)]
     max_message_bytes: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::optional")]
     backlog: Option<BacklogBody>,
     #[serde(default)]
     ttl_ms: Option<u64>,
@@ -75,11 +76,11 @@ pub struct UpdateTopic {
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     flush: Option<FlushMode>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::optional")]
     retention: Option<RetentionBody>,
     #[serde(default)]
     max_message_bytes: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::optional")]
     backlog: Option<BacklogBody>,
     #[serde(default)]
     ttl_ms: Option<u64>,
@@ -190,7 +191,11 @@ impl CreateTopic {
             )?,
             backlog: merge_backlog(self.backlog.as_ref(), base.backlog)?,
             ttl_ms: None,
-            hash_queues: bounded("hash_queues", self.hash_queues, 1..=queues, queues)?,
+            // 0: as many as there are queues, or as the topic has if it is there already.
+            hash_queues: match self.hash_queues {
+                None => 0,
+                given => bounded("hash_queues", given, 1..=queues, queues)?,
+            },
         })
     }
 }
@@ -314,6 +319,8 @@ mod tests {
             config,
             TopicConfig {
                 replicas: 1,
+                // For the catalog to choose: a topic that exists keeps its own.
+                hash_queues: 0,
                 ..TopicConfig::default()
             }
         );
@@ -337,7 +344,7 @@ mod tests {
         );
         assert_eq!(
             (config.queues, config.hash_queues, config.replicas),
-            (2, 2, 3)
+            (2, 0, 3)
         );
     }
 
