@@ -103,7 +103,7 @@ async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes
         }
         class::LEADS => {
             let asker: ReplicaId = open(group, &body)?;
-            let leads = group.is_leader();
+            let leads = group.is_leader() && !group.is_stuck();
             if leads {
                 // The one who asks has just opened its replica. Appends to it may be waiting out a
                 // long backoff, and a quiet leader would not say what is committed.

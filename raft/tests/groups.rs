@@ -117,6 +117,21 @@ async fn a_transfer_to_a_replica_that_does_not_take_it_leaves_nobody_stuck() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_leader_that_is_gone_from_a_living_node_is_replaced() {
+    let mut cluster = TestCluster::new(3).await;
+    let nodes = cluster.start_all().await;
+    let first = leader(&nodes).await;
+    propose(first, "before").await;
+    first.host.close_group(GROUP, false).await;
+    let follower = nodes.iter().find(|n| n.id != first.id).unwrap();
+    follower.group.read_barrier(PATIENCE).await.unwrap();
+    assert_ne!(follower.group.leader(), Some(first.id));
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_ends_by_itself_is_told() {
     let mut cluster = TestCluster::new(1).await;
     let node = cluster.start_all().await.remove(0);

@@ -171,6 +171,9 @@ impl Broker {
                 }
                 Attempt::NotTaken { .. } => {
                     followed += 1;
+                    if let Some(local) = self.local_group(group) {
+                        tokio::spawn(async move { local.check_leader().await });
+                    }
                     if !self.catalog_knows(group) || !backoff.wait().await {
                         self.hint_leader(group, None);
                         return Err(NO_LEADER);

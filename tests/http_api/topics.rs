@@ -110,6 +110,9 @@ async fn a_change_keeps_what_it_does_not_name() {
         "keyed messages stay where they hash to"
     );
     assert_eq!(api.store("t", 2, &["in the new queue"]).await, [0]);
+    let same = json!({"name": "t", "queues": 3, "max_message_bytes": 500,
+        "retention": {"max_age_ms": 5000, "max_bytes": null}});
+    api.post("/v1/topics", &same).await.expect(200);
     for (patch, said) in [
         (json!({"queues": 2}), "only grow"),
         (json!({"replicas": 3}), "unknown field `replicas`"),

@@ -63,6 +63,8 @@ struct Inner {
     /// The term in which this replica leads and has announced a transfer that failed: openraft lets
     /// it propose nothing more in that term.
     stuck_term: AtomicU64,
+    /// Held while the believed leader is asked whether it leads.
+    checking: tokio::sync::Mutex<()>,
 }
 
 /// No term is this high.
@@ -113,6 +115,7 @@ impl Group {
                 deposed_term: AtomicU64::new(NO_TERM),
                 unheard_term: AtomicU64::new(stored_term),
                 stuck_term: AtomicU64::new(NO_TERM),
+                checking: tokio::sync::Mutex::default(),
             }),
         }
     }
@@ -218,6 +221,23 @@ impl Group {
         let term = join_all(answers).await.into_iter().flatten().max()?;
         self.heard(term);
         Some(term)
+    }
+
+    /// To be called when the believed leader did not act as one. If nobody says that it leads this
+    /// replica's term, the group counts as leaderless, and the host's sweep elects.
+    pub async fn check_leader(&self) {
+        let term = self.term();
+        if self.is_leader() || self.leader().is_none() {
+            return;
+        }
+        // Many requests come to the same suspicion at once.
+        let Ok(_alone) = self.inner.checking.try_lock() else {
+            return;
+        };
+        let led = self.ask_who_leads().await;
+        if led.is_none_or(|led| led < term) && self.term() == term {
+            self.inner.deposed_term.store(term, Ordering::Relaxed);
+        }
     }
 
     pub fn term(&self) -> u64 {
@@ -381,6 +401,9 @@ impl Group {
             .map_err(|e| ReadError::Unreachable(e.to_string()))?;
         let answer: Answer<u64> =
             decode(&answer).map_err(|e| ReadError::Unreachable(e.to_string()))?;
+        if answer.is_err() {
+            self.check_leader().await;
+        }
         answer.map_err(ReadError::Unreachable)
     }
 

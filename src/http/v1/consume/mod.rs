@@ -144,7 +144,7 @@ async fn fetch_raw(state: &HttpState, request: FetchRequest) -> BrokerResult<Raw
 /// Messages of many queues in one request: one result a queue, in the order asked for.
 #[utoipa::path(post, path = "/v1/fetch", tag = "consume", request_body = FetchManyBody, responses(
     (status = 200, description = "`{\"results\": [{\"topic\", \"queue\", \"messages\", \"next_offset\", …}]}`", content(
-        (Vec<render::FetchDoc> = "application/json"),
+        (render::FetchManyDoc = "application/json"),
         (Vec<u8> = "application/vnd.quorate.batches"),
     )),
     (status = 207, description = "Some queues failed; their entries are errors"),
@@ -227,6 +227,7 @@ async fn fetch_many_json(
 
 /// The first offset at or after a time.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[schema(as = OffsetAtTime)]
 pub struct OffsetBody {
     offset: u64,
 }

@@ -45,6 +45,25 @@ pub struct FetchDoc {
     end_offset: u64,
 }
 
+/// What a fetch over many queues found, in the order asked for.
+#[derive(Debug, serde::Serialize, ToSchema)]
+#[schema(as = FetchManyAnswer)]
+pub struct FetchManyDoc {
+    results: Vec<QueueFetchDoc>,
+}
+
+/// What was found in one of many queues.
+#[derive(Debug, serde::Serialize, ToSchema)]
+#[schema(as = QueueFetchAnswer)]
+pub struct QueueFetchDoc {
+    topic: String,
+    queue: u32,
+    messages: Vec<MessageDoc>,
+    next_offset: u64,
+    earliest_offset: u64,
+    end_offset: u64,
+}
+
 /// One message on its way into JSON.
 #[derive(Debug)]
 pub struct MessageOut<'a> {
