@@ -7,7 +7,7 @@ usage() {
   cat <<'EOF'
 Usage: scripts/figures.sh [WHAT…]
 
-  throughput  closed-loop load of four shapes, then the memory of each node (half a minute)
+  throughput  closed-loop load of five shapes, then the memory of each node (half a minute)
   idle        processor time of a cluster that has 200 queues and nothing to do
   restart     kill -9 of a node whose log holds 2,000,000 messages: time to ready, bytes read
   failover    kill -9, ten times, of the node that leads most, with 1 and with 100 busy queues:
@@ -62,10 +62,11 @@ throughput() {
   local seconds=${FIGURES_SECONDS:-10} shape node
   fresh
   for shape in "--queues 1 --in-flight 1" "--queues 1 --in-flight 64" \
-    "--queues 16 --in-flight 256" "--queues 16 --in-flight 16 --batch 100"; do
+    "--queues 16 --in-flight 256" "--queues 16 --in-flight 256 --to-leaders" \
+    "--queues 16 --in-flight 16 --batch 100"; do
     say "bench --size 1024 $shape"
     # shellcheck disable=SC2086 # a list of arguments
-    bench --size 1024 --duration "${seconds}s" $shape
+    "$binary" bench --url "$urls" --size 1024 --duration "${seconds}s" $shape
   done
   say "memory of each node after that"
   for node in 1 2 3; do

@@ -55,6 +55,10 @@ pub struct BenchCommand {
     /// Spread the connections over these nodes. Without it: over the --url given.
     #[arg(long, value_name = "URL,URL", value_delimiter = ',')]
     nodes: Vec<String>,
+    /// Send to the leader of each queue, as a client that has asked for the leaders does. Without
+    /// it the nodes are taken in turns, and forward what they don't lead.
+    #[arg(long, conflicts_with_all = ["nodes", "gap"])]
+    to_leaders: bool,
     #[arg(long, value_enum, default_value_t = Format::Json)]
     format: Format,
     /// How long to wait for one answer; 1s with --gap, where the next node is asked then.
@@ -92,9 +96,12 @@ pub async fn run(client: &Client, out: Output, command: BenchCommand) -> Result<
         let reason = "--format bytes carries one message a request; use json or batches";
         return Err(CliError::Usage(reason.into()));
     }
-    let addresses = command.addresses(client)?;
+    let mut addresses = command.addresses(client)?;
     let name = command.topic.clone().unwrap_or_else(fresh_name);
     let queues = command.create_topic(client, &name).await?;
+    if command.to_leaders {
+        addresses = leaders(client, &name).await?;
+    }
     let result = match command.gap {
         true => run_gap(client, out, &command, addresses, &name, queues).await,
         false => run_load(out, &command, addresses, &name, queues).await,
@@ -203,6 +210,26 @@ impl BenchCommand {
         u32::try_from(topic.queues.len())
             .map_err(|_| CliError::Usage(format!("{name} has too many queues")))
     }
+}
+
+/// The `host:port` of the leader of each queue.
+async fn leaders(client: &Client, topic: &str) -> Result<Vec<String>, CliError> {
+    let cluster = client.call(Request::get(&["v1", "cluster"])).await?;
+    let topic = client.call(Request::get(&["v1", "topics", topic])).await?;
+    let url_of = |node: &Value| {
+        let nodes = cluster["nodes"].as_array()?;
+        nodes.iter().find(|n| n["id"] == *node)?["url"].as_str()
+    };
+    let queues = topic["queues"].as_array().into_iter().flatten();
+    queues
+        .map(|queue| match url_of(&queue["leader"]) {
+            Some(url) => address(url),
+            None => Err(CliError::Usage(format!(
+                "queue {} has no leader now; try again",
+                queue["queue"]
+            ))),
+        })
+        .collect()
 }
 
 fn address(url: &str) -> Result<String, CliError> {
