@@ -99,7 +99,7 @@ restart() {
   fresh
   "$binary" topic create restart --queues 4 --url "$urls" >/dev/null
   while (($(stored restart) < least)); do
-    bench --topic restart --queues 4 --in-flight 16 --batch 500 --size 100 --duration 5s >/dev/null
+    bench --topic restart --queues 4 --in-flight 16 --batch 500 --size 1024 --duration 5s >/dev/null
   done
   say "restart after kill -9 with $(stored restart) messages"
   du -sh "$QUORATE_HOME/node-1/data/log" | awk '{ print "log on disk: " $1 }'
