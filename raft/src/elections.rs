@@ -226,6 +226,7 @@ struct Watch {
     leader: Option<(NodeId, u64)>,
     leaderless_since: Option<Instant>,
     attempts: u32,
+    failed: bool,
     /// The attempt to give away a leadership that is of no use.
     stuck: Option<JoinHandle<()>>,
 }
@@ -246,6 +247,7 @@ async fn sweep(host: Arc<RaftHost>) {
         watches.retain(|id, _| host.group(*id).is_some());
         for group in &groups {
             let watch = watches.entry(group.id()).or_default();
+            note_failure(&host, group, watch);
             note_leader(&host, group, watch);
             if group.is_stuck() {
                 if watch.stuck.as_ref().is_none_or(JoinHandle::is_finished) {
@@ -277,6 +279,18 @@ async fn sweep(host: Arc<RaftHost>) {
             rebalance_at = now + Duration::from_secs(1);
             rebalance(&host, &groups, &up_since, now);
         }
+    }
+}
+
+fn note_failure(host: &RaftHost, group: &Group, watch: &mut Watch) {
+    if watch.failed {
+        return;
+    }
+    if let Some(reason) = group.failure() {
+        tracing::error!(group = %group.id(), reason, "a group ended by itself");
+        watch.failed = true;
+        let group = group.id();
+        host.events.send(RaftEvent::Failed { group, reason }).ok();
     }
 }
 

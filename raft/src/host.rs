@@ -6,8 +6,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
-use openraft::async_runtime::WatchReceiver;
-use openraft::errors::Fatal;
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::RwLock;
 use quorate_storage::RaftGroupId;
@@ -20,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{GroupSpec, HostConfig, LogRetention};
 use crate::elections;
 use crate::error::{CallError, OpenGroupError};
-use crate::group::{Group, MetricsReceiver, Raft};
+use crate::group::{Group, Raft};
 use crate::identity::Identity;
 use crate::link::{LinkConfig, LinkHandler, LinkStream, LinkTable};
 use crate::liveness::{Liveness, PeerState};
@@ -178,30 +176,6 @@ impl LinkHandler for Handler {
     }
 }
 
-/// Tells when a group's core ends by itself: a storage error or a panic.
-async fn watch_core(
-    mut metrics: MetricsReceiver,
-    group: RaftGroupId,
-    events: broadcast::Sender<RaftEvent>,
-) {
-    loop {
-        let ended = metrics.borrow_watched().running_state.clone().err();
-        match ended {
-            Some(Fatal::Stopped) => return,
-            Some(fatal) => {
-                tracing::error!(%group, %fatal, "a group ended");
-                let reason = fatal.to_string();
-                events.send(RaftEvent::Failed { group, reason }).ok();
-                return;
-            }
-            None => {}
-        }
-        if metrics.changed().await.is_err() {
-            return;
-        }
-    }
-}
-
 impl RaftHost {
     /// Starts the links and the elections; groups are opened afterwards.
     pub async fn start(
@@ -300,11 +274,6 @@ impl RaftHost {
             self.initialize(&group).await;
         }
         self.table.write().insert(group.id(), group.clone());
-        tokio::spawn(watch_core(
-            group.raft().metrics(),
-            group.id(),
-            self.events.clone(),
-        ));
         if !pristine {
             // Its leader may be waiting out a long backoff.
             let group = group.clone();

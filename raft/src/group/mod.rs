@@ -11,7 +11,7 @@ use futures_util::future::join_all;
 use openraft::ReadPolicy;
 use openraft::async_runtime::WatchReceiver;
 use openraft::errors::{
-    ClientWriteError, ForwardReason, ForwardToLeader, LinearizableReadError, RaftError,
+    ClientWriteError, Fatal, ForwardReason, ForwardToLeader, LinearizableReadError, RaftError,
 };
 use openraft::raft::TransferLeaderRequest;
 use quorate_storage::commit_log::GroupLog;
@@ -30,7 +30,7 @@ use crate::types::{Command, NodeId, ReplicaId, TypeConfig, from_raft_log_id};
 use crate::wire::{Answer, ToReplica, class, decode, encode};
 
 pub(crate) type Raft = openraft::Raft<TypeConfig, Machine>;
-pub(crate) type MetricsReceiver =
+type MetricsReceiver =
     openraft::alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>;
 
 /// Between two attempts at something only a leader can do.
@@ -177,6 +177,14 @@ impl Group {
         }
         self.last_known_leader()
             .filter(|node| self.inner.peers.may_be_alive(*node))
+    }
+
+    /// Why this group ended by itself, if it did: a storage error or a panic.
+    pub(crate) fn failure(&self) -> Option<String> {
+        match &self.inner.metrics.borrow_watched().running_state {
+            Ok(()) | Err(Fatal::Stopped) => None,
+            Err(fatal) => Some(fatal.to_string()),
+        }
     }
 
     /// Nothing happens here any more.
