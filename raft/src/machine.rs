@@ -1,9 +1,9 @@
 //! The state machine as openraft sees it: applies, checkpoints and boundary snapshots.
 //!
 //! Checkpoints are written at the indexes that are multiples of [`GroupSpec::checkpoint_every`], and
-//! after many bytes: at the same indexes on every replica. A group that keeps its messages in the log never builds a snapshot of
-//! "now" while it has a checkpoint: what a newcomer installs is the oldest one kept, and every
-//! retained entry after it reaches the newcomer by ordinary replication.
+//! after many bytes: at the same indexes on every replica. A group that keeps its messages in the
+//! log never builds a snapshot of "now" while it has a checkpoint: what a newcomer installs is the
+//! oldest one kept, and every retained entry after it reaches the newcomer by ordinary replication.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

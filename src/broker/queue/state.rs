@@ -237,7 +237,9 @@ impl StateMachine for QueueMachine {
         if let Some(error) = self.shared.soundness().broken() {
             return Err(error);
         }
-        self.index.sync()?;
+        // A failed fsync may have lost records: only a new index can be trusted again.
+        let synced = self.index.sync();
+        synced.inspect_err(|error| self.shared.soundness().set_broken(error.clone()))?;
         Ok(self.encode())
     }
 
