@@ -7,13 +7,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use quorate_storage::StorageError;
 use quorate_storage::vfs::Vfs;
+use quorate_storage::{StorageError, files};
 
 /// Stands for the boot id until every tail that a crash made suspect has been made good.
 const SUSPECT: &str = "suspect";
 const FILE: &str = "run";
-const TEMPORARY: &str = "run.tmp";
 
 /// The mark of the run that is under way. Without [`Run::end`], it counts as crashed.
 #[derive(Debug)]
@@ -40,21 +39,8 @@ impl Run {
     /// The same with a boot id from elsewhere.
     pub fn begin_as(vfs: Arc<dyn Vfs>, dir: &Path, boot_id: &str) -> Result<Self, StorageError> {
         let path = dir.join(FILE);
-        let known = vfs
-            .exists(&path)
-            .map_err(|e| StorageError::io("look for", &path, e))?;
-        let previous = if known {
-            let file = vfs
-                .open(&path)
-                .map_err(|e| StorageError::io("open", &path, e))?;
-            let mut bytes = [0u8; 128];
-            let len = file
-                .read_at(&mut bytes, 0)
-                .map_err(|e| StorageError::io("read", &path, e))?;
-            Some(String::from_utf8_lossy(&bytes[..len]).into_owned())
-        } else {
-            None
-        };
+        let previous = files::read(&*vfs, &path)?;
+        let previous = previous.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
         // No mark is a first start; a clean end or the same boot lost nothing. A run that began with
         // suspect tails and did not settle them leaves them to the next one.
         let tails_suspect = previous.is_some_and(|previous| {
@@ -98,22 +84,7 @@ impl Run {
     }
 
     fn write(&self, mark: &str) -> Result<(), StorageError> {
-        let path = self.dir.join(FILE);
-        let temporary = self.dir.join(TEMPORARY);
-        let io = |action| {
-            let temporary = temporary.clone();
-            move |e| StorageError::io(action, &temporary, e)
-        };
-        if self.vfs.exists(&temporary).map_err(io("look for"))? {
-            self.vfs.remove(&temporary).map_err(io("remove"))?;
-        }
-        let file = self.vfs.create(&temporary).map_err(io("create"))?;
-        file.write_all_at(mark.as_bytes(), 0).map_err(io("write"))?;
-        file.sync_all().map_err(io("fsync"))?;
-        self.vfs.rename(&temporary, &path).map_err(io("rename"))?;
-        self.vfs
-            .sync_dir(&self.dir)
-            .map_err(io("fsync the directory of"))
+        files::replace(&*self.vfs, &self.dir.join(FILE), mark.as_bytes())
     }
 }
 

@@ -70,6 +70,10 @@ pub enum LogRetention {
 #[derive(Debug, Clone)]
 pub struct GroupSpec {
     pub group: RaftGroupId,
+    /// The replicas of the group's first membership, for ever: each of them writes it if it finds
+    /// its log empty, all the same one. Replicas that came later wait to be filled.
+    pub founders: Vec<Replica>,
+    /// The replicas the group should have now.
     pub replicas: Vec<Replica>,
     /// The node that should lead while it can.
     pub preferred: NodeId,

@@ -93,6 +93,7 @@ impl StoreBuilder<TypeConfig, LogStore, Machine, Guard> for Builder {
         })?;
         let spec = GroupSpec {
             group: RaftGroupId(7),
+            founders: Vec::new(),
             replicas: Vec::new(),
             preferred: 1,
             flush: Flush::Sync,

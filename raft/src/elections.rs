@@ -321,7 +321,7 @@ fn note_leader(host: &RaftHost, group: &Group, watch: &mut Watch) {
 fn is_my_turn(host: &RaftHost, group: &Group, watch: &mut Watch, now: Instant) -> bool {
     let since = *watch.leaderless_since.get_or_insert(now);
     let preferred = group.spec().preferred;
-    let mut order: Vec<NodeId> = group.spec().replicas.iter().map(|r| r.node).collect();
+    let mut order: Vec<NodeId> = group.replicas().iter().map(|r| r.node).collect();
     order.retain(|node| *node == host.config.node_id || host.peers.may_be_alive(*node));
     order.sort_by_key(|node| (*node != preferred, *node));
     let rank = order
@@ -349,7 +349,7 @@ async fn attempt(host: Arc<RaftHost>, group: Group) {
 /// A suspect replica's turn: may it go on, because sound ones cannot form a majority any more?
 async fn judge_tail(host: Arc<RaftHost>, group: Group, waited: Duration) {
     let own = group.tail_report();
-    let replicas = &group.spec().replicas;
+    let replicas = group.replicas();
     let others = replicas
         .iter()
         .filter(|r| r.node != host.config.node_id)

@@ -268,13 +268,14 @@ impl RaftHost {
         let tail = TailGuard::new(suspect);
         let group = Group::new(spec, replica, raft, log, applied, self.peers.clone(), tail);
         let pristine = group.is_pristine();
-        if pristine {
+        let founder = group.spec().founders.iter().any(|r| r.replica == replica);
+        if pristine && founder {
             // Before anyone can ask for its vote: a replica that has voted can't begin any more, and
             // the one that was to begin may be gone.
             self.initialize(&group).await;
         }
         self.table.write().insert(group.id(), group.clone());
-        if !pristine {
+        if !pristine || !founder {
             // Its leader may be waiting out a long backoff.
             let group = group.clone();
             tokio::spawn(async move { group.ask_who_leads().await });
@@ -289,7 +290,7 @@ impl RaftHost {
     pub(crate) async fn initialize(&self, group: &Group) {
         let members: std::collections::BTreeMap<_, _> = group
             .spec()
-            .replicas
+            .founders
             .iter()
             .map(|r| (r.replica, ReplicaNode { node: r.node }))
             .collect();
@@ -329,35 +330,27 @@ impl RaftHost {
         Ok(Arc::new(config))
     }
 
-    /// Stops a group here; with `remove`, its log and snapshots go too.
+    /// Stops a group here; with `remove`, its log and snapshots go too. When this returns, what it
+    /// did is on disk.
     pub async fn close_group(&self, group: RaftGroupId, remove: bool) {
         let found = self.table.write().remove(&group);
         if let Some(group) = found {
             group.stop().await;
         }
-        if !remove {
-            // Opened again, it takes what the log holds for synced.
-            let (done, synced) = completion();
-            if self
-                .storage
-                .log
-                .group(group)
-                .append(Vec::new(), Flush::Sync, done)
-                .is_ok()
-            {
-                synced.await.ok();
-            }
-        }
+        let (done, synced) = completion();
+        let log = &self.storage.log;
         if remove {
-            let done = Box::new(move |result| {
-                if let Err(error) = result {
-                    tracing::warn!(%group, %error, "a removed group's log is still on disk");
-                }
-            });
-            self.storage.log.remove_group(group, done);
             if let Err(error) = self.storage.snapshots.remove_group(group) {
                 tracing::warn!(%group, %error, "a removed group's snapshots are still on disk");
             }
+            log.remove_group(group, done);
+        } else if log.group(group).append(Vec::new(), Flush::Sync, done).is_err() {
+            // Closed with the node.
+            return;
+        }
+        // Opened again, a group takes what the log holds for synced.
+        if let Ok(Err(error)) = synced.await {
+            tracing::warn!(%group, %error, "a closed group's log may not be on disk");
         }
     }
 

@@ -31,7 +31,7 @@ mod wire;
 pub use boot::Run;
 pub use config::{GroupSpec, HostConfig, LogRetention, Replica};
 pub use error::{CallError, OpenGroupError, ProposeError, ReadError};
-pub use group::{Group, GroupMetrics};
+pub use group::{Group, GroupMetrics, Settled};
 pub use host::{HostStorage, NodeLiveness, NodeStatus, PeerService, RaftEvent, RaftHost};
 pub use identity::Identity;
 pub use quorate_storage::commit_log::Flush;

@@ -97,7 +97,10 @@ impl Machine {
             }
         }
         if restored.is_none() {
-            match (purged, candidates.first()) {
+            // The list anew: a damaged one was set aside when it was read.
+            let mut sound = snapshots.list(spec.group)?;
+            sound.retain(|id| Some(*id) >= purged);
+            match (purged, sound.first()) {
                 (None, _) => inner.restore(None, None)?,
                 (Some(_), Some(oldest)) => {
                     let (header, state) = snapshots.read(spec.group, *oldest)?;
@@ -105,10 +108,14 @@ impl Machine {
                     restored = Some((*oldest, decode_membership(&header.membership)?));
                 }
                 (Some(purged), None) => {
-                    return Err(StorageError::InvalidArgument(format!(
-                        "group {}: the log begins after {purged} but no snapshot covers what was before it",
-                        spec.group
-                    )));
+                    return Err(StorageError::Damaged {
+                        path: snapshots.dir_of(spec.group),
+                        position: 0,
+                        reason: format!(
+                            "the log of {} begins after {purged}, and no sound snapshot has the state there",
+                            spec.group
+                        ),
+                    });
                 }
             }
         }

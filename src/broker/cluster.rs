@@ -8,7 +8,7 @@ use super::route::UNKNOWN;
 use super::{
     Broker, BrokerError, BrokerResult, ClusterDescription, NodeDescription, NodeId, NodeState,
 };
-use crate::catalog::CATALOG_GROUP;
+use crate::catalog::{CATALOG_GROUP, GroupPlacement, ReplicaState};
 use crate::peer::{PeerError, PeerRequest, PeerResult};
 
 impl Broker {
@@ -43,6 +43,7 @@ impl Broker {
                 },
                 leaders: leaders.values().filter(|n| **n == status.node).count(),
                 replicas: placements().filter(|p| p.on(status.node)).count(),
+                quarantined: catalog.unsound().filter(|u| u.node == status.node).count(),
                 version: entry.map_or(String::new(), |e| e.version.clone()),
             }
         });
@@ -54,7 +55,7 @@ impl Broker {
             .map(|n| n.id)
             .collect();
         let under = placements()
-            .filter(|p| p.nodes().any(|n| down.contains(&n)))
+            .filter(|p| p.nodes().any(|n| down.contains(&n)) || !p.is_sound())
             .count();
         let own = self.local_group(CATALOG_GROUP.0);
         Ok(ClusterDescription {
@@ -120,7 +121,12 @@ impl Broker {
         if own.is_none_or(|group| group.leader().is_none()) {
             return Some("the catalog has no leader".to_owned());
         }
-        let here = catalog.placements().filter(|p| p.on(self.node_id()));
+        // A damaged replica does not keep the node from serving: the others answer for it.
+        let is_here = |p: &&GroupPlacement| {
+            let place = p.replica_on(self.node_id());
+            place.is_some_and(|place| place.state == ReplicaState::Sound)
+        };
+        let here = catalog.placements().filter(is_here);
         let closed = here.filter(|p| !self.local.has(p.group)).count();
         if closed > 0 {
             return Some(format!("{closed} replicas are not open yet"));

@@ -118,6 +118,13 @@ impl LocalGroups {
         self.coordinators.write().remove(&number);
     }
 
+    /// Takes a group out of service, whatever it is for.
+    pub fn remove(&self, group: u64) {
+        self.remove_queue(group);
+        let mut coordinators = self.coordinators.write();
+        coordinators.retain(|_, coordinator| coordinator.group.id().0 != group);
+    }
+
     /// Whether the group is open here, as a queue or as a coordinator.
     pub fn has(&self, group: u64) -> bool {
         let coordinator = |c: &Arc<LocalCoordinator>| c.group.id().0 == group;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use quorate_storage::StorageError;
+use quorate_storage::{RaftGroupId, StorageError};
 use quorate_storage::commit_log::{Entry, EntryKind};
 use quorate_storage::queue_index::IndexRecord;
 use tokio::time::{Instant, timeout_at};
@@ -17,6 +17,7 @@ use super::local::LocalQueue;
 use super::queue::entry::{self, EntryBody};
 use super::queue::{Place, QueueBounds};
 use super::{Broker, BrokerError, BrokerResult, StartAt};
+use crate::catalog::ReplicaState;
 use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest, Slice, StoredBatch};
 
 /// Index records looked up at a time.
@@ -37,6 +38,14 @@ impl Broker {
             }
             Err(_) => {}
         }
+        let catalog = self.catalog();
+        if let Some(placement) = catalog.placement(RaftGroupId(group)) {
+            let here = placement.replica_on(self.node_id());
+            let is_lost = here.is_some_and(|place| place.state != ReplicaState::Sound);
+            if (request.stale && is_lost) || placement.is_beyond_repair() {
+                return Err(BrokerError::Quarantined);
+            }
+        }
         let wait = Duration::from_millis(request.wait_ms);
         self.ask_replicas(group, &PeerRequest::Read(request.clone()), wait)
             .await
@@ -54,6 +63,7 @@ impl Broker {
         let read = self.read_queue(&queue, request).await;
         match read {
             // What the read found is wrong with this replica alone.
+            Err(BrokerError::Quarantined) => Err(PeerError::NotHere),
             Err(BrokerError::Internal(_)) if queue.shared.soundness().broken().is_some() => {
                 Err(PeerError::NotHere)
             }
@@ -202,13 +212,16 @@ fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
 }
 
 fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
-    if let StorageError::Damaged { path, .. } = &error
-        && path == queue.shared.index().path()
-    {
-        queue.shared.soundness().set_broken(error.clone());
-    }
     tracing::error!(%error, "a queue cannot be read");
-    BrokerError::Internal(error.to_string())
+    match &error {
+        StorageError::Damaged { path, .. } if path == queue.shared.index().path() => {
+            queue.shared.soundness().set_broken(error.clone());
+            BrokerError::Internal(error.to_string())
+        }
+        // The log's own readers have told of it: this replica is on its way out.
+        StorageError::Damaged { .. } => BrokerError::Quarantined,
+        _ => BrokerError::Internal(error.to_string()),
+    }
 }
 
 /// The batches from the one that holds `start` on, at least one, then as many as the bounds allow.

@@ -12,7 +12,9 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::{Broker, BrokerError, BrokerResult, NodeId, Outcome};
-use crate::catalog::{CATALOG_GROUP, CatalogCommand, CatalogState, GroupOwner, Topic};
+use crate::catalog::{
+    CATALOG_GROUP, CatalogCommand, CatalogState, GroupOwner, GroupPlacement, Topic,
+};
 use crate::peer::{PeerError, PeerRequest, PeerResult, decode, encode};
 use quorate_storage::RaftGroupId;
 
@@ -173,6 +175,11 @@ impl Broker {
                     followed += 1;
                     if let Some(local) = self.local_group(group) {
                         tokio::spawn(async move { local.check_leader().await });
+                    }
+                    let catalog = self.catalog();
+                    let placement = catalog.placement(RaftGroupId(group));
+                    if placement.is_some_and(GroupPlacement::is_beyond_repair) {
+                        return Err(BrokerError::Quarantined);
                     }
                     if !self.catalog_knows(group) || !backoff.wait().await {
                         self.hint_leader(group, None);

@@ -131,9 +131,11 @@ async fn start(
         replica: *node,
         node: *node,
     });
+    let replicas: Vec<Replica> = replicas.collect();
     let spec = GroupSpec {
         group: CATALOG_GROUP,
-        replicas: replicas.collect(),
+        founders: replicas.clone(),
+        replicas,
         preferred: 1,
         flush: Flush::Sync,
         retention: LogRetention::StateOnly,
@@ -222,16 +224,18 @@ impl Opener {
             .state()
             .last
             .map(|id| id.index);
+        let replicas: Vec<Replica> = placement
+            .replicas
+            .iter()
+            .map(|r| Replica {
+                replica: r.replica,
+                node: r.node,
+            })
+            .collect();
         let spec = |retention| GroupSpec {
             group: placement.id(),
-            replicas: placement
-                .replicas
-                .iter()
-                .map(|r| Replica {
-                    replica: r.replica,
-                    node: r.node,
-                })
-                .collect(),
+            founders: replicas.clone(),
+            replicas: replicas.clone(),
             preferred: placement.preferred,
             flush: Flush::Sync,
             retention,

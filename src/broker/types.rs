@@ -327,6 +327,9 @@ pub struct NodeDescription {
     pub state: NodeState,
     pub leaders: usize,
     pub replicas: usize,
+    /// Replicas that this node gave up after damage and that are not filled again yet, those of
+    /// coordinators and of the catalog included.
+    pub quarantined: usize,
     pub version: String,
 }
 

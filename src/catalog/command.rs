@@ -1,9 +1,9 @@
 //! What can be asked of the catalog, and what it answers.
 
-use quorate_raft::NodeId;
+use quorate_raft::{NodeId, ReplicaId};
 use serde::{Deserialize, Serialize};
 
-use super::TopicId;
+use super::{GroupPlacement, TopicId};
 use crate::broker::queue::QueueLimits;
 use crate::broker::{Backlog, FlushMode, Retention, TopicConfig};
 
@@ -47,6 +47,26 @@ pub enum CatalogCommand {
         group: u64,
         from: u64,
     },
+    /// A node found damage and gives up replicas it has. Those that the others can fill again are
+    /// replaced under new ids.
+    GiveUp {
+        node: NodeId,
+        what: GivenUp,
+    },
+    /// A replacement holds what its group has committed, and votes.
+    Filled {
+        group: u64,
+        replica: ReplicaId,
+    },
+}
+
+/// The replicas that a node gives up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GivenUp {
+    /// All it has at this time. The id makes a repetition harmless.
+    All { id: String },
+    /// These, as (group, replica).
+    Some(Vec<(u64, ReplicaId)>),
 }
 
 /// [`crate::broker::TopicPatch`] in a form that can be stored.
@@ -80,5 +100,9 @@ pub enum CatalogReply {
     /// The node id belongs to another data directory.
     OtherDisk {
         known: String,
+    },
+    /// Given up; the catalog's own group is placed so now.
+    GivenUp {
+        catalog: GroupPlacement,
     },
 }

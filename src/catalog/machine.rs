@@ -8,10 +8,11 @@ use quorate_storage::{LogId, StorageError};
 use tokio::sync::watch;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::command::{CatalogCommand, CatalogReply, TopicChange};
+use super::command::{CatalogCommand, CatalogReply, GivenUp, TopicChange};
+use super::damage;
 use super::placement::place;
-use super::state::{CatalogState, NodeEntry, Topic};
-use super::{FIRST_COORDINATOR_GROUP, MAX_COORDINATORS};
+use super::state::{CatalogState, GroupPlacement, NodeEntry, Topic};
+use super::{CATALOG_GROUP, FIRST_COORDINATOR_GROUP, MAX_COORDINATORS};
 use crate::broker::TopicConfig;
 use crate::broker::queue::QueueLimits;
 
@@ -69,6 +70,7 @@ impl CatalogMachine {
                     peer_addr,
                     uuid,
                     version,
+                    quarantine: None,
                 },
             ),
             CatalogCommand::CreateTopic {
@@ -83,6 +85,11 @@ impl CatalogMachine {
             } => self.update(&name, &change, &avoid),
             CatalogCommand::DeleteTopic { name } => self.delete(&name),
             CatalogCommand::RaiseEpoch { group, from } => self.raise_epoch(group, from),
+            CatalogCommand::GiveUp { node, what } => self.give_up(node, &what),
+            CatalogCommand::Filled { group, replica } => {
+                self.state.version += u64::from(damage::filled(&mut self.state, group, replica));
+                CatalogReply::Done
+            }
         }
     }
 
@@ -107,9 +114,12 @@ impl CatalogMachine {
                 peer_addr,
                 uuid: String::new(),
                 version: String::new(),
+                quarantine: None,
             };
             self.state.nodes.insert(node, entry);
         }
+        let own = self.state.nodes.keys().map(|node| (*node, *node));
+        self.state.catalog = GroupPlacement::found(CATALOG_GROUP.0, own.collect());
         let replicas = DEFAULT_REPLICAS.min(self.node_count());
         self.state.coordinators = place(
             &mut self.state,
@@ -124,7 +134,7 @@ impl CatalogMachine {
         CatalogReply::Done
     }
 
-    fn register(&mut self, node: u64, entry: NodeEntry) -> CatalogReply {
+    fn register(&mut self, node: u64, mut entry: NodeEntry) -> CatalogReply {
         if self.state.cluster_id.is_none() {
             return CatalogReply::NotReady;
         }
@@ -134,6 +144,7 @@ impl CatalogMachine {
                     known: known.uuid.clone(),
                 };
             }
+            entry.quarantine.clone_from(&known.quarantine);
             if *known == entry {
                 return CatalogReply::Done;
             }
@@ -261,6 +272,16 @@ impl CatalogMachine {
             self.state.version += 1;
         }
         CatalogReply::Done
+    }
+
+    fn give_up(&mut self, node: u64, what: &GivenUp) -> CatalogReply {
+        if self.state.cluster_id.is_none() {
+            return CatalogReply::NotReady;
+        }
+        self.state.version += u64::from(damage::give_up(&mut self.state, node, what));
+        CatalogReply::GivenUp {
+            catalog: self.state.catalog.clone(),
+        }
     }
 
     fn node_count(&self) -> u32 {

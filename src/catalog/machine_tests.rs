@@ -132,6 +132,7 @@ fn a_node_id_stays_with_its_disk() {
         peer_addr: "a:1".to_owned(),
         uuid: uuid.to_owned(),
         version: "1".to_owned(),
+        quarantine: None,
     };
     assert_eq!(machine.register(1, entry("u1")), CatalogReply::Done);
     let version = machine.state.version;

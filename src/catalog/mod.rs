@@ -4,14 +4,16 @@
 //! and consume go on from what is known while the catalog has no leader.
 
 mod command;
+mod damage;
 mod machine;
 mod placement;
 mod state;
 
-pub use command::{CatalogCommand, CatalogReply, TopicChange};
+pub use command::{CatalogCommand, CatalogReply, GivenUp, TopicChange};
 pub use machine::CatalogMachine;
 pub use state::{
-    CatalogState, GroupOwner, GroupPlacement, NodeEntry, ReplicaPlace, Topic, TopicId,
+    CatalogState, GroupOwner, GroupPlacement, NodeEntry, ReplicaPlace, ReplicaState, Topic, TopicId,
+    Unsound,
 };
 
 use quorate_storage::RaftGroupId;

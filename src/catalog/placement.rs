@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use quorate_raft::NodeId;
 
-use super::state::{CatalogState, GroupPlacement, ReplicaPlace};
+use super::state::{CatalogState, GroupPlacement};
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Load {
@@ -39,23 +39,16 @@ pub(super) fn place(
     let mut placed = Vec::with_capacity(count as usize);
     for number in 0..count {
         let nodes = choose(&mut loads, replicas as usize, avoid);
-        let Some(&preferred) = nodes.first() else {
+        if nodes.is_empty() {
             break;
-        };
-        let replicas = nodes
-            .into_iter()
-            .map(|node| {
-                let replica = state.next_replica;
-                state.next_replica += 1;
-                ReplicaPlace { replica, node }
-            })
-            .collect();
-        placed.push(GroupPlacement {
-            group: first_group + u64::from(number),
-            replicas,
-            preferred,
-            epoch: 0,
+        }
+        let founders = nodes.into_iter().map(|node| {
+            let replica = state.next_replica;
+            state.next_replica += 1;
+            (replica, node)
         });
+        let group = first_group + u64::from(number);
+        placed.push(GroupPlacement::found(group, founders.collect()));
     }
     placed
 }

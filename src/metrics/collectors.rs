@@ -3,12 +3,15 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use quorate_raft::{NodeLiveness, RaftHost};
+use quorate_raft::{NodeId, NodeLiveness, RaftHost};
 use quorate_storage::commit_log::{CommitLog, CommitLogStats, FSYNC_BUCKETS_NS};
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::os::OsVfs;
 
+use tokio::sync::watch;
+
 use super::{Metrics, NamedSample, Sample};
+use crate::catalog::CatalogState;
 
 const NS_PER_S: f64 = 1e9;
 
@@ -28,6 +31,20 @@ impl Metrics {
             })
             .into_iter()
             .collect()
+        });
+    }
+
+    /// Shows how many of a node's replicas wait to be filled again after damage.
+    pub fn collect_damage(&self, node: NodeId, catalog: watch::Receiver<Arc<CatalogState>>) {
+        self.register_collector(move || {
+            let state = catalog.borrow().clone();
+            let here = state.unsound().filter(|unsound| unsound.node == node);
+            let help = "Replicas damaged on this node that are not filled again yet";
+            vec![(
+                "replicas_quarantined",
+                help,
+                Sample::Gauge(here.count() as f64),
+            )]
         });
     }
 

@@ -1,7 +1,9 @@
 //! One node, assembled: disk, links, Raft groups, and the broker over them.
 //!
-//! The node follows the catalog: see `replicas`.
+//! The node follows the catalog: see `replicas`. Damage is made good with the others' help: see `mend`.
 
+mod mend;
+mod quarantine;
 mod replicas;
 
 use std::fs::{self, File};
@@ -11,9 +13,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use quorate_raft::{
-    Flush, GroupSpec, HostConfig, HostStorage, Identity, LogRetention, NodeId, RaftEvent, RaftHost,
-    Replica, Run,
+    Flush, GroupSpec, HostConfig, HostStorage, Identity, LogRetention, NodeId, OpenGroupError,
+    RaftEvent, RaftHost, Replica, Run,
 };
+use quorate_storage::StorageError;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::derived::DerivedStore;
 use quorate_storage::snapshot::SnapshotStore;
@@ -24,6 +27,8 @@ use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::mend::Mender;
+use self::quarantine::Quarantine;
 use self::replicas::Replicas;
 use crate::broker::local::LocalGroups;
 use crate::broker::queue::QueueLimits;
@@ -88,13 +93,22 @@ impl Node {
         let vfs: Arc<dyn Vfs> = Arc::new(OsVfs);
         let run = Arc::new(Run::begin(vfs.clone(), dir)?);
         let identity = Arc::new(Identity::open(dir, config.node_id, &config.cluster_name)?);
-        let log_dir = dir.join("log");
-        refuse_lost_log(&identity, &log_dir)?;
-        let log = CommitLog::open(vfs.clone(), &log_dir, config.log.clone())?;
+        let quarantine = Quarantine::open(vfs.clone(), dir, config.node_id)?;
+        let quarantine = Arc::new(quarantine);
+        let log = open_log(&config, &vfs, &identity, &quarantine)?;
         tracing::info!(recovery = ?log.recovery(), "commit log recovered");
         let snapshots = Arc::new(SnapshotStore::open(vfs.clone(), &dir.join("snapshots"))?);
         let derived = DerivedStore::open(&dir.join("derived"))?;
         let (fatal_tx, fatal) = mpsc::unbounded_channel();
+        let (damage_tx, damage) = mpsc::unbounded_channel();
+        log.on_damage(Box::new({
+            let (damage, quarantine) = (damage_tx.clone(), quarantine.clone());
+            move |group, error| {
+                if quarantine.note(group) {
+                    damage.send((group, error.to_string())).ok();
+                }
+            }
+        }));
         log.on_poison(Box::new({
             let fatal = fatal_tx.clone();
             move |error| drop(fatal.send(error.to_string()))
@@ -108,18 +122,13 @@ impl Node {
             identity: identity.clone(),
         };
         let host = RaftHost::start(host_config, storage, peers, service.clone()).await?;
-        watch_failures(host.events(), fatal_tx.clone());
-
         let (published, catalog) = watch::channel(Arc::new(CatalogState::default()));
-        host.open_group(
-            catalog_spec(&config),
-            Box::new(CatalogMachine::new(published)),
-        )
-        .await?;
+        open_catalog(&config, &host, &quarantine, &published).await?;
         let locals = Arc::new(LocalGroups::default());
         metrics.collect_commit_log(log.clone());
         metrics.collect_disk(dir.clone());
         metrics.collect_raft(&host);
+        metrics.collect_damage(config.node_id, catalog.clone());
         let broker = Broker::new(BrokerParts {
             host: host.clone(),
             log: log.clone(),
@@ -130,14 +139,28 @@ impl Node {
         });
         service.connect(&broker);
         let stop = CancellationToken::new();
-        let replicas = Replicas::new(
-            config.clone(),
+        let reconcile = Arc::default();
+        watch_failures(host.events(), quarantine.clone(), fatal_tx.clone());
+        let replicas = Replicas {
+            config: config.clone(),
             vfs,
-            host.clone(),
-            log.clone(),
+            host: host.clone(),
+            log: log.clone(),
             derived,
+            locals: locals.clone(),
+            quarantine: quarantine.clone(),
+            damage: damage_tx,
+            repair: Arc::clone(&reconcile),
+        };
+        let mender = Mender {
+            config: config.clone(),
+            host: host.clone(),
+            broker: broker.clone(),
             locals,
-        );
+            quarantine,
+            published,
+        };
+        tokio::spawn(mender.run(damage, stop.clone(), fatal_tx.clone()));
         tokio::spawn(replicas.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
         let register = register(config, broker.clone(), identity, catalog, fatal_tx);
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));
@@ -189,6 +212,54 @@ impl Node {
     }
 }
 
+/// Recovers the log. A damaged one is given up where others can fill this node again.
+fn open_log(
+    config: &NodeConfig,
+    vfs: &Arc<dyn Vfs>,
+    identity: &Identity,
+    quarantine: &Quarantine,
+) -> Result<CommitLog> {
+    let dir = config.data_dir.join("log");
+    if !quarantine.gave_up_log() {
+        refuse_lost_log(identity, &dir)?;
+    }
+    match CommitLog::open(vfs.clone(), &dir, config.log.clone()) {
+        Err(damage @ StorageError::Damaged { .. }) if config.nodes.len() > 2 => {
+            quarantine.give_up_log(damage.to_string())?;
+            Ok(CommitLog::open(vfs.clone(), &dir, config.log.clone())?)
+        }
+        opened => Ok(opened?),
+    }
+}
+
+/// Opens this node's replica of the catalog, unless it is lost: see [`Mender`].
+async fn open_catalog(
+    config: &NodeConfig,
+    host: &Arc<RaftHost>,
+    quarantine: &Quarantine,
+    published: &watch::Sender<Arc<CatalogState>>,
+) -> Result<()> {
+    if quarantine.lost_catalog().is_some() {
+        return Ok(());
+    }
+    let own = quarantine.catalog_replica();
+    let mut replicas = founders(config);
+    for replica in replicas.iter_mut().filter(|r| r.node == config.node_id) {
+        replica.replica = own;
+    }
+    let machine = Box::new(CatalogMachine::new(published.clone()));
+    let opened = host.open_group(catalog_spec(config, &replicas), machine);
+    match opened.await {
+        Err(OpenGroupError::Storage(damage @ StorageError::Damaged { .. }))
+            if config.nodes.len() > 2 =>
+        {
+            quarantine.give_up(CATALOG_GROUP, own, &damage.to_string())?;
+            Ok(())
+        }
+        opened => opened.map(drop).context("cannot open the catalog"),
+    }
+}
+
 /// Two processes on one directory would destroy it.
 fn lock_directory(dir: &Path) -> Result<File> {
     let path = dir.join("lock");
@@ -216,6 +287,7 @@ fn refuse_lost_log(identity: &Identity, log_dir: &Path) -> Result<()> {
 
 fn watch_failures(
     mut events: broadcast::Receiver<RaftEvent>,
+    quarantine: Arc<Quarantine>,
     fatal: mpsc::UnboundedSender<String>,
 ) {
     tokio::spawn(async move {
@@ -226,6 +298,8 @@ fn watch_failures(
                         .send(format!("node {node} refuses this node: {reason}"))
                         .ok();
                 }
+                // A read found damage: that replica is given up, and not the node.
+                Ok(RaftEvent::Failed { group, .. }) if quarantine.is_noted(group) => {}
                 Ok(RaftEvent::Failed { group, reason }) => {
                     let reason = format!("the replica of {group} failed: {reason}");
                     fatal.send(reason).ok();
@@ -265,20 +339,22 @@ async fn clean(log: CommitLog, stop: CancellationToken) {
     }
 }
 
-fn catalog_spec(config: &NodeConfig) -> GroupSpec {
+/// The first replicas of the catalog have their nodes' ids.
+fn founders(config: &NodeConfig) -> Vec<Replica> {
     let replica = |(node, _): &(NodeId, String)| Replica {
         replica: *node,
         node: *node,
     };
+    config.nodes.iter().map(replica).collect()
+}
+
+fn catalog_spec(config: &NodeConfig, replicas: &[Replica]) -> GroupSpec {
+    let nodes = config.nodes.iter().map(|(node, _)| *node);
     GroupSpec {
         group: CATALOG_GROUP,
-        replicas: config.nodes.iter().map(replica).collect(),
-        preferred: config
-            .nodes
-            .iter()
-            .map(|(node, _)| *node)
-            .min()
-            .unwrap_or(config.node_id),
+        founders: founders(config),
+        replicas: replicas.to_vec(),
+        preferred: nodes.min().unwrap_or(config.node_id),
         flush: Flush::Sync,
         retention: LogRetention::StateOnly,
         checkpoint_every: STATE_CHECKPOINT_EVERY,

@@ -9,7 +9,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use quorate_raft::{Flush, GroupSpec, LogRetention, RaftHost, Replica, StateMachine};
+use quorate_raft::{
+    Flush, Group, GroupSpec, LogRetention, NodeId, OpenGroupError, RaftHost, Replica, ReplicaId,
+    StateMachine,
+};
 use quorate_storage::commit_log::CommitLog;
 use quorate_storage::derived::DerivedStore;
 use quorate_storage::queue_index::QueueIndex;
@@ -18,12 +21,14 @@ use quorate_storage::{RaftGroupId, StorageError};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::mend::{Damage, replicas_of};
+use super::quarantine::Quarantine;
 use super::{NodeConfig, STATE_CHECKPOINT_EVERY};
 use crate::broker::FlushMode;
 use crate::broker::local::{LocalCoordinator, LocalGroups, LocalQueue};
 use crate::broker::queue::{QueueLimits, QueueMachine, QueueShared};
 use crate::catalog::{
-    CATALOG_GROUP, CatalogState, FIRST_QUEUE_GROUP, GroupPlacement, ReplicaPlace,
+    CATALOG_GROUP, CatalogState, FIRST_QUEUE_GROUP, GroupPlacement, ReplicaState,
 };
 use crate::coordinator::CoordinatorMachine;
 
@@ -34,36 +39,20 @@ const PROOF_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Opens and removes groups as the catalog says.
 pub(super) struct Replicas {
-    config: NodeConfig,
-    vfs: Arc<dyn Vfs>,
-    host: Arc<RaftHost>,
-    log: CommitLog,
-    derived: DerivedStore,
-    locals: Arc<LocalGroups>,
+    pub config: NodeConfig,
+    pub vfs: Arc<dyn Vfs>,
+    pub host: Arc<RaftHost>,
+    pub log: CommitLog,
+    pub derived: DerivedStore,
+    pub locals: Arc<LocalGroups>,
+    pub quarantine: Arc<Quarantine>,
+    /// Takes the groups that can't be opened because their files are damaged.
+    pub damage: mpsc::UnboundedSender<Damage>,
     /// Told when something that a replica derived from its log can't be used any more.
-    repair: Arc<Notify>,
+    pub repair: Arc<Notify>,
 }
 
 impl Replicas {
-    pub(super) fn new(
-        config: NodeConfig,
-        vfs: Arc<dyn Vfs>,
-        host: Arc<RaftHost>,
-        log: CommitLog,
-        derived: DerivedStore,
-        locals: Arc<LocalGroups>,
-    ) -> Self {
-        Self {
-            config,
-            vfs,
-            host,
-            log,
-            derived,
-            locals,
-            repair: Arc::default(),
-        }
-    }
-
     pub(super) async fn follow(
         self,
         mut catalog: watch::Receiver<Arc<CatalogState>>,
@@ -111,17 +100,30 @@ impl Replicas {
             if group.0 >= FIRST_QUEUE_GROUP && catalog.owner(group).is_none() {
                 tracing::info!(%group, "removing what is left of a deleted queue");
                 self.remove_queue(group).await;
+                if let Err(error) = self.quarantine.forget_group(group) {
+                    tracing::warn!(%group, %error, "a deleted queue stays in the quarantine file");
+                }
             }
         }
     }
 
     async fn reconcile(&self, catalog: &CatalogState) -> Result<()> {
+        if !self.quarantine.is_known_to(catalog) {
+            // It still names replicas that this node gave up.
+            return Ok(());
+        }
+        if let Some(group) = self.host.group(CATALOG_GROUP)
+            && !catalog.catalog.replicas.is_empty()
+        {
+            group.set_replicas(&replicas_of(&catalog.catalog));
+        }
+        self.remove_lost(catalog).await?;
         let coordinators = self.locals.coordinators();
         if let Some(cause) = coordinators.iter().find_map(|(_, c)| c.soundness.broken()) {
             self.reset_derived(&cause).await?;
         }
         for (number, placement) in (0..).zip(&catalog.coordinators) {
-            if placement.on(self.config.node_id) && self.host.group(placement.id()).is_none() {
+            if self.should_open(placement).await {
                 self.open_coordinator(number, placement).await?;
             }
         }
@@ -142,8 +144,7 @@ impl Replicas {
         }
         for topic in catalog.topics.values() {
             for placement in &topic.queues {
-                if wanted.contains(&placement.group) && self.locals.queue(placement.group).is_none()
-                {
+                if self.should_open(placement).await {
                     self.open_queue(placement, topic.config.flush, catalog.limits)
                         .await?;
                 }
@@ -152,14 +153,44 @@ impl Replicas {
         Ok(())
     }
 
+    /// Whether this node's replica of a group is to be opened now. One that is open is told of the
+    /// others, and closed when another has taken its place.
+    async fn should_open(&self, placement: &GroupPlacement) -> bool {
+        let Some(place) = placement.replica_on(self.config.node_id) else {
+            return false;
+        };
+        let id = placement.id();
+        if let Some(open) = self.host.group(id) {
+            if open.replica() >= place.replica {
+                open.set_replicas(&replicas_of(placement));
+                return false;
+            }
+            self.locals.remove(placement.group);
+            self.host.close_group(id, false).await;
+        }
+        place.state != ReplicaState::Lost && !self.quarantine.is_lost(id, place.replica)
+    }
+
+    /// Removes what is left of lost replicas that have a successor here.
+    async fn remove_lost(&self, catalog: &CatalogState) -> Result<()> {
+        for lost in self.quarantine.to_remove(catalog) {
+            let group = RaftGroupId(lost.group);
+            self.remove_queue(group).await;
+            self.quarantine.removed(&lost)?;
+            self.quarantine.begin_anew(group);
+        }
+        Ok(())
+    }
+
     fn spec(&self, placement: &GroupPlacement, flush: Flush, retention: LogRetention) -> GroupSpec {
-        let replica = |r: &ReplicaPlace| Replica {
-            replica: r.replica,
-            node: r.node,
+        let founder = |(replica, node): &(ReplicaId, NodeId)| Replica {
+            replica: *replica,
+            node: *node,
         };
         GroupSpec {
             group: placement.id(),
-            replicas: placement.replicas.iter().map(replica).collect(),
+            founders: placement.founders.iter().map(founder).collect(),
+            replicas: replicas_of(placement),
             preferred: placement.preferred,
             flush,
             retention,
@@ -174,10 +205,20 @@ impl Replicas {
         &self,
         spec: GroupSpec,
         machine: Box<dyn StateMachine>,
-    ) -> Result<quorate_raft::Group> {
+    ) -> Result<Option<Group>> {
         let group = spec.group;
-        let opened = self.host.open_group(spec, machine).await;
-        opened.with_context(|| format!("cannot open the replica of {group}"))
+        match self.host.open_group(spec, machine).await {
+            // Nothing of it can be used, so the others have to fill it again.
+            Err(OpenGroupError::Storage(damage @ StorageError::Damaged { .. })) => {
+                if self.quarantine.note(group) {
+                    self.damage.send((group, damage.to_string())).ok();
+                }
+                Ok(None)
+            }
+            opened => opened
+                .map(Some)
+                .with_context(|| format!("cannot open the replica of {group}")),
+        }
     }
 
     async fn open_coordinator(&self, number: u32, placement: &GroupPlacement) -> Result<()> {
@@ -186,7 +227,9 @@ impl Replicas {
         let (view, soundness) = (machine.view(), machine.soundness());
         let spec = self.spec(placement, Flush::Sync, LogRetention::StateOnly);
         let recovered_index = self.recovered_index(placement.id());
-        let group = self.open(spec, Box::new(machine)).await?;
+        let Some(group) = self.open(spec, Box::new(machine)).await? else {
+            return Ok(());
+        };
         self.locals.insert_coordinator(
             number,
             Arc::new(LocalCoordinator {
@@ -238,7 +281,9 @@ impl Replicas {
         };
         let spec = self.spec(placement, flush, LogRetention::Messages);
         let recovered_index = self.recovered_index(placement.id());
-        let group = self.open(spec, Box::new(machine)).await?;
+        let Some(group) = self.open(spec, Box::new(machine)).await? else {
+            return Ok(());
+        };
         self.locals
             .insert_queue(LocalQueue::new(group, shared, recovered_index));
         Ok(())
@@ -256,7 +301,7 @@ impl Replicas {
     }
 
     async fn remove_queue(&self, group: RaftGroupId) {
-        self.locals.remove_queue(group.0);
+        self.locals.remove(group.0);
         self.host.close_group(group, true).await;
         let path = self.index_path(group);
         if let Err(error) = self.vfs.remove(&path) {

@@ -32,6 +32,37 @@ pub(crate) fn create_dirs(vfs: &dyn Vfs, dir: &Path) -> Result<(), StorageError>
     Ok(())
 }
 
+/// The bytes of a small file; none if it isn't there.
+pub fn read(vfs: &dyn Vfs, path: &Path) -> Result<Option<Vec<u8>>, StorageError> {
+    let file = match vfs.open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        opened => opened.map_err(|e| StorageError::io("open", path, e))?,
+    };
+    let len = file
+        .len()
+        .map_err(|e| StorageError::io("measure", path, e))?;
+    let mut bytes = vec![0; len as usize];
+    let got = file
+        .read_at(&mut bytes, 0)
+        .map_err(|e| StorageError::io("read", path, e))?;
+    bytes.truncate(got);
+    Ok(Some(bytes))
+}
+
+/// Replaces a small file as a whole, durably: after a crash it has the old content or the new.
+pub fn replace(vfs: &dyn Vfs, path: &Path, bytes: &[u8]) -> Result<(), StorageError> {
+    let temp = with_suffix(path, TEMP_SUFFIX);
+    remove_if_present(vfs, &temp)?;
+    let io = |action| {
+        let temp = &temp;
+        move |e| StorageError::io(action, temp, e)
+    };
+    let file = vfs.create(&temp).map_err(io("create"))?;
+    file.write_all_at(bytes, 0).map_err(io("write"))?;
+    file.sync_all().map_err(io("fsync"))?;
+    publish(vfs, &temp, path)
+}
+
 /// Puts the finished, fsynced file `temp` in the place of `path`, durably.
 pub(crate) fn publish(vfs: &dyn Vfs, temp: &Path, path: &Path) -> Result<(), StorageError> {
     vfs.rename(temp, path)

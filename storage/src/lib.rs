@@ -7,7 +7,7 @@ pub mod batch;
 pub mod commit_log;
 pub mod derived;
 mod error;
-mod files;
+pub mod files;
 mod ids;
 pub mod queue_index;
 pub mod snapshot;

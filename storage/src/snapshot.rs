@@ -101,7 +101,7 @@ impl SnapshotStore {
         header: &SnapshotHeader,
         body: &[u8],
     ) -> Result<(), StorageError> {
-        let dir = self.group_dir(group);
+        let dir = self.dir_of(group);
         files::create_dirs(&*self.vfs, &dir)?;
         let path = self.path(group, header.last);
         // A name of its own, so that two writers of one snapshot don't write into one file.
@@ -116,6 +116,11 @@ impl SnapshotStore {
             let _ = files::remove_if_present(&*self.vfs, &temp);
         }
         written
+    }
+
+    /// Where a group's snapshots are.
+    pub fn dir_of(&self, group: RaftGroupId) -> PathBuf {
+        self.dir.join(format!("{:020}", group.0))
     }
 
     /// The log ids of the group's snapshots, ascending by index.
@@ -248,7 +253,7 @@ impl SnapshotStore {
         for path in paths {
             files::remove_if_present(&*self.vfs, path)?;
         }
-        let dir = self.group_dir(group);
+        let dir = self.dir_of(group);
         if self.exists(&dir)? {
             files::sync_dir(&*self.vfs, &dir)?;
         }
@@ -256,7 +261,7 @@ impl SnapshotStore {
     }
 
     fn paths(&self, group: RaftGroupId) -> Result<Vec<PathBuf>, StorageError> {
-        let dir = self.group_dir(group);
+        let dir = self.dir_of(group);
         if !self.exists(&dir)? {
             return Ok(Vec::new());
         }
@@ -271,13 +276,10 @@ impl SnapshotStore {
             .map_err(|e| StorageError::io("look up", path, e))
     }
 
-    fn group_dir(&self, group: RaftGroupId) -> PathBuf {
-        self.dir.join(format!("{:020}", group.0))
-    }
 
     fn path(&self, group: RaftGroupId, last: LogId) -> PathBuf {
         let name = format!("{:020}-{:020}{SUFFIX}", last.index, last.term);
-        self.group_dir(group).join(name)
+        self.dir_of(group).join(name)
     }
 }
 

@@ -1,6 +1,7 @@
 //! One Raft group on this node.
 
 mod barrier;
+mod membership;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,12 +16,14 @@ use openraft::errors::{
 };
 use openraft::raft::TransferLeaderRequest;
 use quorate_storage::commit_log::GroupLog;
+use parking_lot::RwLock;
 use quorate_storage::{LogId, RaftGroupId, StorageError};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use self::barrier::Rounds;
-use crate::config::GroupSpec;
+pub use self::membership::Settled;
+use crate::config::{GroupSpec, Replica};
 use crate::error::{ProposeError, ReadError};
 use crate::host::Peers;
 use crate::liveness::PeerState;
@@ -47,6 +50,8 @@ pub struct Group {
 struct Inner {
     spec: GroupSpec,
     replica: ReplicaId,
+    /// Those the group should have now; the log's membership follows.
+    replicas: RwLock<Arc<[Replica]>>,
     raft: Raft,
     metrics: MetricsReceiver,
     log: GroupLog,
@@ -65,6 +70,8 @@ struct Inner {
     stuck_term: AtomicU64,
     /// Held while the believed leader is asked whether it leads.
     checking: tokio::sync::Mutex<()>,
+    /// Held while a step of a change of replicas is done.
+    settling: tokio::sync::Mutex<()>,
 }
 
 /// No term is this high.
@@ -84,7 +91,7 @@ pub struct GroupMetrics {
     pub last_log_index: Option<u64>,
     pub applied: Option<LogId>,
     pub committed: Option<LogId>,
-    /// On the leader: per node the last index its replica is known to hold on disk.
+    /// On the leader: per node the last index its voting replica is known to hold on disk.
     pub matched: Vec<(NodeId, Option<u64>)>,
 }
 
@@ -103,6 +110,7 @@ impl Group {
         let stored_term = log.state().vote.map_or(NO_TERM, |vote| vote.term);
         Self {
             inner: Arc::new(Inner {
+                replicas: RwLock::new(spec.replicas.clone().into()),
                 spec,
                 replica,
                 raft,
@@ -116,6 +124,7 @@ impl Group {
                 unheard_term: AtomicU64::new(stored_term),
                 stuck_term: AtomicU64::new(NO_TERM),
                 checking: tokio::sync::Mutex::default(),
+                settling: tokio::sync::Mutex::default(),
             }),
         }
     }
@@ -133,8 +142,22 @@ impl Group {
         &self.inner.log
     }
 
-    pub(crate) fn replica(&self) -> ReplicaId {
+    /// This node's replica.
+    pub fn replica(&self) -> ReplicaId {
         self.inner.replica
+    }
+
+    /// The replicas the group should have, as far as this node was told.
+    pub fn replicas(&self) -> Arc<[Replica]> {
+        self.inner.replicas.read().clone()
+    }
+
+    /// Replicas were replaced. The group's leader makes them members: [`Group::settle_members`].
+    pub fn set_replicas(&self, replicas: &[Replica]) {
+        let mut known = self.inner.replicas.write();
+        if **known != *replicas {
+            *known = replicas.into();
+        }
     }
 
     pub(crate) fn raft(&self) -> &Raft {
@@ -142,24 +165,28 @@ impl Group {
     }
 
     fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        let replicas = &self.inner.spec.replicas;
-        replicas
-            .iter()
-            .find(|r| r.replica == replica)
-            .map(|r| r.node)
+        let named = |replicas: &[Replica]| {
+            let found = replicas.iter().find(|r| r.replica == replica);
+            found.map(|r| r.node)
+        };
+        // The log names those that were replaced, and those this node was not told of yet.
+        named(&self.replicas()).or_else(|| named(&self.members().all))
     }
 
     fn replica_of(&self, node: NodeId) -> Option<ReplicaId> {
-        let replicas = &self.inner.spec.replicas;
-        replicas.iter().find(|r| r.node == node).map(|r| r.replica)
+        let replicas = self.replicas();
+        let found = replicas.iter().find(|r| r.node == node);
+        found.map(|r| r.replica)
     }
 
     /// The leader of this replica's term, dead or alive. A leader of an earlier life of this very
     /// process is none: openraft does not resume it.
     pub(crate) fn last_known_leader(&self) -> Option<NodeId> {
-        let metrics = self.inner.metrics.borrow_watched();
-        let replica = metrics.current_leader?;
-        if replica == self.inner.replica && !metrics.state.is_leader() {
+        let (replica, leads_here) = {
+            let metrics = self.inner.metrics.borrow_watched();
+            (metrics.current_leader?, metrics.state.is_leader())
+        };
+        if replica == self.inner.replica && !leads_here {
             return None;
         }
         self.node_of(replica)
@@ -208,12 +235,8 @@ impl Group {
     /// Returns the highest term in which one does.
     pub(crate) async fn ask_who_leads(&self) -> Option<u64> {
         let peers = &self.inner.peers;
-        let others = self
-            .inner
-            .spec
-            .replicas
-            .iter()
-            .filter(|r| r.node != peers.node());
+        let replicas = self.replicas();
+        let others = replicas.iter().filter(|r| r.node != peers.node());
         let answers = others.map(|r| {
             let request = encode(&ToReplica {
                 target: r.replica,
@@ -259,23 +282,28 @@ impl Group {
 
     pub fn metrics(&self) -> GroupMetrics {
         let leader = self.leader();
-        let metrics = self.inner.metrics.borrow_watched();
-        let matched = metrics
-            .replication
-            .iter()
-            .flatten()
-            .filter_map(|(replica, matched)| {
-                let node = self.node_of(*replica)?;
-                Some((node, matched.as_ref().map(|id| id.index)))
-            });
-        GroupMetrics {
-            leader,
-            term: metrics.current_term,
-            last_log_index: metrics.last_log_index,
-            applied: *self.inner.applied.borrow(),
-            committed: metrics.local_committed.as_ref().map(from_raft_log_id),
-            matched: matched.collect(),
-        }
+        let voters = self.members().voters;
+        let (mut known, matched) = {
+            let metrics = self.inner.metrics.borrow_watched();
+            let matched = metrics.replication.iter().flatten();
+            let matched: Vec<_> = matched
+                .map(|(replica, at)| (*replica, at.as_ref().map(|id| id.index)))
+                .collect();
+            let known = GroupMetrics {
+                leader,
+                term: metrics.current_term,
+                last_log_index: metrics.last_log_index,
+                applied: *self.inner.applied.borrow(),
+                committed: metrics.local_committed.as_ref().map(from_raft_log_id),
+                matched: Vec::new(),
+            };
+            (known, matched)
+        };
+        let of_voters = matched.into_iter().filter(|(id, _)| voters.contains(id));
+        known.matched = of_voters
+            .filter_map(|(id, at)| Some((self.node_of(id)?, at)))
+            .collect();
+        known
     }
 
     /// Waits until a leader that may be alive is known here.
@@ -428,7 +456,8 @@ impl Group {
         let unknown = |text: String| ProposeError::Unknown(text);
         let target = self
             .replica_of(to)
-            .ok_or_else(|| unknown(format!("node {to} has no replica of {}", self.id())))?;
+            .filter(|target| self.members().voters.contains(target))
+            .ok_or_else(|| unknown(format!("node {to} has no voting replica of {}", self.id())))?;
         if self.inner.peers.liveness().state(to) != PeerState::Up {
             return Err(unknown(format!("node {to} is not up")));
         }
@@ -465,7 +494,7 @@ impl Group {
     /// After a failed transfer: hands over to whoever takes it.
     pub(crate) async fn give_away(&self) {
         let peers = &self.inner.peers;
-        for other in &self.inner.spec.replicas {
+        for other in self.replicas().iter() {
             let up =
                 other.node != peers.node() && peers.liveness().state(other.node) == PeerState::Up;
             if up && self.is_stuck() {

@@ -162,16 +162,18 @@ impl TestCluster {
     }
 
     fn spec(&self) -> GroupSpec {
+        let replicas: Vec<Replica> = self
+            .addresses
+            .iter()
+            .map(|(node, _)| Replica {
+                replica: node + 100,
+                node: *node,
+            })
+            .collect();
         GroupSpec {
             group: GROUP,
-            replicas: self
-                .addresses
-                .iter()
-                .map(|(node, _)| Replica {
-                    replica: node + 100,
-                    node: *node,
-                })
-                .collect(),
+            founders: replicas.clone(),
+            replicas,
             preferred: 1,
             flush: self.flush,
             retention: self.retention,

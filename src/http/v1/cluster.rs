@@ -37,6 +37,8 @@ struct NodeBody<'a> {
     state: &'static str,
     leaders: usize,
     replicas: usize,
+    /// Replicas damaged here that are not filled again yet, internal ones included.
+    quarantined: usize,
     version: &'a str,
 }
 
@@ -70,6 +72,7 @@ impl<'a> From<&'a NodeDescription> for NodeBody<'a> {
             state: state_name(node.state),
             leaders: node.leaders,
             replicas: node.replicas,
+            quarantined: node.quarantined,
             version: &node.version,
         }
     }
@@ -215,6 +218,7 @@ mod tests {
                 state: NodeState::Suspect,
                 leaders: 12,
                 replicas: 40,
+                quarantined: 0,
                 version: "0.1.0".into(),
             }],
             catalog_leader: None,
@@ -224,7 +228,7 @@ mod tests {
             queues_under_replicated: 2,
         };
         let expected = serde_json::json!({"cluster_id": "c",
-            "nodes": [{"id": 1, "url": "http://a", "state": "suspect", "leaders": 12, "replicas": 40, "version": "0.1.0"}],
+            "nodes": [{"id": 1, "url": "http://a", "state": "suspect", "leaders": 12, "replicas": 40, "quarantined": 0, "version": "0.1.0"}],
             "catalog": {"leader": null, "term": 3},
             "queues": {"total": 4, "leaderless": 1, "under_replicated": 2}});
         assert_eq!(

@@ -325,12 +325,16 @@ impl GroupLog {
     /// Entries of `[start, end)` in order, about `max_bytes` of bodies but at least one entry if
     /// `start` exists; nothing if it is purged or not there yet.
     pub fn read(&self, start: u64, end: u64, max_bytes: usize) -> Result<Vec<Entry>, StorageError> {
-        reader::read(&self.owner.shared, &self.group, start, end, max_bytes)
+        let shared = &self.owner.shared;
+        let read = reader::read(shared, &self.group, start, end, max_bytes);
+        shared.damage.watch(self.group.id, read)
     }
 
     /// The log id at an index; also of the last purged one.
     pub fn log_id_at(&self, index: u64) -> Result<Option<LogId>, StorageError> {
-        reader::log_id_at(&self.owner.shared, &self.group, index)
+        let shared = &self.owner.shared;
+        let found = reader::log_id_at(shared, &self.group, index);
+        shared.damage.watch(self.group.id, found)
     }
 
     pub(super) fn remove(&self, done: Done) {

@@ -173,6 +173,12 @@ impl CommitLog {
         self.owner.shared.poison.hook(hook);
     }
 
+    /// Calls `hook` whenever a read of a group finds damage: on the reader's thread, before the reader
+    /// gets the error. Only the first hook counts.
+    pub fn on_damage(&self, hook: Box<dyn Fn(RaftGroupId, &StorageError) + Send + Sync>) {
+        self.owner.shared.damage.hook(hook);
+    }
+
     /// Whether the queue is below its bound. Ask before an append is begun; the log itself never
     /// refuses for this.
     pub fn has_room(&self) -> bool {

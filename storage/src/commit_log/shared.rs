@@ -35,6 +35,7 @@ pub(super) struct Shared {
     pub cache: CacheSize,
     pub stats: Stats,
     pub poison: Poison,
+    pub damage: Damage,
     pub background: Background,
     /// Sealed segments by base.
     pub sealed: Mutex<BTreeMap<u64, Arc<Segment>>>,
@@ -69,6 +70,7 @@ impl Shared {
             cache: CacheSize::default(),
             stats: Stats::default(),
             poison: Poison::default(),
+            damage: Damage::default(),
             background: Background::default(),
             sealed: Mutex::new(sealed),
             disk_bytes: AtomicUsize::new(0),
@@ -173,6 +175,36 @@ impl Poison {
                 hook(&error);
             }
         }
+    }
+}
+
+type DamageHook = Box<dyn Fn(RaftGroupId, &StorageError) + Send + Sync>;
+
+/// Who is told when a reader finds damage.
+#[derive(Default)]
+pub(super) struct Damage(OnceLock<DamageHook>);
+
+impl fmt::Debug for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Damage")
+    }
+}
+
+impl Damage {
+    pub fn hook(&self, hook: DamageHook) {
+        self.0.set(hook).ok();
+    }
+
+    /// Hands the result on, and tells of damage in it.
+    pub fn watch<T>(
+        &self,
+        group: RaftGroupId,
+        result: Result<T, StorageError>,
+    ) -> Result<T, StorageError> {
+        if let (Err(error @ StorageError::Damaged { .. }), Some(hook)) = (&result, self.0.get()) {
+            hook(group, error);
+        }
+        result
     }
 }
 
