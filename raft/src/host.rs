@@ -344,7 +344,11 @@ impl RaftHost {
                 tracing::warn!(%group, %error, "a removed group's snapshots are still on disk");
             }
             log.remove_group(group, done);
-        } else if log.group(group).append(Vec::new(), Flush::Sync, done).is_err() {
+        } else if log
+            .group(group)
+            .append(Vec::new(), Flush::Sync, done)
+            .is_err()
+        {
             // Closed with the node.
             return;
         }

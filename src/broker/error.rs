@@ -82,7 +82,9 @@ pub enum BrokerError {
         "the disk of node {node} is full; delete data or add space, then writes go on without a restart"
     )]
     DiskFull { node: u64 },
-    #[error("the replica here was damaged and is being filled again by the others; where a majority is damaged, restore their files as their logs say, or delete the topic")]
+    #[error(
+        "the replica here was damaged and is being filled again by the others; where a majority is damaged, restore their files as their logs say, or delete the topic"
+    )]
     Quarantined,
     #[error("no answer in time; the write may or may not have been stored")]
     Timeout { outcome: Outcome },

@@ -5,8 +5,8 @@ use std::sync::{Arc, Weak};
 
 use quorate_raft::RaftEvent;
 use quorate_storage::RaftGroupId;
-use tokio::sync::{broadcast, watch};
 use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::{broadcast, watch};
 
 use super::batcher::now_ms;
 use super::{Broker, ClusterEvent, ClusterEventKind};

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use quorate_storage::{RaftGroupId, StorageError};
 use quorate_storage::commit_log::{Entry, EntryKind};
 use quorate_storage::queue_index::IndexRecord;
+use quorate_storage::{RaftGroupId, StorageError};
 use tokio::time::{Instant, timeout_at};
 
 use super::local::LocalQueue;
@@ -44,6 +44,11 @@ impl Broker {
             let is_lost = here.is_some_and(|place| place.state != ReplicaState::Sound);
             if (request.stale && is_lost) || placement.is_beyond_repair() {
                 return Err(BrokerError::Quarantined);
+            }
+            // Who asks a node for its own replica is not answered by another.
+            if request.stale && here.is_some() {
+                let text = "its replica of the queue is not open at the moment";
+                return Err(BrokerError::Overloaded(text.to_owned()));
             }
         }
         let wait = Duration::from_millis(request.wait_ms);

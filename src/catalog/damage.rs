@@ -44,9 +44,8 @@ pub(super) fn give_up(state: &mut CatalogState, node: NodeId, what: &GivenUp) ->
 /// A replacement is as good as the others now. True if that is news.
 pub(super) fn filled(state: &mut CatalogState, group: u64, replica: ReplicaId) -> bool {
     let settled = state.change_placements(|placement, _| {
-        let is_it = |r: &&mut super::ReplicaPlace| {
-            r.replica == replica && r.state == ReplicaState::Filling
-        };
+        let is_it =
+            |r: &&mut super::ReplicaPlace| r.replica == replica && r.state == ReplicaState::Filling;
         let mut replicas = placement.replicas.iter_mut();
         match replicas.find(is_it).filter(|_| placement.group == group) {
             Some(place) => {

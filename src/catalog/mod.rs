@@ -12,8 +12,8 @@ mod state;
 pub use command::{CatalogCommand, CatalogReply, GivenUp, TopicChange};
 pub use machine::CatalogMachine;
 pub use state::{
-    CatalogState, GroupOwner, GroupPlacement, NodeEntry, ReplicaPlace, ReplicaState, Topic, TopicId,
-    Unsound,
+    CatalogState, GroupOwner, GroupPlacement, NodeEntry, ReplicaPlace, ReplicaState, Topic,
+    TopicId, Unsound,
 };
 
 use quorate_storage::RaftGroupId;

@@ -93,7 +93,8 @@ impl GroupPlacement {
     /// So many replicas are lost that nothing can be committed, nor anything lost be replaced
     /// without a guess about what the lost ones had acknowledged.
     pub fn is_beyond_repair(&self) -> bool {
-        self.replicas.len() - self.count(ReplicaState::Lost) < self.majority()
+        let left = self.replicas.len() - self.count(ReplicaState::Lost);
+        !self.replicas.is_empty() && left < self.majority()
     }
 }
 

@@ -99,6 +99,9 @@ impl Mender {
         if let Some(open) = self.host.group(group) {
             return Some(open.replica());
         }
+        if group == CATALOG_GROUP {
+            return Some(self.quarantine.catalog_replica());
+        }
         let state = self.published.borrow();
         let place = state.placement(group)?.replica_on(self.config.node_id)?;
         Some(place.replica)

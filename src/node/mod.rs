@@ -256,6 +256,8 @@ async fn open_catalog(
             quarantine.give_up(CATALOG_GROUP, own, &damage.to_string())?;
             Ok(())
         }
+        // Its first reads found damage, and told of it.
+        Err(_) if quarantine.is_noted(CATALOG_GROUP) => Ok(()),
         opened => opened.map(drop).context("cannot open the catalog"),
     }
 }

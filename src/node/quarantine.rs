@@ -95,7 +95,9 @@ impl Quarantine {
         };
         if contents.version != VERSION {
             let (path, found) = (path.display(), contents.version);
-            bail!("{path} was written by another version (layout {found}, this one knows {VERSION})");
+            bail!(
+                "{path} was written by another version (layout {found}, this one knows {VERSION})"
+            );
         }
         let this = Self {
             vfs,
@@ -172,7 +174,12 @@ impl Quarantine {
     }
 
     /// Gives one replica up. False if it was already.
-    pub(super) fn give_up(&self, group: RaftGroupId, replica: ReplicaId, reason: &str) -> Result<bool> {
+    pub(super) fn give_up(
+        &self,
+        group: RaftGroupId,
+        replica: ReplicaId,
+        reason: &str,
+    ) -> Result<bool> {
         if self.is_lost(group, replica) {
             return Ok(false);
         }
@@ -242,8 +249,14 @@ impl Quarantine {
     /// is one of those that were given up.
     pub(super) fn is_known_to(&self, state: &CatalogState) -> bool {
         let contents = self.contents.lock();
-        let known = state.nodes.get(&self.node).and_then(|n| n.quarantine.as_ref());
-        contents.whole.as_ref().is_none_or(|whole| known == Some(&whole.id))
+        let known = state
+            .nodes
+            .get(&self.node)
+            .and_then(|n| n.quarantine.as_ref());
+        contents
+            .whole
+            .as_ref()
+            .is_none_or(|whole| known == Some(&whole.id))
     }
 
     /// This node's replica of the catalog.
@@ -281,7 +294,9 @@ impl Quarantine {
     pub(super) fn regained_catalog(&self, replica: ReplicaId) -> Result<()> {
         self.change(|contents| {
             contents.catalog_replica = Some(replica);
-            contents.replicas.retain(|lost| lost.group != CATALOG_GROUP.0);
+            contents
+                .replicas
+                .retain(|lost| lost.group != CATALOG_GROUP.0);
             if let Some(whole) = &mut contents.whole {
                 whole.agreed = true;
             }

@@ -201,11 +201,7 @@ impl Replicas {
         }
     }
 
-    async fn open(
-        &self,
-        spec: GroupSpec,
-        machine: Box<dyn StateMachine>,
-    ) -> Result<Option<Group>> {
+    async fn open(&self, spec: GroupSpec, machine: Box<dyn StateMachine>) -> Result<Option<Group>> {
         let group = spec.group;
         match self.host.open_group(spec, machine).await {
             // Nothing of it can be used, so the others have to fill it again.
@@ -215,6 +211,8 @@ impl Replicas {
                 }
                 Ok(None)
             }
+            // Its first reads found damage, and told of it.
+            Err(_) if self.quarantine.is_noted(group) => Ok(None),
             opened => opened
                 .map(Some)
                 .with_context(|| format!("cannot open the replica of {group}")),

@@ -276,7 +276,6 @@ impl SnapshotStore {
             .map_err(|e| StorageError::io("look up", path, e))
     }
 
-
     fn path(&self, group: RaftGroupId, last: LogId) -> PathBuf {
         let name = format!("{:020}-{:020}{SUFFIX}", last.index, last.term);
         self.dir_of(group).join(name)

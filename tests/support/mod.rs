@@ -50,12 +50,26 @@ impl Cluster {
 
     /// The same with more lines for each configuration file.
     pub async fn start_with(count: usize, more: &str) -> Result<Self> {
-        let mut cluster = Self::prepare(count, more)?;
-        for index in 0..count {
-            cluster.nodes[index].spawn()?;
+        Self::prepare(count, more)?.start_prepared().await
+    }
+
+    /// The same with segments so small that a test fills several: a request has to fit twice.
+    pub async fn start_small_segments(count: usize, more: &str) -> Result<Self> {
+        let cluster = Self::prepare(count, more)?;
+        for node in &cluster.nodes {
+            let text = fs::read_to_string(&node.config)?;
+            let text = text.replace("[http]\n", "[http]\nmax_request_bytes = 1048576\n");
+            fs::write(&node.config, text)?;
         }
-        cluster.wait_ready().await?;
-        Ok(cluster)
+        cluster.start_prepared().await
+    }
+
+    async fn start_prepared(mut self) -> Result<Self> {
+        for node in &mut self.nodes {
+            node.spawn()?;
+        }
+        self.wait_ready().await?;
+        Ok(self)
     }
 
     fn prepare(count: usize, more: &str) -> Result<Self> {

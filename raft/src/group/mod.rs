@@ -15,8 +15,8 @@ use openraft::errors::{
     ClientWriteError, Fatal, ForwardReason, ForwardToLeader, LinearizableReadError, RaftError,
 };
 use openraft::raft::TransferLeaderRequest;
-use quorate_storage::commit_log::GroupLog;
 use parking_lot::RwLock;
+use quorate_storage::commit_log::GroupLog;
 use quorate_storage::{LogId, RaftGroupId, StorageError};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
