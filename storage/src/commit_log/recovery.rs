@@ -16,6 +16,7 @@ use super::scan::{self, Scan, Stop};
 use super::segment::{self, FileKind, Segment, classify, fill_with_zeroes, sidecar_path};
 use super::sidecar::{self, Sidecar};
 use super::types::{DamagedRange, RecoveryReport, TruncatedTail};
+use crate::mutation::{self, Mutation};
 use crate::vfs::Vfs;
 use crate::{RaftGroupId, StorageError};
 
@@ -105,6 +106,7 @@ pub(super) fn repair(vfs: &dyn Vfs, dir: &Path, found: &Recovered) -> Result<(),
             Repair::Remove(path) => vfs
                 .remove(path)
                 .map_err(|e| StorageError::io("remove", path, e))?,
+            Repair::Wipe { .. } if mutation::on(Mutation::ReviveStaleTail) => {}
             Repair::Wipe { segment, from, to } => {
                 let io = |action, e| StorageError::io(action, segment.log.path(), e);
                 let file = segment.log.get(vfs)?;
@@ -113,6 +115,7 @@ pub(super) fn repair(vfs: &dyn Vfs, dir: &Path, found: &Recovered) -> Result<(),
                     .map_err(|e| io("reserve space for", e))?;
                 file.sync_all().map_err(|e| io("fsync", e))?;
             }
+            Repair::Rewrite { .. } if mutation::on(Mutation::NoRewriteAfterRestart) => {}
             Repair::Rewrite { segment, from, to } => rewrite(vfs, segment, *from, *to)?,
         }
     }
@@ -290,7 +293,9 @@ impl Survey<'_> {
             proven = proven.max(scan.rest.durable_end);
             if let Stop::Refused(reason) = &scan.stop {
                 self.damage(segment.log.path(), scan.end, reason.clone());
-            } else if proven > segment.base + scan.end {
+            } else if proven > segment.base + scan.end
+                && !mutation::on(Mutation::TruncateAtAnyBadChecksum)
+            {
                 self.damage_at_end(segment, &scan);
             }
             found.sealed -= 1;
