@@ -25,7 +25,6 @@ append-not-readable             quorate-raft     lib         conformance_tests::
 truncate-at-any-bad-checksum    quorate-storage  commit_log  recovery::bad_bytes_below_the_durable_end_are_damage
 truncate-at-any-bad-checksum    quorate-storage  commit_log  recovery::zeroes_in_the_middle_are_damage_too
 revive-stale-tail               quorate-storage  commit_log  recovery::a_stale_tail_is_never_revived
-revive-stale-tail               quorate-storage  commit_log  crash::every_promise_survives_every_crash
 no-rewrite-after-restart        quorate-storage  commit_log  durability::what_a_restart_finds_after_a_failed_fsync_is_made_durable_before_it_counts
 no-directory-fsync              quorate-storage  commit_log  durability::a_new_segment_is_in_its_directory_before_anything_in_it_is_promised
 no-directory-fsync              quorate-storage  commit_log  crash::every_promise_survives_every_crash
@@ -83,17 +82,17 @@ attempt() { # mutation package target test
     local program status=0
     program=$(realpath "$(executable "$2" "$3")")
     (cd "$(directory "$2")" && QUORATE_MUTATION=$1 timeout -k 10 "$LIMIT" \
-        "$program" --exact "$4") >"$work/output" 2>&1 || status=$?
+        "$program" --exact "$4" >"$work/output" 2>&1) 2>/dev/null || status=$?
     if [ "$status" = 0 ]; then
         grep -q '^running 1 test' "$work/output" && ended=passed || ended=absent
     elif [ "$status" = 124 ] || [ "$status" = 137 ]; then
         ended=timeout
     elif ! grep -q '^test result: FAILED' "$work/output"; then
         ended=died
-    elif grep -qE 'assertion .*failed|no prefix of at least' "$work/output"; then
+    elif grep -qE 'panicked at [^ ]*test' "$work/output"; then
         ended=assertion
     else
-        ended=panic
+        ended=panic # in the product
     fi
 }
 
