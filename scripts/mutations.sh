@@ -21,7 +21,6 @@ forget-vote                     quorate-storage  commit_log  durability::a_vote_
 vote-overtakes-appends          quorate-storage  commit_log  crash::every_promise_survives_every_crash
 callbacks-out-of-order          quorate-storage  commit_log  crash::every_promise_survives_every_crash
 append-not-readable             quorate-storage  commit_log  crash::every_promise_survives_every_crash
-append-not-readable             quorate-raft     lib         conformance_tests::openraft_accepts_the_store
 truncate-at-any-bad-checksum    quorate-storage  commit_log  recovery::bad_bytes_below_the_durable_end_are_damage
 truncate-at-any-bad-checksum    quorate-storage  commit_log  recovery::zeroes_in_the_middle_are_damage_too
 revive-stale-tail               quorate-storage  commit_log  recovery::a_stale_tail_is_never_revived

@@ -8,7 +8,6 @@ use futures_util::{StreamExt, stream};
 use openraft::ReadPolicy;
 use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
 use quorate_storage::RaftGroupId;
-use quorate_storage::mutation::{self, Mutation};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
@@ -64,8 +63,7 @@ pub(crate) async fn call(groups: &dyn Groups, class: u8, group: u64, body: Bytes
 
 async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes> {
     let raft = group.raft();
-    let suspect = group.tail().is_suspect() && !mutation::on(Mutation::SuspectTailVotes);
-    if matches!(class, class::VOTE | class::PRE_VOTE) && suspect {
+    if matches!(class, class::VOTE | class::PRE_VOTE) && group.tail().is_suspect() {
         return Err(refuse(
             "this replica may have lost its tail and must not vote yet",
         ));
