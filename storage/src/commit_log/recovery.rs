@@ -123,6 +123,7 @@ pub(super) fn repair(vfs: &dyn Vfs, dir: &Path, found: &Recovered) -> Result<(),
         .map_err(|e| StorageError::io("fsync", dir, e))
 }
 
+/// Writes again only what is still good: a wrong byte of this one read must not get onto the disk.
 fn rewrite(vfs: &dyn Vfs, segment: &Segment, from: u64, to: u64) -> Result<(), StorageError> {
     let io = |action, e| StorageError::io(action, segment.log.path(), e);
     let file = segment.log.get(vfs)?;
@@ -133,12 +134,17 @@ fn rewrite(vfs: &dyn Vfs, segment: &Segment, from: u64, to: u64) -> Result<(), S
         let got = file
             .read_at(&mut piece[..size], at)
             .map_err(|e| io("read", e))?;
-        if got == 0 {
-            break;
+        let good = scan::good_frames(&piece[..got], segment.base + at);
+        if good > 0 {
+            file.write_all_at(&piece[..good], at)
+                .map_err(|e| io("write", e))?;
+            at += good as u64;
+        } else if (size as u64) < to - at {
+            // A frame longer than the piece.
+            piece.resize((2 * size).min((to - at) as usize), 0);
+        } else {
+            return Err(segment.damaged(at, "a frame that was good has just been read differently"));
         }
-        file.write_all_at(&piece[..got], at)
-            .map_err(|e| io("write", e))?;
-        at += got as u64;
     }
     file.sync_data().map_err(|e| io("fsync", e))
 }

@@ -128,6 +128,24 @@ fn take_in(out: &mut Scan, frame: &Frame) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// How many of the bytes at a position of the log are whole frames with right checksums.
+pub(super) fn good_frames(bytes: &[u8], position: u64) -> usize {
+    let mut end = 0;
+    while let Some(raw) = bytes[end..].first_chunk::<FRAME_HEADER>() {
+        let header = FrameHeader::decode(raw);
+        let size = frame_bytes(header.length as usize) as usize;
+        let body = end + FRAME_HEADER..end + FRAME_HEADER + header.length as usize;
+        if header.position != position + end as u64
+            || size > bytes.len() - end
+            || frame::checksum(raw, &bytes[body]) != header.crc
+        {
+            break;
+        }
+        end += size;
+    }
+    end
+}
+
 enum At {
     Frame(Frame),
     Nothing,
