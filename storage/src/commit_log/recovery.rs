@@ -459,6 +459,11 @@ impl Survey<'_> {
         if to == scan.end && len >= segment.capacity {
             return Ok(());
         }
+        // What is wiped is gone for good, so one wrong read must not be enough for it.
+        if to > scan.end && self.scan(segment)?.end != scan.end {
+            let reason = "two reads gave different bytes; nothing was changed";
+            return Err(segment.damaged(scan.end, reason));
+        }
         self.out.repairs.push(Repair::Wipe {
             segment: segment.clone(),
             from: scan.end,
