@@ -76,7 +76,7 @@ impl fmt::Debug for SnapshotStore {
 
 impl SnapshotStore {
     /// Opens the store in `dir` (the snapshots' own directory), creating it if needed, and
-    /// removes what unfinished writes have left.
+    /// removes what unfinished writes have left. Whatever is found from then on survives a power cut.
     pub fn open(vfs: Arc<dyn Vfs>, dir: &Path) -> Result<Self, StorageError> {
         files::create_dirs(&*vfs, dir)?;
         let store = Self {
@@ -90,6 +90,9 @@ impl SnapshotStore {
                     files::remove_if_present(&*store.vfs, &path)?;
                 }
             }
+            // A process that was killed may have named a snapshot without getting that far; what is
+            // found here is built upon.
+            files::sync_dir(&*store.vfs, &store.group_dir(group))?;
         }
         Ok(store)
     }

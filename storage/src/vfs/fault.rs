@@ -528,13 +528,16 @@ impl Vfs for FaultVfs {
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
         let disk = self.disk.lock();
-        let inside = disk.names.keys().filter(|path| path.parent() == Some(dir));
-        Ok(inside.cloned().collect())
+        let entries = disk.names.keys().chain(&disk.dirs);
+        let inside = entries.filter(|path| path.parent() == Some(dir));
+        let inside: BTreeSet<_> = inside.cloned().collect();
+        Ok(inside.into_iter().collect())
     }
 
     /// Directories are durable at once; their entries are not.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        self.disk.lock().dirs.insert(dir.to_path_buf());
+        let ancestors = dir.ancestors().map(Path::to_path_buf);
+        self.disk.lock().dirs.extend(ancestors);
         Ok(())
     }
 
@@ -556,7 +559,8 @@ impl Vfs for FaultVfs {
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         let disk = self.disk.lock();
-        Ok(disk.names.contains_key(path) || disk.dirs.contains(path))
+        let root = path.parent().is_none();
+        Ok(root || disk.names.contains_key(path) || disk.dirs.contains(path))
     }
 }
 
