@@ -1,5 +1,6 @@
 //! Snapshots and queue indexes on a disk that loses its power, and fails, at every place.
 
+mod queue_index;
 mod snapshots;
 
 use quorate_storage::vfs::fault::{CutLimits, FaultVfs, Operation};
@@ -21,15 +22,23 @@ pub fn limits() -> CutLimits {
     let all = std::env::var("CRASH_STATES").is_ok_and(|asked| asked == "all");
     CutLimits {
         combined: 6,
-        samples: if all { 64 } else { 4 },
-        tears: if all { 24 } else { 3 },
+        samples: if all { 64 } else { 2 },
+        tears: if all { 24 } else { 2 },
         seed: 5,
     }
 }
 
+/// For a disk that has failed before: less is left open.
+pub const FEW: CutLimits = CutLimits {
+    combined: 1,
+    samples: 1,
+    tears: 0,
+    seed: 6,
+};
+
 /// All that a machine or a process may leave when it ends now.
-pub fn endings(vfs: &FaultVfs) -> impl Iterator<Item = FaultVfs> {
-    let cuts = vfs.power_cuts(limits()).into_iter();
+pub fn endings(vfs: &FaultVfs, limits: CutLimits) -> impl Iterator<Item = FaultVfs> {
+    let cuts = vfs.power_cuts(limits).into_iter();
     cuts.chain(std::iter::once(vfs.kill()))
 }
 

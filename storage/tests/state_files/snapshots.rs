@@ -12,7 +12,7 @@ use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::fault::FaultVfs;
 use quorate_storage::{LogId, RaftGroupId, StorageError};
 
-use crate::{OPERATIONS, Place, endings};
+use crate::{FEW, OPERATIONS, Place, endings, limits};
 
 const DIR: &str = "/data/snapshots";
 
@@ -187,7 +187,7 @@ fn every_state_of_every_crash_is_recovered_from() {
         let vfs = FaultVfs::new();
         vfs.halt_after(point);
         let (told, _) = live(&vfs, false);
-        for (number, state) in endings(&vfs).enumerate() {
+        for (number, state) in endings(&vfs, limits()).enumerate() {
             let _place = Place(format!("power lost after {point}, state {number}"));
             recover(&state, &told);
             states += 1;
@@ -218,13 +218,13 @@ fn every_failing_operation_is_told_and_can_be_tried_again() {
                     assert!(error.to_string().contains(" /"), "{error}");
                     told_of += 1;
                 }
-                for state in endings(&vfs) {
+                for state in endings(&vfs, FEW) {
                     recover(&state, &told);
                 }
                 let vfs = FaultVfs::new();
                 vfs.fail_nth(operation, nth, kind);
                 let (told, _) = live(&vfs, true);
-                for state in endings(&vfs) {
+                for state in endings(&vfs, FEW) {
                     recover(&state, &told);
                 }
             }
