@@ -13,25 +13,44 @@ cd "$(dirname "$0")/.."
 TABLE="
 no-fsync                        quorate-storage  commit_log  crash::every_promise_survives_every_crash
 no-fsync                        quorate-storage  commit_log  durability::a_failed_fsync_or_write_poisons_the_log
+no-fsync                        quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 fsync-after-ack                 quorate-storage  commit_log  crash::every_promise_survives_every_crash
+fsync-after-ack                 quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 retry-failed-fsync              quorate-storage  commit_log  durability::a_failed_fsync_or_write_poisons_the_log
 retry-failed-fsync              quorate-storage  commit_log  durability::a_failed_fsync_is_not_healed_by_the_next_one
+retry-failed-fsync              quorate-storage  commit_log  every_fault::every_failing_operation_is_survived_and_told
 forget-vote                     quorate-storage  commit_log  crash::every_promise_survives_every_crash
 forget-vote                     quorate-storage  commit_log  durability::a_vote_comes_after_the_appends_before_it
+forget-vote                     quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 vote-overtakes-appends          quorate-storage  commit_log  crash::every_promise_survives_every_crash
+vote-overtakes-appends          quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 callbacks-out-of-order          quorate-storage  commit_log  crash::every_promise_survives_every_crash
+callbacks-out-of-order          quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 append-not-readable             quorate-storage  commit_log  crash::every_promise_survives_every_crash
+append-not-readable             quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 truncate-at-any-bad-checksum    quorate-storage  commit_log  recovery::bad_bytes_below_the_durable_end_are_damage
 truncate-at-any-bad-checksum    quorate-storage  commit_log  recovery::zeroes_in_the_middle_are_damage_too
 revive-stale-tail               quorate-storage  commit_log  recovery::a_stale_tail_is_never_revived
+revive-stale-tail               quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 no-rewrite-after-restart        quorate-storage  commit_log  durability::what_a_restart_finds_after_a_failed_fsync_is_made_durable_before_it_counts
+no-rewrite-after-restart        quorate-storage  commit_log  every_fault::every_failing_operation_is_survived_and_told
 no-directory-fsync              quorate-storage  commit_log  durability::a_new_segment_is_in_its_directory_before_anything_in_it_is_promised
 no-directory-fsync              quorate-storage  commit_log  crash::every_promise_survives_every_crash
+no-directory-fsync              quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
+no-directory-fsync              quorate-storage  state_files snapshots::every_state_of_every_crash_is_recovered_from
+no-directory-fsync              quorate-storage  state_files queue_index::every_state_of_every_crash_is_recovered_from
 seal-not-synced                 quorate-storage  commit_log  crash::every_promise_survives_every_crash
+seal-not-synced                 quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 clean-without-carrying          quorate-storage  commit_log  crash::every_promise_survives_every_crash
+clean-without-carrying          quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 serve-bad-frame                 quorate-storage  commit_log  recovery::bad_bytes_of_a_sealed_segment_are_damage_when_read
+serve-bad-frame                 quorate-storage  commit_log  every_fault::a_wrong_byte_is_never_served
 serve-bad-snapshot              quorate-storage  lib         snapshot::tests::every_flipped_byte_and_every_truncation_is_noticed_and_set_aside
+serve-bad-snapshot              quorate-storage  state_files snapshots::a_wrong_byte_is_never_served
 serve-bad-index-record          quorate-storage  lib         queue_index::tests::damage::every_flipped_byte_of_a_durable_record_is_noticed_when_it_is_read
+serve-bad-index-record          quorate-storage  state_files queue_index::a_wrong_byte_is_never_served
+snapshot-not-synced             quorate-storage  state_files snapshots::every_state_of_every_crash_is_recovered_from
+index-not-synced                quorate-storage  state_files queue_index::every_state_of_every_crash_is_recovered_from
 suspect-tail-votes              quorate-raft     groups      suspect_tails_do_not_vote_until_caught_up
 ack-before-majority             quorate-raft     groups      every_replica_applies_the_same
 skip-dedupe-in-snapshots        quorate          lib         broker::queue::state::tests::a_producers_retry_is_stored_once_across_restart_and_install
@@ -108,7 +127,7 @@ done < <(awk '{print $2, $3, $4}' "$work/rows" | sort -u)
 echo "they do."
 echo
 
-format='%-30s %-10s %-8s %8s  %s\n'
+format='%-30s %-10s %-18s %8s  %s\n'
 # shellcheck disable=SC2059
 printf "$format" mutation ended run seconds test
 : >"$work/caught"
@@ -119,12 +138,18 @@ while read -r mutation package target test; do
         [ "$ended" = passed ] || break
     done
     [ "$run" -le "$RUNS" ] || run=$RUNS
-    seed=$(grep -oE 'CRASH_SEED=[0-9]+' "$work/output" | head -1 | cut -d= -f2 || true)
+    # The seed of a random test, or where a systematic one was.
+    place=$(grep -oE 'CRASH_SEED=[0-9]+|power lost after [0-9]+' "$work/output" | tail -1 |
+        sed 's/CRASH_SEED=/, seed /; s/power lost after /, operation /' || true)
     case $ended in assertion | panic) echo "$mutation" >>"$work/caught" ;; esac
     seconds=$(awk -v a="$started" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
     # shellcheck disable=SC2059
-    printf "$format" "$mutation" "$ended" "$run${seed:+ s$seed}" "$seconds" "$test"
+    printf "$format" "$mutation" "$ended" "$run$place" "$seconds" "$test"
 done <"$work/rows"
+
+named() { sed -n 's/^ *("\(.*\)", Mutation::.*/\1/p' storage/src/mutation.rs; }
+untested=$(named | grep -vxFf <(awk 'NF == 4 {print $1}' <<<"$TABLE") || true)
+[ -z "$untested" ] || printf '\nno test is listed for: %s\n' "$(tr '\n' ' ' <<<"$untested")"
 
 missed=$(awk '{print $1}' "$work/rows" | sort -u | grep -vxFf "$work/caught" || true)
 if [ -n "$missed" ]; then
