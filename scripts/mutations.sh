@@ -51,6 +51,7 @@ serve-bad-index-record          quorate-storage  lib         queue_index::tests:
 serve-bad-index-record          quorate-storage  state_files queue_index::a_wrong_byte_is_never_served
 snapshot-not-synced             quorate-storage  state_files snapshots::every_state_of_every_crash_is_recovered_from
 index-not-synced                quorate-storage  state_files queue_index::every_state_of_every_crash_is_recovered_from
+apply-not-clamped               quorate-raft     lib         machine::tests::a_checkpoint_beyond_the_end_of_the_log_is_not_begun_with_nor_found_again
 suspect-tail-votes              quorate-raft     groups      suspect_tails_do_not_vote_until_caught_up
 ack-before-majority             quorate-raft     groups      every_replica_applies_the_same
 skip-dedupe-in-snapshots        quorate          lib         broker::queue::state::tests::a_producers_retry_is_stored_once_across_restart_and_install

@@ -322,3 +322,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
             .unwrap_or_else(|| Err(io::Error::other("a snapshot builder builds once")))
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;
