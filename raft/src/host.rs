@@ -10,6 +10,7 @@ use openraft::{Config, SnapshotPolicy};
 use parking_lot::RwLock;
 use quorate_storage::RaftGroupId;
 use quorate_storage::commit_log::{CommitLog, Flush};
+use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::snapshot::SnapshotStore;
 use tokio::net::TcpListener;
 use tokio::sync::{broadcast, watch};
@@ -312,7 +313,7 @@ impl RaftHost {
             enable_elect: false,
             enable_pre_vote: Some(true),
             // A restarted leader may have lost a tail that followers hold as committed.
-            enable_leader_restore: Some(false),
+            enable_leader_restore: Some(mutation::on(Mutation::LeaderRestore)),
             allow_log_reversion: None,
             max_payload_entries: 1024,
             snapshot_policy: match spec.retention {

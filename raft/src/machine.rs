@@ -13,6 +13,7 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::snapshot::{SnapshotHeader, SnapshotKind, SnapshotStore};
 use quorate_storage::{LogId, RaftGroupId, StorageError};
 use tokio::runtime::{Handle, RuntimeFlavor};
@@ -74,7 +75,8 @@ impl Machine {
                 }
             };
             let installed = header.kind == SnapshotKind::Boundary;
-            if !installed && last.is_none_or(|last| id.index > last.index) {
+            let clamped = !mutation::on(Mutation::ApplyNotClamped);
+            if clamped && !installed && last.is_none_or(|last| id.index > last.index) {
                 // Written ahead of this replica's own fsync: the entries behind it are gone here.
                 // Others may take their indexes, so it must not be found again.
                 snapshots.remove(spec.group, *id)?;
@@ -327,3 +329,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
             .unwrap_or_else(|| Err(io::Error::other("a snapshot builder builds once")))
     }
 }
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

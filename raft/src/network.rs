@@ -17,6 +17,7 @@ use openraft::raft::{
     TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use quorate_storage::RaftGroupId;
+use quorate_storage::mutation::{self, Mutation};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Notify, Semaphore};
@@ -179,6 +180,13 @@ impl RaftNetworkV2<TypeConfig> for Network {
     {
         if !self.pipelined {
             return stream_append_sequential(self, input, option);
+        }
+        if mutation::on(Mutation::AckBeforeMajority) {
+            let last = |r: AppendEntriesRequest<TypeConfig>| {
+                let last = r.entries.last().map(|entry| entry.log_id);
+                Ok(Ok(last.or(r.prev_log_id)))
+            };
+            return Box::pin(async move { Ok(Box::pin(input.map(last)) as BoxStream<'s, _>) });
         }
         Box::pin(async move {
             let mut input = input;

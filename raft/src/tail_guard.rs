@@ -11,6 +11,7 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
+use quorate_storage::mutation::{self, Mutation};
 use serde::{Deserialize, Serialize};
 
 const SOUND: u8 = 0;
@@ -42,6 +43,7 @@ pub(crate) enum TailVerdict {
 
 impl TailGuard {
     pub(crate) fn new(suspect: bool) -> Self {
+        let suspect = suspect && !mutation::on(Mutation::SuspectTailVotes);
         Self(AtomicU8::new(if suspect { SUSPECT } else { SOUND }))
     }
 

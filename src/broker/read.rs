@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use quorate_storage::batch::BatchView;
 use quorate_storage::commit_log::{Entry, EntryKind};
+use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::queue_index::IndexRecord;
 use quorate_storage::{RaftGroupId, StorageError};
 use tokio::time::{Instant, timeout_at};
@@ -107,6 +109,18 @@ impl Broker {
             }
             if start < bounds.earliest {
                 return Err(out_of_range(start, bounds));
+            }
+            if start >= bounds.end && mutation::on(Mutation::ReadPastCommit) {
+                let batches = uncommitted(queue, bounds.end);
+                let taken: u64 = batches.iter().map(|b| u64::from(b.place.count)).sum();
+                if start < bounds.end + taken {
+                    return Ok(Slice {
+                        start,
+                        batches,
+                        earliest: bounds.earliest,
+                        end: bounds.end + taken,
+                    });
+                }
             }
             if start < bounds.end {
                 return self.read_batches(queue, start, bounds, request).await;
@@ -278,6 +292,40 @@ fn collect(
             return Ok(found);
         }
     }
+}
+
+/// What only [`Mutation::ReadPastCommit`] serves: batches behind the applied end of the log.
+fn uncommitted(queue: &LocalQueue, end: u64) -> Vec<StoredBatch> {
+    let log = queue.group.log();
+    let from = queue.group.applied().map_or(0, |id| id.index + 1);
+    let entries = log.read(from, u64::MAX, usize::MAX).unwrap_or_default();
+    let mut base_offset = end;
+    let mut found = Vec::new();
+    for stored in entries.iter().filter(|e| e.kind == EntryKind::Command) {
+        let Ok(decoded) = entry::decode(&stored.body) else {
+            continue;
+        };
+        let EntryBody::Append(batches) = decoded.body else {
+            continue;
+        };
+        for (ordinal, batch) in (0..).zip(batches) {
+            let view = BatchView::parse_trusted(batch.batch.clone());
+            let count = view.map_or(0, |view| view.record_count());
+            found.push(StoredBatch {
+                place: Place {
+                    base_offset,
+                    count,
+                    term: stored.log_id.term,
+                    index: stored.log_id.index,
+                    batch: ordinal,
+                },
+                timestamp_ms: decoded.stamp_ms,
+                batch: batch.batch,
+            });
+            base_offset += u64::from(count);
+        }
+    }
+    found
 }
 
 /// How many of the records hold `max_messages` messages from `start` on; none if too few.

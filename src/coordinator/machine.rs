@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quorate_raft::StateMachine;
 use quorate_storage::derived::DerivedGroup;
+use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::{LogId, StorageError};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
@@ -76,7 +77,7 @@ impl CoordinatorMachine {
                 allow_rewind,
                 member,
             } => {
-                let fenced = member.is_some();
+                let fenced = member.is_some() && !mutation::on(Mutation::NoMemberCheck);
                 let each = offsets.iter();
                 let verdicts = each.map(|offset| match fenced {
                     // There are no members to be one of, yet.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::StorageError;
+use crate::mutation::{self, Mutation};
 use crate::vfs::Vfs;
 
 /// Suffix of files that are being written and mean nothing yet.
@@ -71,6 +72,9 @@ pub(crate) fn publish(vfs: &dyn Vfs, temp: &Path, path: &Path) -> Result<(), Sto
 }
 
 pub(crate) fn sync_dir(vfs: &dyn Vfs, dir: &Path) -> Result<(), StorageError> {
+    if mutation::on(Mutation::NoDirectoryFsync) {
+        return Ok(());
+    }
     vfs.sync_dir(dir)
         .map_err(|e| StorageError::io("fsync directory", dir, e))
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quorate_raft::StateMachine;
 use quorate_storage::batch::BatchView;
+use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::queue_index::{IndexRecord, QueueIndex};
 use quorate_storage::{LogId, StorageError};
 use serde::{Deserialize, Serialize};
@@ -169,7 +170,10 @@ impl QueueMachine {
             next_offset: self.state.next_offset,
             earliest_offset: self.state.earliest_offset,
             stamp_ms: self.state.stamp_ms,
-            producers: self.state.producers.content(),
+            producers: match mutation::on(Mutation::SkipDedupeInSnapshots) {
+                false => self.state.producers.content(),
+                true => Vec::new(),
+            },
             keys: self.state.keys.content(),
         };
         // Numbers and lists of known length into memory: there is no way to fail.
@@ -205,6 +209,9 @@ impl StateMachine for QueueMachine {
         let outcomes = match entry::decode(body) {
             Ok(entry) => {
                 self.state.stamp_ms = self.state.stamp_ms.max(entry.stamp_ms);
+                if mutation::on(Mutation::ApplyWithNodeClock) {
+                    self.state.stamp_ms = crate::broker::batcher::now_ms();
+                }
                 self.state.producers.expire(self.state.stamp_ms);
                 let forget_before = self
                     .state

@@ -16,6 +16,7 @@ use super::segment::Segment;
 use super::shared::Shared;
 use super::types::Done;
 use crate::StorageError;
+use crate::mutation::{self, Mutation};
 
 /// What a round of cleaning did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -85,7 +86,7 @@ fn plan(shared: &Shared) -> Option<Plan> {
             if live.entries {
                 return plan.usable();
             }
-            if live.small {
+            if live.small && !mutation::on(Mutation::CleanWithoutCarrying) {
                 small.push(group.clone());
             }
         }

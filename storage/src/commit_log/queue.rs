@@ -13,6 +13,7 @@ use parking_lot::{Condvar, Mutex};
 
 use super::group::Group;
 use super::types::{Done, Entry, Flush};
+use crate::mutation::{self, Mutation};
 use crate::{LogId, StorageError, Vote};
 
 /// One call that waits to be written.
@@ -96,7 +97,11 @@ impl Queue {
             let error = StorageError::Closed;
             return Err(Box::new(Refused { error, op }));
         }
-        inner.ops.push_back(op);
+        if mutation::on(Mutation::VoteOvertakesAppends) && matches!(op.action, Action::Vote(..)) {
+            inner.ops.push_front(op);
+        } else {
+            inner.ops.push_back(op);
+        }
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
         drop(inner);
         self.wake.notify_one();

@@ -16,6 +16,7 @@ use super::scan::{self, Scan, Stop};
 use super::segment::{self, FileKind, Segment, classify, fill_with_zeroes, sidecar_path};
 use super::sidecar::{self, Sidecar};
 use super::types::{DamagedRange, RecoveryReport, TruncatedTail};
+use crate::mutation::{self, Mutation};
 use crate::vfs::Vfs;
 use crate::{RaftGroupId, StorageError};
 
@@ -105,6 +106,7 @@ pub(super) fn repair(vfs: &dyn Vfs, dir: &Path, found: &Recovered) -> Result<(),
             Repair::Remove(path) => vfs
                 .remove(path)
                 .map_err(|e| StorageError::io("remove", path, e))?,
+            Repair::Wipe { .. } if mutation::on(Mutation::ReviveStaleTail) => {}
             Repair::Wipe { segment, from, to } => {
                 let io = |action, e| StorageError::io(action, segment.log.path(), e);
                 let file = segment.log.get(vfs)?;
@@ -113,6 +115,7 @@ pub(super) fn repair(vfs: &dyn Vfs, dir: &Path, found: &Recovered) -> Result<(),
                     .map_err(|e| io("reserve space for", e))?;
                 file.sync_all().map_err(|e| io("fsync", e))?;
             }
+            Repair::Rewrite { .. } if mutation::on(Mutation::NoRewriteAfterRestart) => {}
             Repair::Rewrite { segment, from, to } => rewrite(vfs, segment, *from, *to)?,
         }
     }
@@ -120,6 +123,7 @@ pub(super) fn repair(vfs: &dyn Vfs, dir: &Path, found: &Recovered) -> Result<(),
         .map_err(|e| StorageError::io("fsync", dir, e))
 }
 
+/// Writes again only what is still good: a wrong byte of this one read must not get onto the disk.
 fn rewrite(vfs: &dyn Vfs, segment: &Segment, from: u64, to: u64) -> Result<(), StorageError> {
     let io = |action, e| StorageError::io(action, segment.log.path(), e);
     let file = segment.log.get(vfs)?;
@@ -130,12 +134,17 @@ fn rewrite(vfs: &dyn Vfs, segment: &Segment, from: u64, to: u64) -> Result<(), S
         let got = file
             .read_at(&mut piece[..size], at)
             .map_err(|e| io("read", e))?;
-        if got == 0 {
-            break;
+        let good = scan::good_frames(&piece[..got], segment.base + at);
+        if good > 0 {
+            file.write_all_at(&piece[..good], at)
+                .map_err(|e| io("write", e))?;
+            at += good as u64;
+        } else if (size as u64) < to - at {
+            // A frame longer than the piece.
+            piece.resize((2 * size).min((to - at) as usize), 0);
+        } else {
+            return Err(segment.damaged(at, "a frame that was good has just been read differently"));
         }
-        file.write_all_at(&piece[..got], at)
-            .map_err(|e| io("write", e))?;
-        at += got as u64;
     }
     file.sync_data().map_err(|e| io("fsync", e))
 }
@@ -290,7 +299,9 @@ impl Survey<'_> {
             proven = proven.max(scan.rest.durable_end);
             if let Stop::Refused(reason) = &scan.stop {
                 self.damage(segment.log.path(), scan.end, reason.clone());
-            } else if proven > segment.base + scan.end {
+            } else if proven > segment.base + scan.end
+                && !mutation::on(Mutation::TruncateAtAnyBadChecksum)
+            {
                 self.damage_at_end(segment, &scan);
             }
             found.sealed -= 1;
@@ -447,6 +458,11 @@ impl Survey<'_> {
         let to = scan.rest.nonzero_end.max(scan.end);
         if to == scan.end && len >= segment.capacity {
             return Ok(());
+        }
+        // What is wiped is gone for good, so one wrong read must not be enough for it.
+        if to > scan.end && self.scan(segment)?.end != scan.end {
+            let reason = "two reads gave different bytes; nothing was changed";
+            return Err(segment.damaged(scan.end, reason));
         }
         self.out.repairs.push(Repair::Wipe {
             segment: segment.clone(),

@@ -9,6 +9,7 @@ use super::frame::{self, Content, Frame, MarkKind};
 use super::part::GroupPart;
 use super::segment::Segment;
 use crate::RaftGroupId;
+use crate::mutation::{self, Mutation};
 use crate::vfs::VfsFile;
 
 const WINDOW_BYTES: usize = 1 << 20;
@@ -127,6 +128,24 @@ fn take_in(out: &mut Scan, frame: &Frame) -> Result<(), &'static str> {
     Ok(())
 }
 
+/// How many of the bytes at a position of the log are whole frames with right checksums.
+pub(super) fn good_frames(bytes: &[u8], position: u64) -> usize {
+    let mut end = 0;
+    while let Some(raw) = bytes[end..].first_chunk::<FRAME_HEADER>() {
+        let header = FrameHeader::decode(raw);
+        let size = frame_bytes(header.length as usize) as usize;
+        let body = end + FRAME_HEADER..end + FRAME_HEADER + header.length as usize;
+        if header.position != position + end as u64
+            || size > bytes.len() - end
+            || frame::checksum(raw, &bytes[body]) != header.crc
+        {
+            break;
+        }
+        end += size;
+    }
+    end
+}
+
 enum At {
     Frame(Frame),
     Nothing,
@@ -196,7 +215,7 @@ impl<'a> Window<'a> {
         if body.len() < length || frame::checksum(&raw, body) != header.crc {
             return Ok(At::Bad("a frame's checksum is wrong".to_owned()));
         }
-        if header.epoch < floor {
+        if header.epoch < floor && !mutation::on(Mutation::ReviveStaleTail) {
             return Ok(At::Bad(
                 "a frame is left over from an earlier start".to_owned(),
             ));

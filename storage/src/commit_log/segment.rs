@@ -10,6 +10,7 @@ use parking_lot::Mutex;
 
 use super::format::SegmentHeader;
 use crate::StorageError;
+use crate::mutation::{self, Mutation};
 use crate::vfs::{Vfs, VfsFile};
 
 /// Zeroes are written in pieces of this size while a segment is prepared.
@@ -117,8 +118,10 @@ pub(super) fn create(
     file.write_all_at(&header, 0).map_err(|e| io("write", e))?;
     file.sync_all().map_err(|e| io("fsync", e))?;
     vfs.rename(&temporary, path).map_err(|e| io("rename", e))?;
-    vfs.sync_dir(dir)
-        .map_err(|e| StorageError::io("fsync", dir, e))?;
+    if !mutation::on(Mutation::NoDirectoryFsync) {
+        vfs.sync_dir(dir)
+            .map_err(|e| StorageError::io("fsync", dir, e))?;
+    }
     *segment.log.file.lock() = Some(file);
     Ok(Arc::new(segment))
 }

@@ -19,6 +19,7 @@ use super::queue::{Action, Op};
 use super::segment::Segment;
 use super::shared::Shared;
 use super::types::{Done, Entry, Flush};
+use crate::mutation::{self, Mutation};
 use crate::vfs::VfsFile;
 use crate::{RaftGroupId, StorageError};
 
@@ -186,8 +187,15 @@ impl WriterCore {
         self.shared.queue.written(batch.cost);
         let interval = self.shared.config.async_flush_interval;
         let overdue = self.dirty_since.is_some_and(|at| at + interval <= now);
-        if batch.sync || batch.full || overdue {
+        if mutation::on(Mutation::FsyncAfterAck) {
+            self.finished.drain(..).for_each(|done| done(Ok(())));
+        }
+        let seals = batch.full && !mutation::on(Mutation::SealNotSynced);
+        if batch.sync || seals || overdue {
             self.sync()?;
+        }
+        if mutation::on(Mutation::CallbacksOutOfOrder) {
+            self.finished.reverse();
         }
         for done in self.finished.drain(..) {
             done(Ok(()));
@@ -240,6 +248,10 @@ impl WriterCore {
                     self.evictor.written(group, *seq);
                 }
                 return Ok(fit);
+            }
+            Action::Vote(..) if mutation::on(Mutation::ForgetVote) => {
+                batch.sync = true;
+                return Ok(Fit::Whole);
             }
             Action::Vote(group, vote) => (group, Content::Vote(*vote)),
             Action::Truncate { group, from, kept } => {
@@ -402,9 +414,14 @@ impl WriterCore {
             return Ok(());
         }
         let start = Instant::now();
-        self.file
-            .sync_data()
-            .map_err(|e| StorageError::io("fsync", self.segment.log.path(), e))?;
+        let mut synced = match mutation::on(Mutation::NoFsync) {
+            false => self.file.sync_data(),
+            true => Ok(()),
+        };
+        if synced.is_err() && mutation::on(Mutation::RetryFailedFsync) {
+            synced = self.file.sync_data();
+        }
+        synced.map_err(|e| StorageError::io("fsync", self.segment.log.path(), e))?;
         self.shared.stats.fsynced(start.elapsed());
         self.durable_end = self.cursor;
         self.shared

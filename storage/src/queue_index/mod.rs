@@ -92,6 +92,8 @@ struct State {
     tail: Vec<IndexRecord>,
     /// Whether anything happened that `sync` has to make durable.
     dirty: bool,
+    /// The file is one that was found, and not synced yet by this process.
+    found: bool,
     /// A failed fsync: what it covered may be gone, so nothing more is promised of this file.
     failed: Option<StorageError>,
 }

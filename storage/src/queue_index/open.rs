@@ -60,7 +60,11 @@ impl QueueIndex {
             fault: scan.fault.as_ref().map(StorageError::to_string),
             durable_loss: scan.sound < header.durable,
         };
-        let state = recovered_state(file, &header, &scan);
+        let state = State {
+            dirty: true,
+            found: true,
+            ..recovered_state(file, &header, &scan)
+        };
         let index = Self::assemble(vfs, path, state, report);
         if index.report.discarded_bytes > 0 || index.report.durable_loss {
             tracing::warn!(
@@ -170,8 +174,8 @@ fn recovered_state(file: Arc<dyn VfsFile>, header: &Header, scan: &Scan) -> Stat
         end_offset,
         last_timestamp_ms: scan.last.map_or(0, |record| record.timestamp_ms),
         tail: Vec::new(),
-        // They may be in the page cache only.
-        dirty: scan.sound > header.durable,
+        dirty: false,
+        found: false,
         failed: None,
     }
 }
@@ -198,6 +202,7 @@ impl State {
             last_timestamp_ms,
             tail: Vec::new(),
             dirty: false,
+            found: false,
             failed: None,
         }
     }

@@ -161,14 +161,14 @@ fn removal_and_keeping_the_newest() {
     assert_eq!(store.keep_newest(GROUP, 9, None).unwrap(), []);
     store.remove_group(GROUP).unwrap();
     assert_eq!(store.list(GROUP).unwrap(), []);
-    assert_eq!(fs::read_dir(store.group_dir(GROUP)).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(store.dir_of(GROUP)).unwrap().count(), 0);
 }
 
 #[test]
 fn leftovers_are_removed_on_open_and_strangers_left_alone() {
     let (_dir, vfs, store) = store();
     store.write(GROUP, &header(1, 5), b"state").unwrap();
-    let dir = store.group_dir(GROUP);
+    let dir = store.dir_of(GROUP);
     let temp = dir.join("00000000000000000009-00000000000000000001.snap.3.tmp");
     fs::write(&temp, b"half").unwrap();
     fs::write(dir.join("notes.txt"), b"mine").unwrap();
@@ -190,7 +190,7 @@ fn a_failure_at_any_step_leaves_the_old_snapshot_and_no_leftover() {
         assert!(store.write(GROUP, &header(1, 6), b"new").is_err());
         switch.store(false, SeqCst);
         assert_eq!(&store.read(GROUP, LogId::new(1, 5)).unwrap().1[..], b"old");
-        assert_eq!(fs::read_dir(store.group_dir(GROUP)).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(store.dir_of(GROUP)).unwrap().count(), 1);
     }
     s.fail_sync_dir.store(true, SeqCst);
     assert!(store.write(GROUP, &header(1, 6), b"new").is_err());

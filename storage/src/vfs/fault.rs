@@ -2,9 +2,15 @@
 //!
 //! The model is harsher than a disk: a write without fsync may survive in any part and any order, a
 //! name without fsync of its directory may vanish, and after a failed fsync the bytes it was about are
-//! never written, though they stay readable until the crash (as with Linux's page cache).
+//! never written, though they stay readable until the crash (as with Linux's page cache). A write that
+//! fails has written its first half.
+//!
+//! [`FaultVfs::crash`] draws one of the states a power cut may leave; [`FaultVfs::power_cuts`] lists them.
+
+mod cuts;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,6 +18,8 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::{Vfs, VfsFile};
+
+pub use cuts::CutLimits;
 
 /// Writes are torn at multiples of this.
 const SECTOR: usize = 512;
@@ -38,7 +46,9 @@ pub struct FaultVfs {
     disk: Arc<Mutex<Disk>>,
 }
 
-#[derive(Debug)]
+/// Called without any lock held.
+type SyncHook = Arc<dyn Fn() + Send + Sync>;
+
 struct Disk {
     files: Vec<FileData>,
     names: BTreeMap<PathBuf, usize>,
@@ -50,8 +60,22 @@ struct Disk {
     /// Calls that may change something, in all.
     changes: u64,
     failing: Vec<(Operation, u64, io::ErrorKind)>,
+    /// The reads that bring a wrong byte, and which one.
+    flipping: Vec<(u64, usize)>,
     halt_at: Option<u64>,
     free_space: u64,
+    /// Nothing can grow.
+    full: bool,
+    before_sync: Option<SyncHook>,
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk")
+            .field("names", &self.names)
+            .field("changes", &self.changes)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Default for Disk {
@@ -65,8 +89,11 @@ impl Default for Disk {
             counts: BTreeMap::new(),
             changes: 0,
             failing: Vec::new(),
+            flipping: Vec::new(),
             halt_at: None,
             free_space: u64::MAX,
+            full: false,
+            before_sync: None,
         }
     }
 }
@@ -104,6 +131,23 @@ impl FaultVfs {
         let mut disk = self.disk.lock();
         let at = disk.counts.get(&operation).copied().unwrap_or(0) + nth;
         disk.failing.push((operation, at, kind));
+    }
+
+    /// Makes the `nth` next read bring its byte `at` (of as many as it reads) wrong.
+    pub fn flip_nth_read(&self, nth: u64, at: usize) {
+        let mut disk = self.disk.lock();
+        let count = disk.counts.get(&Operation::Read).copied().unwrap_or(0) + nth;
+        disk.flipping.push((count, at));
+    }
+
+    /// Called at the beginning of every fsync of a file, which may take as long as it likes.
+    pub fn before_sync(&self, hook: impl Fn() + Send + Sync + 'static) {
+        self.disk.lock().before_sync = Some(Arc::new(hook));
+    }
+
+    /// While it is full, no file can be created and none can grow.
+    pub fn set_full(&self, full: bool) {
+        self.disk.lock().full = full;
     }
 
     /// The power goes after `count` more operations that change something: every later operation of
@@ -145,16 +189,7 @@ impl FaultVfs {
             _ => 10 + rng.below(85),
         };
         let mut names = disk.durable_names.clone();
-        // Changes of different names may survive in any order, those of one name only in theirs.
-        let mut lost: BTreeSet<&Path> = BTreeSet::new();
-        for renaming in &disk.renamings {
-            let touched = renaming.names();
-            if rng.below(100) < percent && touched.iter().all(|name| !lost.contains(name)) {
-                renaming.apply(&mut names);
-            } else {
-                lost.extend(touched);
-            }
-        }
+        disk.rename_some(&mut names, &mut || rng.below(100) < percent);
         Self::booted(files, names, &disk)
     }
 
@@ -258,6 +293,14 @@ impl FileData {
 }
 
 impl Change {
+    /// The length a file has at least after it.
+    fn end(&self) -> usize {
+        match self {
+            Self::Write { at, bytes } => at + bytes.len(),
+            Self::SetLen(len) => *len,
+        }
+    }
+
     fn apply(&self, to: &mut Vec<u8>) {
         self.apply_some(to, &mut || true);
     }
@@ -357,9 +400,22 @@ struct FaultFile {
 impl FaultFile {
     fn change(&self, operation: Operation, change: Change) -> io::Result<()> {
         let mut disk = self.disk.lock();
-        disk.begin(operation)?;
-        disk.files[self.file].change(change);
-        Ok(())
+        let begun = disk.begin(operation);
+        let halted = disk.halted();
+        let full = disk.full;
+        let file = &mut disk.files[self.file];
+        if begun.is_ok() && full && change.end() > file.live.len() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        match (&begun, change) {
+            (Ok(()), change) => file.change(change),
+            (Err(_), Change::Write { at, mut bytes }) if !halted => {
+                bytes.truncate(bytes.len() / 2);
+                file.change(Change::Write { at, bytes });
+            }
+            (Err(_), _) => {}
+        }
+        begun
     }
 }
 
@@ -371,6 +427,13 @@ impl VfsFile for FaultFile {
         let from = live.len().min(position as usize);
         let count = buf.len().min(live.len() - from);
         buf[..count].copy_from_slice(&live[from..from + count]);
+        let reads = disk.counts.get(&Operation::Read).copied();
+        let wrong = disk.flipping.iter().find(|(nth, _)| Some(*nth) == reads);
+        if let Some((_, at)) = wrong
+            && count > 0
+        {
+            buf[at % count] ^= 0x20;
+        }
         Ok(count)
     }
 
@@ -383,6 +446,10 @@ impl VfsFile for FaultFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        let hook = self.disk.lock().before_sync.clone();
+        if let Some(hook) = hook {
+            hook();
+        }
         let mut disk = self.disk.lock();
         let begun = disk.begin(Operation::Sync);
         let halted = disk.halted();
@@ -431,6 +498,9 @@ impl Vfs for FaultVfs {
         if disk.names.contains_key(path) {
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, "exists"));
         }
+        if disk.full {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
         let file = disk.files.len();
         disk.files.push(FileData::default());
         disk.rename(Renaming::Add(path.to_path_buf(), file));
@@ -458,13 +528,16 @@ impl Vfs for FaultVfs {
 
     fn list(&self, dir: &Path) -> io::Result<Vec<PathBuf>> {
         let disk = self.disk.lock();
-        let inside = disk.names.keys().filter(|path| path.parent() == Some(dir));
-        Ok(inside.cloned().collect())
+        let entries = disk.names.keys().chain(&disk.dirs);
+        let inside = entries.filter(|path| path.parent() == Some(dir));
+        let inside: BTreeSet<_> = inside.cloned().collect();
+        Ok(inside.into_iter().collect())
     }
 
     /// Directories are durable at once; their entries are not.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        self.disk.lock().dirs.insert(dir.to_path_buf());
+        let ancestors = dir.ancestors().map(Path::to_path_buf);
+        self.disk.lock().dirs.extend(ancestors);
         Ok(())
     }
 
@@ -486,7 +559,8 @@ impl Vfs for FaultVfs {
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
         let disk = self.disk.lock();
-        Ok(disk.names.contains_key(path) || disk.dirs.contains(path))
+        let root = path.parent().is_none();
+        Ok(root || disk.names.contains_key(path) || disk.dirs.contains(path))
     }
 }
 

@@ -91,6 +91,7 @@ pub trait Sync {
     fn vote_sync(&self, vote: Vote);
     fn truncate_sync(&self, index: Option<u64>);
     fn purge_sync(&self, upto: LogId);
+    fn try_all(&self) -> Result<Vec<Entry>, StorageError>;
     fn all(&self) -> Vec<Entry>;
 }
 
@@ -120,15 +121,15 @@ impl Sync for GroupLog {
     }
 
     /// Every entry there is, read piece by piece.
-    fn all(&self) -> Vec<Entry> {
+    fn try_all(&self) -> Result<Vec<Entry>, StorageError> {
         let state = self.state();
         let Some(last) = state.last else {
-            return Vec::new();
+            return Ok(Vec::new());
         };
         let mut next = state.purged.map_or(0, |upto| upto.index + 1);
         let mut out: Vec<Entry> = Vec::new();
         while next <= last.index {
-            let more = self.read(next, last.index + 1, 300).expect("read");
+            let more = self.read(next, last.index + 1, 300)?;
             let Some(end) = more.last() else {
                 next += 1;
                 continue;
@@ -136,7 +137,11 @@ impl Sync for GroupLog {
             next = end.log_id.index + 1;
             out.extend(more);
         }
-        out
+        Ok(out)
+    }
+
+    fn all(&self) -> Vec<Entry> {
+        self.try_all().expect("read")
     }
 }
 
