@@ -62,6 +62,7 @@ fn store(kind: SnapshotKind, indexes: &[u64]) -> Arc<SnapshotStore> {
 fn open(store: &Arc<SnapshotStore>, last: Option<LogId>) -> Machine {
     let spec = GroupSpec {
         group: GROUP,
+        founders: Vec::new(),
         replicas: Vec::new(),
         preferred: 1,
         flush: Flush::Sync,

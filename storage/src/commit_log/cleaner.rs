@@ -14,6 +14,7 @@ use super::group::Group;
 use super::queue::{Action, Op};
 use super::segment::Segment;
 use super::shared::Shared;
+use super::start;
 use super::types::Done;
 use crate::StorageError;
 use crate::mutation::{self, Mutation};
@@ -124,6 +125,7 @@ fn remove(shared: &Shared, plan: &Plan) -> Result<CleanReport, StorageError> {
         carried_groups: plan.carried.len(),
         ..CleanReport::default()
     };
+    start::write(vfs, &shared.dir, plan.below)?;
     for segment in &plan.victims {
         for file in [&segment.sidecar, &segment.log] {
             let io = |action, e| StorageError::io(action, file.path(), e);

@@ -31,6 +31,7 @@ mod scan;
 mod segment;
 mod shared;
 mod sidecar;
+mod start;
 mod stats;
 mod types;
 mod writer;

@@ -15,6 +15,7 @@ use super::index::{Records, Span, Written, memory_span};
 use super::scan::{self, Scan, Stop};
 use super::segment::{self, FileKind, Segment, classify, fill_with_zeroes, sidecar_path};
 use super::sidecar::{self, Sidecar};
+use super::start;
 use super::types::{DamagedRange, RecoveryReport, TruncatedTail};
 use crate::mutation::{self, Mutation};
 use crate::vfs::Vfs;
@@ -200,8 +201,24 @@ impl Survey<'_> {
                 self.damage(&path, 0, "the segment of this sidecar is missing");
             }
         }
+        self.check_start(bases.first().copied())?;
         let read = |base| Ok((base, self.read_header(base)?));
         bases.into_iter().map(read).collect()
+    }
+
+    /// Only cleaning may remove the first segments, and it says so before.
+    fn check_start(&mut self, first: Option<u64>) -> Result<(), StorageError> {
+        let path = start::path(self.dir);
+        match (start::read(self.vfs, self.dir)?, first) {
+            (Err(()), _) => self.damage(&path, 0, "it does not say where the log begins"),
+            (Ok(Some(_)), None) => self.damage(&path, 0, "every segment of this log is missing"),
+            (Ok(start), Some(first)) if first > start.unwrap_or(0) => {
+                let missing = segment::log_path(self.dir, start.unwrap_or(0));
+                self.damage(&missing, 0, "the first segment is missing");
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     fn read_header(&self, base: u64) -> Result<Result<Arc<Segment>, String>, StorageError> {
