@@ -258,6 +258,7 @@ impl RaftHost {
             link: self.peers.link.clone(),
             group: spec.group,
             timeout: self.config.replication_timeout,
+            acknowledged: Arc::default(),
         };
         let store = LogStore::new(log.clone(), spec.flush);
         let raft = Raft::new(replica, self.raft_config(&spec)?, network, store, machine)

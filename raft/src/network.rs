@@ -1,5 +1,6 @@
 //! openraft's network on the links between nodes: pipelined appends, one stream per replica.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -13,9 +14,10 @@ use openraft::errors::{RPCError, ReplicationClosed, StreamingError, Unreachable}
 use openraft::network::v2::RaftNetworkV2;
 use openraft::network::{Backoff, RPCOption, RaftNetworkFactory, stream_append_sequential};
 use openraft::raft::{
-    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendResult,
-    TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
+    AppendEntriesRequest, AppendEntriesResponse, SnapshotResponse, StreamAppendError,
+    StreamAppendResult, TransferLeaderRequest, TransferLeaderResponse, VoteRequest, VoteResponse,
 };
+use parking_lot::Mutex;
 use quorate_storage::RaftGroupId;
 use quorate_storage::mutation::{self, Mutation};
 use serde::Serialize;
@@ -45,6 +47,33 @@ pub(crate) struct NetworkFactory {
     pub(crate) link: Arc<LinkTable>,
     pub(crate) group: RaftGroupId,
     pub(crate) timeout: Duration,
+    pub(crate) acknowledged: Arc<Acknowledged>,
+}
+
+/// What each replica has acknowledged to this leader in its present term.
+///
+/// Within a term a follower's log never loses what it acknowledged, unless its disk does: a tail
+/// that was zeroed cannot be told from one that was never written. openraft takes that for
+/// impossible and panics, so such an answer ends here, and the replica is told to look.
+#[derive(Debug, Default)]
+pub(crate) struct Acknowledged(Mutex<HashMap<ReplicaId, (RaftVote, u64)>>);
+
+impl Acknowledged {
+    fn note(&self, replica: ReplicaId, vote: RaftVote, index: u64) {
+        let mut all = self.0.lock();
+        let known = all.entry(replica).or_insert((vote, index));
+        *known = match known.0 == vote {
+            true => (vote, known.1.max(index)),
+            false => (vote, index),
+        };
+    }
+
+    /// The index that a replica acknowledged in this term, if it is not below `conflict`.
+    fn contradicts(&self, replica: ReplicaId, vote: RaftVote, conflict: u64) -> Option<u64> {
+        let all = self.0.lock();
+        let (known, index) = all.get(&replica)?;
+        (*known == vote && *index >= conflict).then_some(*index)
+    }
 }
 
 impl NetworkFactory {
@@ -56,6 +85,7 @@ impl NetworkFactory {
             target,
             timeout: self.timeout,
             pipelined,
+            acknowledged: self.acknowledged.clone(),
         }
     }
 }
@@ -82,6 +112,7 @@ pub(crate) struct Network {
     timeout: Duration,
     /// Heartbeats are single requests; opening a stream for each would cost two frames more.
     pipelined: bool,
+    acknowledged: Arc<Acknowledged>,
 }
 
 fn unreachable(reason: impl ToString) -> RPCError<TypeConfig> {
@@ -110,6 +141,46 @@ impl Network {
             .map_err(unreachable)?;
         let answer: Answer<R> = decode(&answer).map_err(unreachable)?;
         answer.map_err(unreachable)
+    }
+
+    /// Keeps an answer from openraft that contradicts an earlier one of the same replica.
+    fn check_conflict(&self, vote: RaftVote, conflict: u64) -> RpcResult<()> {
+        let Some(index) = self.acknowledged.contradicts(self.target, vote, conflict) else {
+            return Ok(());
+        };
+        tracing::error!(
+            group = %self.group,
+            node = self.node,
+            replica = self.target,
+            acknowledged = index,
+            conflict,
+            "a replica lost what it had acknowledged"
+        );
+        let request = encode(&ToReplica {
+            target: self.target,
+            body: index,
+        });
+        let (link, node, group, timeout) =
+            (self.link.clone(), self.node, self.group.0, self.timeout);
+        tokio::spawn(async move {
+            let told = link.call(node, class::LOST_TAIL, group, request, timeout);
+            told.await.ok();
+        });
+        Err(unreachable("the replica lost what it had acknowledged"))
+    }
+
+    /// The same for the answers of a stream, of which it also notes what they acknowledge.
+    fn check_answer(
+        &self,
+        vote: RaftVote,
+        answer: StreamAppendResult<TypeConfig>,
+    ) -> RpcResult<StreamAppendResult<TypeConfig>> {
+        match &answer {
+            Ok(Some(matched)) => self.acknowledged.note(self.target, vote, matched.index),
+            Err(StreamAppendError::Conflict(at)) => self.check_conflict(vote, at.index)?,
+            Ok(None) | Err(StreamAppendError::HigherVote(_)) => {}
+        }
+        Ok(answer)
     }
 }
 
@@ -163,11 +234,16 @@ impl RaftNetworkV2<TypeConfig> for Network {
         _option: RPCOption,
     ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
         let mut request = encode(&self.target).to_vec();
+        let (vote, prev) = (rpc.vote, rpc.prev_log_id.map(|id| id.index));
         for part in encode_append(rpc) {
             request.extend_from_slice(&part);
         }
-        self.call_raw(class::APPEND, Bytes::from(request), self.timeout)
-            .await
+        let request = Bytes::from(request);
+        let answer = self.call_raw(class::APPEND, request, self.timeout).await?;
+        if let (AppendEntriesResponse::Conflict, Some(prev)) = (&answer, prev) {
+            self.check_conflict(vote, prev)?;
+        }
+        Ok(answer)
     }
 
     fn stream_append<'s, S>(
@@ -195,6 +271,8 @@ impl RaftNetworkV2<TypeConfig> for Network {
             let Some(first) = input.next().await else {
                 return Ok(Box::pin(stream::empty()) as BoxStream<'s, _>);
             };
+            // One leader in one term makes all of the stream's requests.
+            let vote = first.vote;
             let input = stream::once(std::future::ready(first)).chain(input);
             let hello = encode(&StreamHello {
                 target: self.target,
@@ -214,6 +292,7 @@ impl RaftNetworkV2<TypeConfig> for Network {
                 tokio::spawn(async move { done.run_until_cancelled_owned(sending).await });
             let state = Some((receiver, sending, flight, guard));
             let timeout = self.timeout;
+            let this = &*self;
             let answers = stream::unfold(state, move |state| async move {
                 let (receiver, mut sending, flight, guard) = state?;
                 // A quiet leader sends nothing and may wait for ever; an unanswered request may not.
@@ -236,12 +315,13 @@ impl RaftNetworkV2<TypeConfig> for Network {
                     return Some((Err(unreachable("the append stream was closed")), None));
                 };
                 flight.answered();
-                match decode_append_answer(&answer) {
+                let answer = decode_append_answer(&answer).map_err(unreachable);
+                match answer.and_then(|answer| this.check_answer(vote, answer)) {
                     Ok(Ok(matched)) => {
                         Some((Ok(Ok(matched)), Some((receiver, sending, flight, guard))))
                     }
                     Ok(Err(refused)) => Some((Ok(Err(refused)), None)),
-                    Err(error) => Some((Err(unreachable(error)), None)),
+                    Err(error) => Some((Err(error), None)),
                 }
             });
             Ok(Box::pin(answers) as BoxStream<'s, _>)

@@ -118,6 +118,10 @@ async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes
             answer(Ok::<_, String>(leads.then(|| group.term())))
         }
         class::TAIL => answer(Ok::<_, String>(group.tail_report())),
+        class::LOST_TAIL => {
+            group.check_acknowledged(open(group, &body)?);
+            answer(Ok::<_, String>(()))
+        }
         other => refuse(format!("unknown class of request {other}")),
     })
 }

@@ -26,6 +26,7 @@ pub(crate) mod class {
     pub(crate) const APPEND: u8 = 7;
     pub(crate) const TAIL: u8 = 8;
     pub(crate) const LEADS: u8 = 9;
+    pub(crate) const LOST_TAIL: u8 = 10;
     pub(crate) const BROKER: u8 = 100;
 }
 

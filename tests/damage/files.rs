@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 const SEGMENT_HEADER: usize = 64;
 const FRAME_HEADER: usize = 48;
 const ENTRY: u8 = 1;
+const FIRST_QUEUE: u64 = 1024;
 
 /// Where in a file something is spoiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +55,7 @@ pub fn segments(data: &Path) -> Result<Vec<PathBuf>> {
     Ok(segments)
 }
 
-/// Byte of the body of every entry's frame in a segment.
+/// Byte of the body of every frame in a segment that holds messages.
 fn entries(segment: &Path) -> Result<Vec<usize>> {
     let bytes = fs::read(segment)?;
     let mut found = Vec::new();
@@ -64,7 +65,8 @@ fn entries(segment: &Path) -> Result<Vec<usize>> {
             break;
         }
         let length = u32::from_le_bytes([head[0], head[1], head[2], head[3]]) as usize;
-        if head[9] == ENTRY && length > 8 {
+        let group = u64::from_le_bytes(head[24..32].try_into()?);
+        if head[9] == ENTRY && group >= FIRST_QUEUE && length > 8 {
             found.push(at + FRAME_HEADER);
         }
         at += (FRAME_HEADER + length).next_multiple_of(8);

@@ -209,6 +209,10 @@ impl Group {
     /// Why this group ended by itself, if it did: a storage error or a panic.
     pub(crate) fn failure(&self) -> Option<String> {
         match &self.inner.metrics.borrow_watched().running_state {
+            // A core that panics says nothing any more, but its state machine goes with it.
+            Ok(()) if self.inner.applied.has_changed().is_err() => {
+                Some("its core panicked".to_owned())
+            }
             Ok(()) | Err(Fatal::Stopped) => None,
             Err(fatal) => Some(fatal.to_string()),
         }
@@ -216,7 +220,8 @@ impl Group {
 
     /// Nothing happens here any more.
     pub fn is_closed(&self) -> bool {
-        self.inner.metrics.borrow_watched().running_state.is_err()
+        let told = self.inner.metrics.borrow_watched().running_state.is_err();
+        told || self.inner.applied.has_changed().is_err()
     }
 
     pub fn is_leader(&self) -> bool {
@@ -567,6 +572,18 @@ impl Group {
     pub(crate) fn is_pristine(&self) -> bool {
         let state = self.inner.log.state();
         state.last.is_none() && state.vote.is_none()
+    }
+
+    /// A leader says that this replica acknowledged `index` and lacks it now. If that is so, what
+    /// its disk lost is noticed here as any other damage is.
+    pub(crate) fn check_acknowledged(&self, index: u64) {
+        let last = self.last_log().map_or(0, |id| id.index);
+        if last < index {
+            self.inner.log.report_damage(format!(
+                "{} acknowledged entry {index} and its log ends at {last}",
+                self.id()
+            ));
+        }
     }
 
     /// The end of this replica's log, for choosing the likely winner of an election.

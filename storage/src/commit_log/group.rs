@@ -337,6 +337,20 @@ impl GroupLog {
         shared.damage.watch(self.group.id, found)
     }
 
+    /// Damage that no read can find: something of this group is gone without a trace.
+    pub fn report_damage(&self, reason: String) {
+        let shared = &self.owner.shared;
+        let damage = StorageError::Damaged {
+            path: shared.dir.clone(),
+            position: 0,
+            reason,
+        };
+        shared
+            .damage
+            .watch(self.group.id, Err::<(), _>(damage))
+            .ok();
+    }
+
     pub(super) fn remove(&self, done: Done) {
         let mut inner = self.group.inner.lock();
         let op = Op {
