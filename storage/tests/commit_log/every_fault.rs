@@ -130,7 +130,7 @@ fn a_wrong_byte_is_never_served() {
         let reads = whole_life(variant).count(Operation::Read);
         for nth in 1..=reads {
             // In headers and bodies, a prime apart.
-            for at in (0..4096).step_by(103) {
+            for at in (0..4096).step_by(211) {
                 let vfs = FaultVfs::new();
                 vfs.flip_nth_read(nth, at);
                 let (lived, ended) = live(vfs.clone(), variant);

@@ -8,14 +8,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
-use super::{Change, Disk, FaultVfs, FileData, Renaming, SECTOR, SplitMix, write};
+use super::unsynced::{Change, FileData, Renaming, SECTOR, SplitMix, write};
+use super::{Disk, FaultVfs};
 
 /// How far [`FaultVfs::power_cuts`] goes.
 #[derive(Debug, Clone, Copy)]
 pub struct CutLimits {
     /// Up to so many unsynced changes are combined in every way.
     pub combined: usize,
-    /// Combinations drawn by lot when there are more, and of the others for each torn write.
+    /// Combinations drawn by lot when there are more; up to 8 of the others for each torn write.
     pub samples: usize,
     /// Places at which one write may be torn.
     pub tears: usize,
@@ -195,6 +196,7 @@ fn combinations(tears: &[Vec<Fate>], limits: CutLimits) -> Vec<Vec<Fate>> {
             all.push(in_order);
             let others = CutLimits {
                 combined: limits.combined.min(3),
+                samples: limits.samples.min(8),
                 ..limits
             };
             for mut fates in subsets(count, others, &mut rng) {
