@@ -55,6 +55,8 @@ struct Disk {
     /// Changes of names since the last fsync of their directory, in order.
     renamings: Vec<Renaming>,
     dirs: BTreeSet<PathBuf>,
+    /// Those whose own entry no fsync of their directory has made durable.
+    unsynced_dirs: BTreeSet<PathBuf>,
     counts: BTreeMap<Operation, u64>,
     /// Calls that may change something, in all.
     changes: u64,
@@ -85,6 +87,7 @@ impl Default for Disk {
             durable_names: BTreeMap::new(),
             renamings: Vec::new(),
             dirs: BTreeSet::new(),
+            unsynced_dirs: BTreeSet::new(),
             counts: BTreeMap::new(),
             changes: 0,
             failing: Vec::new(),
@@ -166,7 +169,9 @@ impl FaultVfs {
         };
         let mut names = disk.durable_names.clone();
         disk.rename_some(&mut names, &mut || rng.below(100) < percent);
-        Self::booted(files, names, &disk)
+        let state = Self::booted(files, names, &disk);
+        state.lose_some_dirs(&mut || rng.below(100) < percent);
+        state
     }
 
     /// What the next process finds after this one was killed: everything written, synced or not.
@@ -190,6 +195,7 @@ impl FaultVfs {
                 names: names.clone(),
                 durable_names: names,
                 dirs: old.dirs.clone(),
+                unsynced_dirs: old.unsynced_dirs.clone(),
                 free_space: old.free_space,
                 ..Disk::default()
             })),
@@ -394,10 +400,13 @@ impl Vfs for FaultVfs {
         Ok(inside.into_iter().collect())
     }
 
-    /// Directories are durable at once; their entries are not.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        let ancestors = dir.ancestors().map(Path::to_path_buf);
-        self.disk.lock().dirs.extend(ancestors);
+        let mut disk = self.disk.lock();
+        for dir in dir.ancestors().filter(|dir| dir.parent().is_some()) {
+            if disk.dirs.insert(dir.to_path_buf()) {
+                disk.unsynced_dirs.insert(dir.to_path_buf());
+            }
+        }
         Ok(())
     }
 
@@ -410,6 +419,7 @@ impl Vfs for FaultVfs {
             renaming.apply(&mut disk.durable_names);
         }
         disk.renamings = later;
+        disk.unsynced_dirs.retain(|made| made.parent() != Some(dir));
         Ok(())
     }
 
