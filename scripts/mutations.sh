@@ -54,6 +54,7 @@ index-not-synced                quorate-storage  state_files queue_index::every_
 apply-not-clamped               quorate-raft     lib         machine::tests::a_checkpoint_beyond_the_end_of_the_log_is_not_begun_with_nor_found_again
 suspect-tail-votes              quorate-raft     groups      suspect_tails_do_not_vote_until_caught_up
 ack-before-majority             quorate-raft     groups      every_replica_applies_the_same
+read-past-commit                quorate          lib         broker::cluster_tests::a_leader_left_alone_shows_nothing_that_is_not_committed
 skip-dedupe-in-snapshots        quorate          lib         broker::queue::state::tests::a_producers_retry_is_stored_once_across_restart_and_install
 apply-with-node-clock           quorate          lib         broker::queue::state::tests::log_time_never_goes_back
 no-member-check                 quorate          lib         coordinator::machine::tests::a_member_is_fenced_while_there_are_none

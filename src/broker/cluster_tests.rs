@@ -1,5 +1,7 @@
 //! The paths between nodes: three brokers in one process, over real links.
 
+use std::time::Duration;
+
 use super::path_tests::{fetch, message, put, request, texts};
 use super::testing::{PATIENCE, TestCluster, eventually, topic};
 use super::*;
@@ -159,4 +161,32 @@ async fn followers_show_the_last_message_of_a_queue_gone_quiet() {
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leader_left_alone_shows_nothing_that_is_not_committed() {
+    let mut cluster = TestCluster::new(3).await;
+    let mut nodes = cluster.start_all().await;
+    let (created, _) = nodes[0]
+        .broker
+        .create_topic("t", topic(1, 3))
+        .await
+        .unwrap();
+    let leader = created.queues[0].leader.unwrap();
+    let left = nodes.remove(leader as usize - 1);
+    put(&left.broker, "t", &["committed"]).await;
+    // At once: a leader that hears of nobody soon takes no more writes.
+    futures_util::future::join_all(nodes.into_iter().map(|node| node.stop())).await;
+    let broker = left.broker.clone();
+    let alone = request("t", vec![message("alone", 0)]);
+    let writing = tokio::spawn(async move { broker.produce(alone).await });
+    while !writing.is_finished() {
+        let mut end = fetch("t", 0, StartAt::Offset(1));
+        end.consistency = Consistency::Stale;
+        let found = left.broker.fetch(end).await.unwrap();
+        assert_eq!(texts(&found), Vec::<String>::new());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let answer = writing.await.unwrap().unwrap();
+    assert!(answer.results[0].is_err(), "{answer:?}");
 }

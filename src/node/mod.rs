@@ -19,6 +19,7 @@ use quorate_raft::{
 use quorate_storage::StorageError;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::derived::DerivedStore;
+use quorate_storage::files;
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::os::OsVfs;
@@ -87,8 +88,11 @@ impl Node {
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
         let dir = &config.data_dir;
-        fs::create_dir_all(dir)
-            .with_context(|| format!("cannot create the data directory {}", dir.display()))?;
+        // One that is there may lie in a directory that this user must not open to sync it.
+        if !dir.is_dir() {
+            files::create_dirs(&OsVfs, dir)
+                .with_context(|| format!("cannot create the data directory {}", dir.display()))?;
+        }
         let lock = lock_directory(dir)?;
         let vfs: Arc<dyn Vfs> = Arc::new(OsVfs);
         let run = Arc::new(Run::begin(vfs.clone(), dir)?);

@@ -14,7 +14,7 @@ pub(crate) const TEMP_SUFFIX: &str = ".tmp";
 ///
 /// An entry counts only after an fsync of the directory that holds it. The last one is synced
 /// even if `dir` exists: a process that died may have created it without getting that far.
-pub(crate) fn create_dirs(vfs: &dyn Vfs, dir: &Path) -> Result<(), StorageError> {
+pub fn create_dirs(vfs: &dyn Vfs, dir: &Path) -> Result<(), StorageError> {
     let mut holders = vec![parent(dir)];
     while let Some(holder) = holders.last() {
         let exists = vfs

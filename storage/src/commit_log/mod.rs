@@ -52,7 +52,7 @@ pub use types::{
 pub use writer::Step;
 
 use crate::vfs::Vfs;
-use crate::{RaftGroupId, StorageError};
+use crate::{RaftGroupId, StorageError, files};
 use background::Wish;
 use owner::Owner;
 use recovery::Recovered;
@@ -211,8 +211,7 @@ fn open(
 ) -> Result<(Arc<Shared>, WriterCore, RecoveryReport), StorageError> {
     config.validate()?;
     let now = Instant::now();
-    vfs.create_dir_all(dir)
-        .map_err(|e| StorageError::io("create", dir, e))?;
+    files::create_dirs(&*vfs, dir)?;
     let found = recovery::survey(&*vfs, dir)?;
     if let Some(damage) = found.report.damaged.first() {
         return Err(StorageError::Damaged {

@@ -8,6 +8,7 @@
 //! [`FaultVfs::crash`] draws one of the states a power cut may leave; [`FaultVfs::power_cuts`] lists them.
 
 mod cuts;
+mod unsynced;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -20,9 +21,7 @@ use parking_lot::Mutex;
 use super::{Vfs, VfsFile};
 
 pub use cuts::CutLimits;
-
-/// Writes are torn at multiples of this.
-const SECTOR: usize = 512;
+use unsynced::{Change, FileData, Renaming, SplitMix};
 
 /// The kinds of operation that can be counted and made to fail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,6 +55,8 @@ struct Disk {
     /// Changes of names since the last fsync of their directory, in order.
     renamings: Vec<Renaming>,
     dirs: BTreeSet<PathBuf>,
+    /// Those whose own entry no fsync of their directory has made durable.
+    unsynced_dirs: BTreeSet<PathBuf>,
     counts: BTreeMap<Operation, u64>,
     /// Calls that may change something, in all.
     changes: u64,
@@ -86,6 +87,7 @@ impl Default for Disk {
             durable_names: BTreeMap::new(),
             renamings: Vec::new(),
             dirs: BTreeSet::new(),
+            unsynced_dirs: BTreeSet::new(),
             counts: BTreeMap::new(),
             changes: 0,
             failing: Vec::new(),
@@ -96,29 +98,6 @@ impl Default for Disk {
             before_sync: None,
         }
     }
-}
-
-#[derive(Debug, Default)]
-struct FileData {
-    /// What reads see.
-    live: Vec<u8>,
-    /// What is on the medium.
-    durable: Vec<u8>,
-    /// The way from `durable` to `live`, as far as a sync can still bring it there.
-    pending: Vec<Change>,
-}
-
-#[derive(Debug, Clone)]
-enum Change {
-    Write { at: usize, bytes: Vec<u8> },
-    SetLen(usize),
-}
-
-#[derive(Debug, Clone)]
-enum Renaming {
-    Add(PathBuf, usize),
-    Remove(PathBuf),
-    Move(PathBuf, PathBuf),
 }
 
 impl FaultVfs {
@@ -190,7 +169,9 @@ impl FaultVfs {
         };
         let mut names = disk.durable_names.clone();
         disk.rename_some(&mut names, &mut || rng.below(100) < percent);
-        Self::booted(files, names, &disk)
+        let state = Self::booted(files, names, &disk);
+        state.lose_some_dirs(&mut || rng.below(100) < percent);
+        state
     }
 
     /// What the next process finds after this one was killed: everything written, synced or not.
@@ -214,6 +195,7 @@ impl FaultVfs {
                 names: names.clone(),
                 durable_names: names,
                 dirs: old.dirs.clone(),
+                unsynced_dirs: old.unsynced_dirs.clone(),
                 free_space: old.free_space,
                 ..Disk::default()
             })),
@@ -238,122 +220,6 @@ impl FaultVfs {
         let disk = self.disk.lock();
         let file = disk.names.get(path)?;
         Some(disk.files[*file].live.clone())
-    }
-}
-
-impl FileData {
-    fn as_it_is(&self) -> Self {
-        Self {
-            live: self.live.clone(),
-            durable: self.durable.clone(),
-            pending: self.pending.clone(),
-        }
-    }
-
-    fn change(&mut self, change: Change) {
-        change.apply(&mut self.live);
-        self.pending.push(change);
-    }
-
-    fn sync(&mut self) {
-        for change in self.pending.drain(..) {
-            change.apply(&mut self.durable);
-        }
-    }
-
-    fn after_crash(&self, rng: &mut SplitMix) -> Self {
-        let mut bytes = self.durable.clone();
-        let all = &self.pending[..];
-        match rng.below(4) {
-            0 => {}
-            1 => all.iter().for_each(|change| change.apply(&mut bytes)),
-            2 => {
-                // A prefix, the last write torn at any byte.
-                let kept = rng.below(all.len() as u64 + 1) as usize;
-                all[..kept].iter().for_each(|c| c.apply(&mut bytes));
-                if let Some(Change::Write { at, bytes: torn }) = all.get(kept) {
-                    let torn = &torn[..rng.below(torn.len() as u64 + 1) as usize];
-                    write(&mut bytes, *at, torn);
-                }
-            }
-            _ => {
-                // Any sectors of any writes.
-                let percent = 10 + rng.below(85);
-                for change in all {
-                    change.apply_some(&mut bytes, &mut || rng.below(100) < percent);
-                }
-            }
-        }
-        Self {
-            live: bytes.clone(),
-            durable: bytes,
-            pending: Vec::new(),
-        }
-    }
-}
-
-impl Change {
-    /// The length a file has at least after it.
-    fn end(&self) -> usize {
-        match self {
-            Self::Write { at, bytes } => at + bytes.len(),
-            Self::SetLen(len) => *len,
-        }
-    }
-
-    fn apply(&self, to: &mut Vec<u8>) {
-        self.apply_some(to, &mut || true);
-    }
-
-    fn apply_some(&self, to: &mut Vec<u8>, keep: &mut dyn FnMut() -> bool) {
-        match self {
-            Change::SetLen(len) if keep() => to.resize(*len, 0),
-            Change::SetLen(_) => {}
-            Change::Write { at, bytes } => {
-                let mut from = 0;
-                while from < bytes.len() {
-                    let place = at + from;
-                    let size = (SECTOR - place % SECTOR).min(bytes.len() - from);
-                    if keep() {
-                        write(to, place, &bytes[from..from + size]);
-                    }
-                    from += size;
-                }
-            }
-        }
-    }
-}
-
-fn write(to: &mut Vec<u8>, at: usize, bytes: &[u8]) {
-    let end = at + bytes.len();
-    if to.len() < end {
-        to.resize(end, 0);
-    }
-    to[at..end].copy_from_slice(bytes);
-}
-
-impl Renaming {
-    fn apply(&self, names: &mut BTreeMap<PathBuf, usize>) {
-        match self {
-            Self::Add(path, file) => drop(names.insert(path.clone(), *file)),
-            Self::Remove(path) => drop(names.remove(path)),
-            Self::Move(from, to) => {
-                if let Some(file) = names.remove(from) {
-                    names.insert(to.clone(), file);
-                }
-            }
-        }
-    }
-
-    fn names(&self) -> Vec<&Path> {
-        match self {
-            Self::Add(path, _) | Self::Remove(path) => vec![path],
-            Self::Move(from, to) => vec![from, to],
-        }
-    }
-
-    fn is_in(&self, dir: &Path) -> bool {
-        self.names().iter().any(|name| name.parent() == Some(dir))
     }
 }
 
@@ -534,10 +400,13 @@ impl Vfs for FaultVfs {
         Ok(inside.into_iter().collect())
     }
 
-    /// Directories are durable at once; their entries are not.
     fn create_dir_all(&self, dir: &Path) -> io::Result<()> {
-        let ancestors = dir.ancestors().map(Path::to_path_buf);
-        self.disk.lock().dirs.extend(ancestors);
+        let mut disk = self.disk.lock();
+        for dir in dir.ancestors().filter(|dir| dir.parent().is_some()) {
+            if disk.dirs.insert(dir.to_path_buf()) {
+                disk.unsynced_dirs.insert(dir.to_path_buf());
+            }
+        }
         Ok(())
     }
 
@@ -550,6 +419,7 @@ impl Vfs for FaultVfs {
             renaming.apply(&mut disk.durable_names);
         }
         disk.renamings = later;
+        disk.unsynced_dirs.retain(|made| made.parent() != Some(dir));
         Ok(())
     }
 
@@ -561,24 +431,5 @@ impl Vfs for FaultVfs {
         let disk = self.disk.lock();
         let root = path.parent().is_none();
         Ok(root || disk.names.contains_key(path) || disk.dirs.contains(path))
-    }
-}
-
-/// Sebastiano Vigna's SplitMix64: small, and the same everywhere.
-#[derive(Debug)]
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// A number below `bound`, which must not be 0.
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
     }
 }

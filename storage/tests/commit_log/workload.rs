@@ -119,6 +119,11 @@ impl Life {
         self.append(0, 1, 60, Flush::Async)?;
         self.all([Call::Step, Call::Wait(Duration::from_millis(600))])?;
         self.all([Call::Step])?;
+        // Many writes that no fsync keeps in order.
+        for id in [0, 2, 1, 0, 2, 1] {
+            self.append(id, 1, 200, Flush::Async)?;
+            self.all([Call::Step])?;
+        }
         // A group ends, and one of the same number begins.
         self.all([Call::Remove(2), Call::Step])?;
         self.append(2, 2, 25, Flush::Sync)?;

@@ -8,14 +8,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
-use super::{Change, Disk, FaultVfs, FileData, Renaming, SECTOR, SplitMix, write};
+use super::unsynced::{Change, FileData, Renaming, SECTOR, SplitMix, write};
+use super::{Disk, FaultVfs};
 
 /// How far [`FaultVfs::power_cuts`] goes.
 #[derive(Debug, Clone, Copy)]
 pub struct CutLimits {
     /// Up to so many unsynced changes are combined in every way.
     pub combined: usize,
-    /// Combinations drawn by lot when there are more, and of the others for each torn write.
+    /// Combinations drawn by lot when there are more; up to 8 of the others for each torn write.
     pub samples: usize,
     /// Places at which one write may be torn.
     pub tears: usize,
@@ -74,10 +75,27 @@ impl FaultVfs {
     }
 }
 
+impl FaultVfs {
+    /// Takes away unsynced directories with all that is in them; the others are durable.
+    pub(super) fn lose_some_dirs(&self, keep: &mut dyn FnMut() -> bool) {
+        let mut disk = self.disk.lock();
+        let disk = &mut *disk;
+        for lost in std::mem::take(&mut disk.unsynced_dirs) {
+            if keep() {
+                continue;
+            }
+            disk.dirs.retain(|dir| !dir.starts_with(&lost));
+            for names in [&mut disk.names, &mut disk.durable_names] {
+                names.retain(|name, _| !name.starts_with(&lost));
+            }
+        }
+    }
+}
+
 impl Disk {
     fn unsynced(&self) -> usize {
         let files = self.files.iter().map(|file| file.pending.len());
-        files.sum::<usize>() + self.renamings.len()
+        files.sum::<usize>() + self.renamings.len() + self.unsynced_dirs.len()
     }
 
     /// For each unsynced change, in order, what may have become of it between all and nothing.
@@ -90,8 +108,8 @@ impl Disk {
                 tears
             })
         });
-        let names = self.renamings.iter().map(|_| Vec::new());
-        files.chain(names).collect()
+        let names = self.renamings.len() + self.unsynced_dirs.len();
+        files.chain(vec![Vec::new(); names]).collect()
     }
 
     fn cut(&self, fates: &[Fate]) -> FaultVfs {
@@ -100,7 +118,9 @@ impl Disk {
         let files: Vec<FileData> = files.map(|file| file.cut(&mut fates)).collect();
         let mut names = self.durable_names.clone();
         self.rename_some(&mut names, &mut || fates.next() == Some(&Fate::Kept));
-        FaultVfs::booted(files, names, self)
+        let state = FaultVfs::booted(files, names, self);
+        state.lose_some_dirs(&mut || fates.next() == Some(&Fate::Kept));
+        state
     }
 
     /// Changes of different names may survive in any order, those of one name only in theirs.
@@ -195,6 +215,7 @@ fn combinations(tears: &[Vec<Fate>], limits: CutLimits) -> Vec<Vec<Fate>> {
             all.push(in_order);
             let others = CutLimits {
                 combined: limits.combined.min(3),
+                samples: limits.samples.min(8),
                 ..limits
             };
             for mut fates in subsets(count, others, &mut rng) {
