@@ -8,11 +8,13 @@
 //! whole: temporary file, fsync, rename, fsync of the directory.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
+use quorate_storage::vfs::Vfs;
+use quorate_storage::vfs::os::OsVfs;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -40,6 +42,7 @@ struct Contents {
 /// This node's identity and what it knows of the others'. Methods that change it block on fsync.
 #[derive(Debug)]
 pub struct Identity {
+    vfs: Arc<dyn Vfs>,
     dir: PathBuf,
     contents: Mutex<Contents>,
 }
@@ -96,8 +99,19 @@ impl Identity {
     /// Reads the identity in `dir`, or makes one at the first start. Refuses the directory of
     /// another node or cluster.
     pub fn open(dir: &Path, node_id: NodeId, cluster: &str) -> Result<Identity, IdentityError> {
-        fs::create_dir_all(dir).map_err(|source| io_error("create", dir, source))?;
-        let contents = match read(dir)? {
+        Self::open_in(Arc::new(OsVfs), dir, node_id, cluster)
+    }
+
+    /// The same in another file system.
+    pub fn open_in(
+        vfs: Arc<dyn Vfs>,
+        dir: &Path,
+        node_id: NodeId,
+        cluster: &str,
+    ) -> Result<Identity, IdentityError> {
+        vfs.create_dir_all(dir)
+            .map_err(|source| io_error("create", dir, source))?;
+        let contents = match read(&*vfs, dir)? {
             Some(contents) => contents,
             None => {
                 let contents = Contents {
@@ -108,7 +122,7 @@ impl Identity {
                     cluster_id: None,
                     peers: BTreeMap::new(),
                 };
-                write(dir, &contents)?;
+                write(&*vfs, dir, &contents)?;
                 tracing::info!(node_id, uuid = %contents.node_uuid, "new node identity");
                 contents
             }
@@ -130,6 +144,7 @@ impl Identity {
             });
         }
         Ok(Identity {
+            vfs,
             dir: dir.to_owned(),
             contents: Mutex::new(contents),
         })
@@ -198,7 +213,7 @@ impl Identity {
         let mut changed = contents.clone();
         change(&mut changed)?;
         if changed != *contents {
-            write(&self.dir, &changed)?;
+            write(&*self.vfs, &self.dir, &changed)?;
             *contents = changed;
         }
         Ok(())
@@ -229,9 +244,9 @@ fn judge(contents: &Contents, node: NodeId, uuid: Uuid) -> Result<(), RefuseReas
     }
 }
 
-fn read(dir: &Path) -> Result<Option<Contents>, IdentityError> {
+fn read(vfs: &dyn Vfs, dir: &Path) -> Result<Option<Contents>, IdentityError> {
     let path = dir.join(FILE);
-    let bytes = match fs::read(&path) {
+    let bytes = match read_all(vfs, &path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(io_error("read", &path, source)),
@@ -247,19 +262,33 @@ fn read(dir: &Path) -> Result<Option<Contents>, IdentityError> {
     }
 }
 
-fn write(dir: &Path, contents: &Contents) -> Result<(), IdentityError> {
+fn read_all(vfs: &dyn Vfs, path: &Path) -> io::Result<Vec<u8>> {
+    let file = vfs.open(path)?;
+    let mut bytes = vec![0; file.len()? as usize];
+    let read = file.read_at(&mut bytes, 0)?;
+    bytes.truncate(read);
+    Ok(bytes)
+}
+
+fn write(vfs: &dyn Vfs, dir: &Path, contents: &Contents) -> Result<(), IdentityError> {
     let (temporary, path) = (dir.join(TEMPORARY_FILE), dir.join(FILE));
     let mut bytes = serde_json::to_vec_pretty(contents)
         .map_err(|error| io_error("write", &temporary, error.into()))?;
     bytes.push(b'\n');
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(&bytes)?;
+    let write = || {
+        // Left by an attempt that was interrupted.
+        if vfs.exists(&temporary)? {
+            vfs.remove(&temporary)?;
+        }
+        let file = vfs.create(&temporary)?;
+        file.write_all_at(&bytes, 0)?;
         file.sync_all()
-    });
-    written.map_err(|source| io_error("write", &temporary, source))?;
-    fs::rename(&temporary, &path).map_err(|source| io_error("replace", &path, source))?;
-    let synced = File::open(dir).and_then(|dir| dir.sync_all());
-    synced.map_err(|source| io_error("sync", dir, source))
+    };
+    write().map_err(|source| io_error("write", &temporary, source))?;
+    vfs.rename(&temporary, &path)
+        .map_err(|source| io_error("replace", &path, source))?;
+    vfs.sync_dir(dir)
+        .map_err(|source| io_error("sync", dir, source))
 }
 
 fn io_error(action: &'static str, path: &Path, source: io::Error) -> IdentityError {
@@ -272,6 +301,8 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> IdentityErr
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn open(dir: &Path) -> Result<Identity, IdentityError> {

@@ -3,7 +3,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 
 use super::*;
@@ -152,7 +151,7 @@ struct Puppet {
 
 const PUPPET_INCARNATION: u64 = 77;
 
-async fn puppet(mut socket: TcpStream, speaks: Arc<AtomicBool>) {
+async fn puppet(mut socket: Socket, speaks: Arc<AtomicBool>) {
     let mut sink = vec![0; 4096];
     loop {
         match socket.read(&mut sink).await {
