@@ -6,9 +6,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 
 use super::*;
-use crate::link::tests::{
-    DEADLINE, Node, Socket, addr, cluster, config, eventually, listener, within,
-};
+use crate::link::tests::{DEADLINE, Node, addr, cluster, config, eventually, listener, within};
 use crate::link::{LinkConfig, Socket, raw_peer};
 
 /// A link with its detector.
