@@ -8,13 +8,13 @@
 //! whole: temporary file, fsync, rename, fsync of the directory.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::os::OsVfs;
+use quorate_storage::{StorageError, files};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -22,7 +22,6 @@ use crate::NodeId;
 use crate::link::{PeerRegistry, RefuseCode, RefuseReason};
 
 const FILE: &str = "identity.json";
-const TEMPORARY_FILE: &str = "identity.json.tmp";
 /// Of the file's layout.
 const VERSION: u32 = 1;
 
@@ -50,12 +49,8 @@ pub struct Identity {
 /// Why a data directory can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    #[error("can't {action} {}: {source}", path.display())]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    #[error("can't {0}")]
+    Storage(#[from] StorageError),
     #[error(
         "{} is damaged ({reason}): restore it from a backup, or remove the whole data directory \
          and let the node come back under a new id", path.display()
@@ -110,7 +105,7 @@ impl Identity {
         cluster: &str,
     ) -> Result<Identity, IdentityError> {
         vfs.create_dir_all(dir)
-            .map_err(|source| io_error("create", dir, source))?;
+            .map_err(|source| StorageError::io("create", dir, source))?;
         let contents = match read(&*vfs, dir)? {
             Some(contents) => contents,
             None => {
@@ -246,10 +241,8 @@ fn judge(contents: &Contents, node: NodeId, uuid: Uuid) -> Result<(), RefuseReas
 
 fn read(vfs: &dyn Vfs, dir: &Path) -> Result<Option<Contents>, IdentityError> {
     let path = dir.join(FILE);
-    let bytes = match read_all(vfs, &path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(io_error("read", &path, source)),
+    let Some(bytes) = files::read(vfs, &path)? else {
+        return Ok(None);
     };
     let damaged = |error: serde_json::Error| IdentityError::Damaged {
         path: path.clone(),
@@ -262,41 +255,12 @@ fn read(vfs: &dyn Vfs, dir: &Path) -> Result<Option<Contents>, IdentityError> {
     }
 }
 
-fn read_all(vfs: &dyn Vfs, path: &Path) -> io::Result<Vec<u8>> {
-    let file = vfs.open(path)?;
-    let mut bytes = vec![0; file.len()? as usize];
-    let read = file.read_at(&mut bytes, 0)?;
-    bytes.truncate(read);
-    Ok(bytes)
-}
-
 fn write(vfs: &dyn Vfs, dir: &Path, contents: &Contents) -> Result<(), IdentityError> {
-    let (temporary, path) = (dir.join(TEMPORARY_FILE), dir.join(FILE));
+    let path = dir.join(FILE);
     let mut bytes = serde_json::to_vec_pretty(contents)
-        .map_err(|error| io_error("write", &temporary, error.into()))?;
+        .map_err(|error| StorageError::io("write", &path, error.into()))?;
     bytes.push(b'\n');
-    let write = || {
-        // Left by an attempt that was interrupted.
-        if vfs.exists(&temporary)? {
-            vfs.remove(&temporary)?;
-        }
-        let file = vfs.create(&temporary)?;
-        file.write_all_at(&bytes, 0)?;
-        file.sync_all()
-    };
-    write().map_err(|source| io_error("write", &temporary, source))?;
-    vfs.rename(&temporary, &path)
-        .map_err(|source| io_error("replace", &path, source))?;
-    vfs.sync_dir(dir)
-        .map_err(|source| io_error("sync", dir, source))
-}
-
-fn io_error(action: &'static str, path: &Path, source: io::Error) -> IdentityError {
-    IdentityError::Io {
-        action,
-        path: path.to_owned(),
-        source,
-    }
+    Ok(files::replace(vfs, &path, &bytes)?)
 }
 
 #[cfg(test)]
@@ -304,6 +268,8 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    const TEMPORARY_FILE: &str = "identity.json.tmp";
 
     fn open(dir: &Path) -> Result<Identity, IdentityError> {
         Identity::open(dir, 1, "test")

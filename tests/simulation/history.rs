@@ -35,10 +35,6 @@ impl History {
         self.violations.lock().push(what.to_string());
     }
 
-    pub fn violations(&self) -> Vec<String> {
-        self.violations.lock().clone()
-    }
-
     pub fn is_sound(&self) -> bool {
         self.violations.lock().is_empty()
     }

@@ -119,6 +119,13 @@ impl Machine {
         state.excused = false;
     }
 
+    /// The node believes that its disk is damaged. Nothing here damages one.
+    pub fn is_quarantined(&self) -> bool {
+        let vfs = self.state.lock().vfs.clone();
+        vfs.exists(Path::new("/data/quarantine.json"))
+            .unwrap_or(false)
+    }
+
     /// What the next process on this machine stands on.
     pub async fn environment(self: &Arc<Self>) -> io::Result<Environment> {
         let listener = turmoil::net::TcpListener::bind(("0.0.0.0", PORT)).await?;

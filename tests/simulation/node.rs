@@ -12,7 +12,7 @@ use quorate::broker::{Broker, BrokerConfig};
 use quorate::metrics::Metrics;
 use quorate::node::{Node, NodeConfig};
 use quorate_raft::{HostConfig, NodeId, RaftHost};
-use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
+use quorate_storage::commit_log::CommitLogConfig;
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::machine::{Machine, PORT, host_name};
@@ -29,7 +29,6 @@ type Job = Box<dyn FnOnce(Handles) -> BoxFuture<'static, ()> + Send>;
 pub struct Handles {
     pub broker: Arc<Broker>,
     pub host: Arc<RaftHost>,
-    pub log: CommitLog,
 }
 
 #[derive(Debug)]
@@ -161,7 +160,6 @@ impl NodeSlot {
         let handles = Handles {
             broker: node.broker().clone(),
             host: node.host().clone(),
-            log: node.log().clone(),
         };
         let (front, mut jobs) = mpsc::unbounded_channel::<Job>();
         *self.front.lock() = Some(front);

@@ -83,6 +83,11 @@ impl Replicas {
             }
         }
         for slot in nodes {
+            if slot.machine.is_quarantined() {
+                let node = slot.id();
+                self.history
+                    .violation(format_args!("node {node} takes its disk for damaged"));
+            }
             for text in slot.machine.votes.take_broken() {
                 self.history
                     .violation(format!("node {}: {text}", slot.id()));
