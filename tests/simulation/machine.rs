@@ -120,10 +120,15 @@ impl Machine {
     }
 
     /// The node believes that its disk is damaged. Nothing here damages one.
-    pub fn is_quarantined(&self) -> bool {
-        let vfs = self.state.lock().vfs.clone();
-        vfs.exists(Path::new("/data/quarantine.json"))
-            .unwrap_or(false)
+    pub fn quarantine(&self) -> Option<String> {
+        let bytes = self
+            .state
+            .lock()
+            .vfs
+            .bytes(Path::new("/data/quarantine.json"))?;
+        let text = String::from_utf8_lossy(&bytes).into_owned();
+        let is_empty = text.contains("\"whole\": null") && text.contains("\"replicas\": []");
+        (!is_empty).then_some(text)
     }
 
     /// What the next process on this machine stands on.

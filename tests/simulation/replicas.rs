@@ -83,10 +83,11 @@ impl Replicas {
             }
         }
         for slot in nodes {
-            if slot.machine.is_quarantined() {
+            if let Some(quarantine) = slot.machine.quarantine() {
                 let node = slot.id();
-                self.history
-                    .violation(format_args!("node {node} takes its disk for damaged"));
+                self.history.violation(format_args!(
+                    "node {node} takes its disk for damaged: {quarantine}"
+                ));
             }
             for text in slot.machine.votes.take_broken() {
                 self.history
