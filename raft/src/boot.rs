@@ -14,6 +14,16 @@ use quorate_storage::{StorageError, files};
 const SUSPECT: &str = "suspect";
 const FILE: &str = "run";
 
+/// The kernel's name for the present boot of this machine.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn this_boot() -> Result<String, StorageError> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let id = std::fs::read_to_string(path).map_err(|e| StorageError::io("read", path, e))?;
+    Ok(id.trim().to_owned())
+}
+
 /// The mark of the run that is under way. Without [`Run::end`], it counts as crashed.
 #[derive(Debug)]
 pub struct Run {
@@ -25,19 +35,11 @@ pub struct Run {
 }
 
 impl Run {
-    /// Begins a run under the machine's present boot.
+    /// Begins a run under the machine's present boot, see [`this_boot`].
     ///
     /// # Errors
     /// When the mark cannot be read or written.
-    pub fn begin(vfs: Arc<dyn Vfs>, dir: &Path) -> Result<Self, StorageError> {
-        let path = Path::new("/proc/sys/kernel/random/boot_id");
-        let boot_id =
-            std::fs::read_to_string(path).map_err(|e| StorageError::io("read", path, e))?;
-        Self::begin_as(vfs, dir, boot_id.trim())
-    }
-
-    /// The same with a boot id from elsewhere.
-    pub fn begin_as(vfs: Arc<dyn Vfs>, dir: &Path, boot_id: &str) -> Result<Self, StorageError> {
+    pub fn begin(vfs: Arc<dyn Vfs>, dir: &Path, boot_id: &str) -> Result<Self, StorageError> {
         let path = dir.join(FILE);
         let previous = files::read(&*vfs, &path)?;
         let previous = previous.map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
@@ -94,7 +96,7 @@ mod tests {
     use quorate_storage::vfs::os::OsVfs;
 
     fn begin(dir: &Path, boot: &str) -> Run {
-        Run::begin_as(Arc::new(OsVfs), dir, boot).unwrap()
+        Run::begin(Arc::new(OsVfs), dir, boot).unwrap()
     }
 
     #[test]

@@ -12,7 +12,6 @@ use quorate_storage::RaftGroupId;
 use quorate_storage::commit_log::{CommitLog, Flush};
 use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::snapshot::SnapshotStore;
-use tokio::net::TcpListener;
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -21,7 +20,7 @@ use crate::elections;
 use crate::error::{CallError, OpenGroupError};
 use crate::group::{Group, Raft};
 use crate::identity::Identity;
-use crate::link::{LinkConfig, LinkHandler, LinkStream, LinkTable};
+use crate::link::{LinkConfig, LinkHandler, LinkStream, LinkTable, Network};
 use crate::liveness::{Liveness, PeerState};
 use crate::log_store::{LogStore, completion};
 use crate::machine::Machine;
@@ -182,7 +181,7 @@ impl RaftHost {
     pub async fn start(
         config: HostConfig,
         storage: HostStorage,
-        listener: TcpListener,
+        network: impl Into<Network>,
         service: Arc<dyn PeerService>,
     ) -> Result<Arc<RaftHost>, OpenGroupError> {
         let table = Arc::new(GroupTable::default());
@@ -202,7 +201,7 @@ impl RaftHost {
         link_config
             .validate()
             .map_err(|e| OpenGroupError::Raft(e.to_string()))?;
-        let link = LinkTable::start(link_config, listener, handler);
+        let link = LinkTable::start(link_config, network, handler);
         let liveness = Liveness::start(link.clone());
         let (events, _) = broadcast::channel(4096);
         let host = Arc::new(RaftHost {

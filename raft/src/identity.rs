@@ -8,11 +8,13 @@
 //! whole: temporary file, fsync, rename, fsync of the directory.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
+use quorate_storage::vfs::Vfs;
+use quorate_storage::vfs::os::OsVfs;
+use quorate_storage::{StorageError, files};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -20,7 +22,6 @@ use crate::NodeId;
 use crate::link::{PeerRegistry, RefuseCode, RefuseReason};
 
 const FILE: &str = "identity.json";
-const TEMPORARY_FILE: &str = "identity.json.tmp";
 /// Of the file's layout.
 const VERSION: u32 = 1;
 
@@ -40,6 +41,7 @@ struct Contents {
 /// This node's identity and what it knows of the others'. Methods that change it block on fsync.
 #[derive(Debug)]
 pub struct Identity {
+    vfs: Arc<dyn Vfs>,
     dir: PathBuf,
     contents: Mutex<Contents>,
 }
@@ -47,12 +49,8 @@ pub struct Identity {
 /// Why a data directory can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
-    #[error("can't {action} {}: {source}", path.display())]
-    Io {
-        action: &'static str,
-        path: PathBuf,
-        source: io::Error,
-    },
+    #[error("can't {0}")]
+    Storage(#[from] StorageError),
     #[error(
         "{} is damaged ({reason}): restore it from a backup, or remove the whole data directory \
          and let the node come back under a new id", path.display()
@@ -96,8 +94,19 @@ impl Identity {
     /// Reads the identity in `dir`, or makes one at the first start. Refuses the directory of
     /// another node or cluster.
     pub fn open(dir: &Path, node_id: NodeId, cluster: &str) -> Result<Identity, IdentityError> {
-        fs::create_dir_all(dir).map_err(|source| io_error("create", dir, source))?;
-        let contents = match read(dir)? {
+        Self::open_in(Arc::new(OsVfs), dir, node_id, cluster)
+    }
+
+    /// The same in another file system.
+    pub fn open_in(
+        vfs: Arc<dyn Vfs>,
+        dir: &Path,
+        node_id: NodeId,
+        cluster: &str,
+    ) -> Result<Identity, IdentityError> {
+        vfs.create_dir_all(dir)
+            .map_err(|source| StorageError::io("create", dir, source))?;
+        let contents = match read(&*vfs, dir)? {
             Some(contents) => contents,
             None => {
                 let contents = Contents {
@@ -108,7 +117,7 @@ impl Identity {
                     cluster_id: None,
                     peers: BTreeMap::new(),
                 };
-                write(dir, &contents)?;
+                write(&*vfs, dir, &contents)?;
                 tracing::info!(node_id, uuid = %contents.node_uuid, "new node identity");
                 contents
             }
@@ -130,6 +139,7 @@ impl Identity {
             });
         }
         Ok(Identity {
+            vfs,
             dir: dir.to_owned(),
             contents: Mutex::new(contents),
         })
@@ -198,7 +208,7 @@ impl Identity {
         let mut changed = contents.clone();
         change(&mut changed)?;
         if changed != *contents {
-            write(&self.dir, &changed)?;
+            write(&*self.vfs, &self.dir, &changed)?;
             *contents = changed;
         }
         Ok(())
@@ -229,12 +239,10 @@ fn judge(contents: &Contents, node: NodeId, uuid: Uuid) -> Result<(), RefuseReas
     }
 }
 
-fn read(dir: &Path) -> Result<Option<Contents>, IdentityError> {
+fn read(vfs: &dyn Vfs, dir: &Path) -> Result<Option<Contents>, IdentityError> {
     let path = dir.join(FILE);
-    let bytes = match fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(source) => return Err(io_error("read", &path, source)),
+    let Some(bytes) = files::read(vfs, &path)? else {
+        return Ok(None);
     };
     let damaged = |error: serde_json::Error| IdentityError::Damaged {
         path: path.clone(),
@@ -247,32 +255,21 @@ fn read(dir: &Path) -> Result<Option<Contents>, IdentityError> {
     }
 }
 
-fn write(dir: &Path, contents: &Contents) -> Result<(), IdentityError> {
-    let (temporary, path) = (dir.join(TEMPORARY_FILE), dir.join(FILE));
+fn write(vfs: &dyn Vfs, dir: &Path, contents: &Contents) -> Result<(), IdentityError> {
+    let path = dir.join(FILE);
     let mut bytes = serde_json::to_vec_pretty(contents)
-        .map_err(|error| io_error("write", &temporary, error.into()))?;
+        .map_err(|error| StorageError::io("write", &path, error.into()))?;
     bytes.push(b'\n');
-    let written = File::create(&temporary).and_then(|mut file| {
-        file.write_all(&bytes)?;
-        file.sync_all()
-    });
-    written.map_err(|source| io_error("write", &temporary, source))?;
-    fs::rename(&temporary, &path).map_err(|source| io_error("replace", &path, source))?;
-    let synced = File::open(dir).and_then(|dir| dir.sync_all());
-    synced.map_err(|source| io_error("sync", dir, source))
-}
-
-fn io_error(action: &'static str, path: &Path, source: io::Error) -> IdentityError {
-    IdentityError::Io {
-        action,
-        path: path.to_owned(),
-        source,
-    }
+    Ok(files::replace(vfs, &path, &bytes)?)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+
+    const TEMPORARY_FILE: &str = "identity.json.tmp";
 
     fn open(dir: &Path) -> Result<Identity, IdentityError> {
         Identity::open(dir, 1, "test")

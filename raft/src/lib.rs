@@ -8,6 +8,7 @@
 //! pair of nodes, not once per group, and the host starts every election (`elections`).
 #![forbid(unsafe_code)]
 
+pub mod blocking;
 mod boot;
 mod config;
 #[cfg(test)]
@@ -28,7 +29,7 @@ mod tail_guard;
 mod types;
 mod wire;
 
-pub use boot::Run;
+pub use boot::{Run, this_boot};
 pub use config::{GroupSpec, HostConfig, LogRetention, Replica};
 pub use error::{CallError, OpenGroupError, ProposeError, ReadError};
 pub use group::{Group, GroupMetrics, Settled};

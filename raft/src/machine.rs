@@ -16,9 +16,9 @@ use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
 use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::snapshot::{SnapshotHeader, SnapshotKind, SnapshotStore};
 use quorate_storage::{LogId, RaftGroupId, StorageError};
-use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::sync::watch;
 
+use crate::blocking;
 use crate::config::{GroupSpec, LogRetention};
 use crate::state_machine::StateMachine;
 use crate::types::{
@@ -179,14 +179,6 @@ impl Machine {
     }
 }
 
-/// Runs what waits for the disk without holding up the other tasks of this thread, pings among them.
-fn without_blocking_others<T>(work: impl FnOnce() -> T) -> T {
-    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
-        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
-        _ => work(),
-    }
-}
-
 impl RaftStateMachine<TypeConfig> for Machine {
     type SnapshotData = Bytes;
     type SnapshotBuilder = Builder;
@@ -224,7 +216,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             }
             if self.retention == LogRetention::Messages
                 && self.is_checkpoint(log_id.index)
-                && let Err(error) = without_blocking_others(|| self.write_checkpoint(log_id))
+                && let Err(error) = blocking::in_place(|| self.write_checkpoint(log_id))
             {
                 // The log has everything: a restart applies more of it.
                 tracing::error!(group = %self.group, at = %log_id, %error, "no checkpoint written");
@@ -239,7 +231,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_snapshot_builder(&mut self) -> Builder {
-        let result = without_blocking_others(|| self.build());
+        let result = blocking::in_place(|| self.build());
         Builder(Some(result))
     }
 

@@ -176,7 +176,7 @@ impl Broker {
         } else {
             let queue = queue.clone();
             let far = move || collect(&queue, start, max_messages, max_bytes);
-            let joined = tokio::task::spawn_blocking(far).await;
+            let joined = quorate_raft::blocking::on_pool(far).await;
             joined.map_err(|e| BrokerError::Internal(e.to_string()))?
         };
         let batches = batches.map_err(|error| unreadable(queue, error))?;

@@ -2,11 +2,12 @@
 //!
 //! The node follows the catalog: see `replicas`. Damage is made good with the others' help: see `mend`.
 
+mod environment;
 mod mend;
 mod quarantine;
 mod replicas;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,15 +20,13 @@ use quorate_raft::{
 use quorate_storage::StorageError;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::derived::DerivedStore;
-use quorate_storage::files;
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
-use quorate_storage::vfs::os::OsVfs;
-use rustix::fs::{FlockOperation, flock};
 use tokio::net::TcpListener;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+pub use self::environment::Environment;
 use self::mend::Mender;
 use self::quarantine::Quarantine;
 use self::replicas::Replicas;
@@ -40,8 +39,6 @@ use crate::peer::BrokerService;
 
 /// Between two attempts to be entered in the catalog.
 const RETRY: Duration = Duration::from_millis(50);
-/// Between two looks for segments that nothing needs any more.
-const CLEAN_EVERY: Duration = Duration::from_secs(30);
 /// Between two looks at replicas that a machine's crash made suspect.
 const SETTLE_EVERY: Duration = Duration::from_secs(1);
 /// The catalog and the coordinators are small: their logs are cut often.
@@ -74,7 +71,7 @@ pub struct Node {
     run: Arc<Run>,
     stop: CancellationToken,
     fatal: mpsc::UnboundedReceiver<String>,
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl Node {
@@ -87,22 +84,30 @@ impl Node {
         peers: TcpListener,
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
-        let dir = &config.data_dir;
-        // One that is there may lie in a directory that this user must not open to sync it.
-        if !dir.is_dir() {
-            files::create_dirs(&OsVfs, dir)
-                .with_context(|| format!("cannot create the data directory {}", dir.display()))?;
-        }
-        let lock = lock_directory(dir)?;
-        let vfs: Arc<dyn Vfs> = Arc::new(OsVfs);
-        let run = Arc::new(Run::begin(vfs.clone(), dir)?);
-        let identity = Arc::new(Identity::open(dir, config.node_id, &config.cluster_name)?);
+        let environment = Environment::of_this_machine(&config.data_dir, peers)?;
+        Self::start_in(environment, config, metrics).await
+    }
+
+    /// The same on a machine of the caller's choice.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub async fn start_in(
+        environment: Environment,
+        config: NodeConfig,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self> {
+        let (dir, vfs) = (&config.data_dir, environment.vfs.clone());
+        vfs.create_dir_all(dir)?;
+        let run = Arc::new(Run::begin(vfs.clone(), dir, &environment.boot_id)?);
+        let (node, cluster) = (config.node_id, &config.cluster_name);
+        let identity = Arc::new(Identity::open_in(vfs.clone(), dir, node, cluster)?);
         let quarantine = Quarantine::open(vfs.clone(), dir, config.node_id)?;
         let quarantine = Arc::new(quarantine);
-        let log = open_log(&config, &vfs, &identity, &quarantine)?;
+        let log = open_log(&config, &environment, &identity, &quarantine)?;
         tracing::info!(recovery = ?log.recovery(), "commit log recovered");
         let snapshots = Arc::new(SnapshotStore::open(vfs.clone(), &dir.join("snapshots"))?);
-        let derived = DerivedStore::open(&dir.join("derived"))?;
+        let derived = DerivedStore::open(&environment.derived_dir)?;
         let (fatal_tx, fatal) = mpsc::unbounded_channel();
         let (damage_tx, damage) = mpsc::unbounded_channel();
         log.on_damage(Box::new({
@@ -125,7 +130,8 @@ impl Node {
             snapshots,
             identity: identity.clone(),
         };
-        let host = RaftHost::start(host_config, storage, peers, service.clone()).await?;
+        let network = environment.network;
+        let host = RaftHost::start(host_config, storage, network, service.clone()).await?;
         let (published, catalog) = watch::channel(Arc::new(CatalogState::default()));
         open_catalog(&config, &host, &quarantine, &published).await?;
         let locals = Arc::new(LocalGroups::default());
@@ -168,7 +174,9 @@ impl Node {
         tokio::spawn(replicas.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
         let register = register(config, broker.clone(), identity, catalog, fatal_tx);
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));
-        tokio::spawn(clean(log.clone(), stop.clone()));
+        if let Some(pause) = environment.clean_every {
+            tokio::spawn(clean(log.clone(), pause, stop.clone()));
+        }
         let (broker_here, stopped) = (broker.clone(), stop.clone());
         tokio::spawn(stopped.run_until_cancelled_owned(async move {
             broker_here.announce_lost_tails().await;
@@ -182,7 +190,7 @@ impl Node {
             run,
             stop,
             fatal,
-            _lock: lock,
+            _lock: environment.lock,
         })
     }
 
@@ -219,18 +227,19 @@ impl Node {
 /// Recovers the log. A damaged one is given up where others can fill this node again.
 fn open_log(
     config: &NodeConfig,
-    vfs: &Arc<dyn Vfs>,
+    environment: &Environment,
     identity: &Identity,
     quarantine: &Quarantine,
 ) -> Result<CommitLog> {
     let dir = config.data_dir.join("log");
     if !quarantine.gave_up_log() {
-        refuse_lost_log(identity, &dir)?;
+        refuse_lost_log(identity, &*environment.vfs, &dir)?;
     }
-    match CommitLog::open(vfs.clone(), &dir, config.log.clone()) {
+    let open = || (environment.open_log)(environment.vfs.clone(), &dir, config.log.clone());
+    match open() {
         Err(damage @ StorageError::Damaged { .. }) if config.nodes.len() > 2 => {
             quarantine.give_up_log(damage.to_string())?;
-            Ok(CommitLog::open(vfs.clone(), &dir, config.log.clone())?)
+            Ok(open()?)
         }
         opened => Ok(opened?),
     }
@@ -266,22 +275,9 @@ async fn open_catalog(
     }
 }
 
-/// Two processes on one directory would destroy it.
-fn lock_directory(dir: &Path) -> Result<File> {
-    let path = dir.join("lock");
-    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
-    if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
-        bail!(
-            "the data directory {} is in use by another process; stop it, or give this node a directory of its own",
-            dir.display()
-        );
-    }
-    Ok(file)
-}
-
 /// A node that belongs to a cluster and has forgotten its votes and entries would break promises.
-fn refuse_lost_log(identity: &Identity, log_dir: &Path) -> Result<()> {
-    let is_empty = fs::read_dir(log_dir).map_or(true, |mut files| files.next().is_none());
+fn refuse_lost_log(identity: &Identity, vfs: &dyn Vfs, log_dir: &Path) -> Result<()> {
+    let is_empty = vfs.list(log_dir).map_or(true, |files| files.is_empty());
     if identity.cluster_id().is_some() && is_empty {
         bail!(
             "{} is missing or empty, but this node has been part of a cluster: mount or restore it, or let the node come back with an empty data directory under a new node id",
@@ -329,15 +325,15 @@ async fn settle_tails(run: Arc<Run>, broker: Arc<Broker>) {
     }
 }
 
-async fn clean(log: CommitLog, stop: CancellationToken) {
-    let mut ticks = tokio::time::interval(CLEAN_EVERY);
+async fn clean(log: CommitLog, pause: Duration, stop: CancellationToken) {
+    let mut ticks = tokio::time::interval(pause);
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             _ = ticks.tick() => {}
         }
         let log = log.clone();
-        match tokio::task::spawn_blocking(move || log.clean()).await {
+        match quorate_raft::blocking::on_pool(move || log.clean()).await {
             Ok(Ok(report)) => tracing::debug!(?report, "commit log cleaned"),
             Ok(Err(error)) => tracing::warn!(%error, "cleaning the commit log failed"),
             Err(_) => return,

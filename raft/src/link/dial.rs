@@ -8,13 +8,13 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::error::DisconnectReason;
 use super::hello::{self, Accepted, HandshakeError};
 use super::peer::{Peer, Shared};
+use super::transport::{Listener, Socket};
 
 /// Between two attempts however often the peer knocks.
 const ATTEMPT_PAUSE: Duration = Duration::from_millis(20);
@@ -64,7 +64,7 @@ async fn connect_forever(shared: &Arc<Shared>, peer: &Arc<Peer>) {
 /// One attempt to connect. True when another soon makes no sense: one side refused the other.
 async fn attempt(shared: &Arc<Shared>, peer: &Arc<Peer>, we_dial: bool) -> bool {
     let (config, node) = (&shared.config, peer.node);
-    let connected = timeout(config.connect_timeout, TcpStream::connect(peer.addr())).await;
+    let connected = timeout(config.connect_timeout, shared.dialer.connect(peer.addr())).await;
     let mut socket = match connected {
         Ok(Ok(socket)) => socket,
         Ok(Err(error)) => {
@@ -85,7 +85,6 @@ async fn attempt(shared: &Arc<Shared>, peer: &Arc<Peer>, we_dial: bool) -> bool 
         shared.attempt_failed(peer, false);
         return false;
     }
-    let _ = socket.set_nodelay(true);
     let shaken = timeout(
         config.handshake_timeout,
         hello::dial(&mut socket, &ours, &config.registry),
@@ -127,7 +126,7 @@ fn handshake_failed(shared: &Shared, peer: &Peer, error: HandshakeError) -> bool
 }
 
 /// Accepts connections until the link stops. Strangers are bounded in number, bytes and time.
-pub(crate) async fn accept_peers(shared: Arc<Shared>, listener: TcpListener) {
+pub(crate) async fn accept_peers(shared: Arc<Shared>, mut listener: Box<dyn Listener>) {
     let places = Arc::new(Semaphore::new(shared.config.max_handshakes));
     loop {
         let accepted = tokio::select! {
@@ -135,7 +134,7 @@ pub(crate) async fn accept_peers(shared: Arc<Shared>, listener: TcpListener) {
             accepted = listener.accept() => accepted,
         };
         let socket = match accepted {
-            Ok((socket, _)) => socket,
+            Ok(socket) => socket,
             Err(error) => {
                 tracing::warn!(%error, "can't accept a connection");
                 sleep(ACCEPT_PAUSE).await;
@@ -159,9 +158,8 @@ pub(crate) async fn accept_peers(shared: Arc<Shared>, listener: TcpListener) {
     }
 }
 
-async fn greet(shared: &Arc<Shared>, mut socket: TcpStream) {
+async fn greet(shared: &Arc<Shared>, mut socket: Socket) {
     let config = &shared.config;
-    let _ = socket.set_nodelay(true);
     let shaken = hello::accept(
         &mut socket,
         |node| shared.greeting_to(node),

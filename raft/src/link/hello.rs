@@ -20,12 +20,12 @@ use std::{io, sync::Arc};
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use uuid::Uuid;
 
+use super::transport::Socket;
 use super::wire::{self, Frame, Header, Kind, WireError};
 use super::{LinkConfig, PeerRegistry, RefuseCode, RefuseReason};
-use crate::NodeId;
+use crate::{NodeId, blocking};
 
 const MAGIC: &[u8; 8] = b"QUORLINK";
 const PROTOCOL_VERSION: u16 = 1;
@@ -152,7 +152,7 @@ pub(crate) enum Accepted {
 
 /// The dialing side. Returns the peer's greeting and what it had sent behind its handshake.
 pub(crate) async fn dial(
-    socket: &mut TcpStream,
+    socket: &mut Socket,
     ours: &Greeting,
     registry: &Arc<dyn PeerRegistry>,
 ) -> Result<(Greeting, BytesMut), HandshakeError> {
@@ -173,7 +173,7 @@ pub(crate) async fn dial(
 
 /// The accepting side. `is_peer` tells the configured peers.
 pub(crate) async fn accept(
-    socket: &mut TcpStream,
+    socket: &mut Socket,
     ours_to: impl Fn(NodeId) -> Greeting,
     is_peer: impl Fn(NodeId) -> bool,
     registry: &Arc<dyn PeerRegistry>,
@@ -206,7 +206,7 @@ pub(crate) async fn accept(
 }
 
 /// Tells a node that dials us that we are here. Its only answer is to dial.
-pub(crate) async fn knock(socket: &mut TcpStream, ours: &Greeting) -> io::Result<()> {
+pub(crate) async fn knock(socket: &mut Socket, ours: &Greeting) -> io::Result<()> {
     send(socket, Kind::Knock, ours.encode()).await?;
     socket.shutdown().await
 }
@@ -267,7 +267,7 @@ async fn on_blocking_pool(
     work: impl FnOnce(&dyn PeerRegistry) -> Result<(), RefuseReason> + Send + 'static,
 ) -> Result<(), HandshakeError> {
     let registry = registry.clone();
-    match tokio::task::spawn_blocking(move || work(&*registry)).await {
+    match blocking::on_pool(move || work(&*registry)).await {
         Ok(judged) => judged.map_err(HandshakeError::Refused),
         Err(_) => Err(HandshakeError::Refused(RefuseReason::new(
             RefuseCode::Internal,
@@ -278,7 +278,7 @@ async fn on_blocking_pool(
 
 /// Tells the peer when the reason to fail is one it should hear.
 async fn refuse_if_err<T>(
-    socket: &mut TcpStream,
+    socket: &mut Socket,
     result: Result<T, HandshakeError>,
 ) -> Result<T, HandshakeError> {
     if let Err(HandshakeError::Refused(reason)) = &result {
@@ -302,14 +302,14 @@ fn refused_by_peer(node: NodeId, body: &[u8]) -> HandshakeError {
     }
 }
 
-async fn send(socket: &mut TcpStream, kind: Kind, body: Bytes) -> io::Result<()> {
+async fn send(socket: &mut Socket, kind: Kind, body: Bytes) -> io::Result<()> {
     let mut bytes = BytesMut::with_capacity(wire::HEADER_BYTES + body.len());
     wire::encode_header(&Header::of(kind), std::slice::from_ref(&body), &mut bytes);
     bytes.put_slice(&body);
     socket.write_all(&bytes).await
 }
 
-async fn receive(socket: &mut TcpStream, buffer: &mut BytesMut) -> Result<Frame, HandshakeError> {
+async fn receive(socket: &mut Socket, buffer: &mut BytesMut) -> Result<Frame, HandshakeError> {
     loop {
         if let Some(frame) = wire::decode(buffer, FRAME_BYTES_MAX)? {
             return Ok(frame);

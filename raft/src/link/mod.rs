@@ -23,6 +23,7 @@
 //! | `stream` | ordered streams and their windows |
 //! | `table`, `peer` | all peers, and one peer's slot with its events |
 //! | `dial` | making and accepting connections |
+//! | `transport` | the sockets, real or simulated |
 
 mod config;
 mod connection;
@@ -38,6 +39,7 @@ mod stream;
 mod table;
 #[cfg(test)]
 pub(crate) mod tests;
+mod transport;
 mod wire;
 mod writer;
 
@@ -56,6 +58,7 @@ pub use error::{
 };
 pub use stream::LinkStream;
 pub use table::LinkTable;
+pub use transport::{Dialer, Listener, Network, Socket};
 
 /// Call classes from here on belong to this crate's own parts; see [`LinkTable::answer_class`].
 pub const RESERVED_CLASSES: u8 = 240;

@@ -11,7 +11,6 @@ use std::time::Instant;
 
 use bytes::BytesMut;
 use parking_lot::{Mutex, RwLock};
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,6 +20,7 @@ use super::connection::Connection;
 use super::error::{DisconnectReason, RefuseReason};
 use super::hello::Greeting;
 use super::reader::{self, Services};
+use super::transport::{Dialer, Socket};
 use super::{LinkConfig, LinkHandler, LinkStats, PeerEvent, PeerStats, PeerView, writer};
 use crate::NodeId;
 
@@ -33,6 +33,7 @@ pub(crate) struct Shared {
     pub(super) cluster_id: Mutex<Option<Uuid>>,
     pub(super) epoch: Instant,
     pub(super) services: Arc<Services>,
+    pub(super) dialer: Box<dyn Dialer>,
     pub(super) peers: RwLock<BTreeMap<NodeId, Arc<Peer>>>,
     pub(super) events: broadcast::Sender<PeerEvent>,
     /// Has every event since the start; goes to the first who asks.
@@ -127,7 +128,11 @@ impl Peer {
 }
 
 impl Shared {
-    pub(crate) fn new(config: LinkConfig, handler: Arc<dyn LinkHandler>) -> Shared {
+    pub(crate) fn new(
+        config: LinkConfig,
+        dialer: Box<dyn Dialer>,
+        handler: Arc<dyn LinkHandler>,
+    ) -> Shared {
         let (events, first_events) = broadcast::channel(EVENTS_MAX);
         Shared {
             cluster_id: Mutex::new(config.cluster_id),
@@ -136,6 +141,7 @@ impl Shared {
                 handler,
                 responders: RwLock::default(),
             }),
+            dialer,
             peers: RwLock::default(),
             events,
             first_events: Mutex::new(Some(first_events)),
@@ -182,7 +188,7 @@ impl Shared {
         self: &Arc<Self>,
         peer: &Arc<Peer>,
         greeting: Greeting,
-        socket: TcpStream,
+        socket: Socket,
         buffer: BytesMut,
     ) {
         let (connection, urgent, ordinary) =

@@ -5,12 +5,13 @@ use tokio::net::TcpStream;
 
 use super::hello::{self, Greeting};
 use super::tests::config;
+use super::transport::Socket;
 use super::wire::{self, Header, Kind};
 use crate::NodeId;
 
 /// Connects to `at`, which is node `to`, and shakes hands as node `from`.
-pub(crate) async fn greet(at: &str, from: NodeId, incarnation: u64, to: NodeId) -> TcpStream {
-    let mut raw = TcpStream::connect(at).await.expect("listening");
+pub(crate) async fn greet(at: &str, from: NodeId, incarnation: u64, to: NodeId) -> Socket {
+    let mut raw = Socket::from(TcpStream::connect(at).await.expect("listening"));
     let mut config = config(from, vec![]);
     config.incarnation = incarnation;
     let ours = Greeting::new(&config, None, to);

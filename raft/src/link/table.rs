@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::net::TcpListener;
 use tokio::sync::{broadcast, watch};
 use uuid::Uuid;
 
@@ -12,6 +11,7 @@ use super::connection::Connection;
 use super::error::{CallError, DisconnectReason, RefuseReason};
 use super::peer::{Peer, Shared};
 use super::stream::LinkStream;
+use super::transport::Network;
 use super::wire::Body;
 use super::{LinkConfig, LinkHandler, LinkStats, PeerEvent, PeerView, RESERVED_CLASSES, dial};
 use crate::NodeId;
@@ -27,11 +27,12 @@ impl LinkTable {
     /// [validated](LinkConfig::validate).
     pub fn start(
         config: LinkConfig,
-        listener: TcpListener,
+        network: impl Into<Network>,
         handler: Arc<dyn LinkHandler>,
     ) -> Arc<LinkTable> {
         debug_assert_eq!(config.validate(), Ok(()));
-        let shared = Arc::new(Shared::new(config, handler));
+        let Network { listener, dialer } = network.into();
+        let shared = Arc::new(Shared::new(config, dialer, handler));
         let table = LinkTable { shared };
         for (node, addr) in table.shared.config.peers.clone() {
             table.add_peer(node, addr);

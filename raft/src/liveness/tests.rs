@@ -3,12 +3,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 
 use super::*;
 use crate::link::tests::{DEADLINE, Node, addr, cluster, config, eventually, listener, within};
-use crate::link::{LinkConfig, raw_peer};
+use crate::link::{LinkConfig, Socket, raw_peer};
 
 /// A link with its detector.
 struct Watched {
@@ -152,7 +151,7 @@ struct Puppet {
 
 const PUPPET_INCARNATION: u64 = 77;
 
-async fn puppet(mut socket: TcpStream, speaks: Arc<AtomicBool>) {
+async fn puppet(mut socket: Socket, speaks: Arc<AtomicBool>) {
     let mut sink = vec![0; 4096];
     loop {
         match socket.read(&mut sink).await {

@@ -11,7 +11,7 @@ use crate::link::wire::{Header, Kind};
 struct Stage {
     two: Node,
     three: Node,
-    raw: TcpStream,
+    raw: Socket,
 }
 
 async fn stage(change: impl Fn(&mut LinkConfig)) -> (Stage, String) {
