@@ -1,4 +1,4 @@
-//! `quorate verify`: reads every replica and proves what was acknowledged against it.
+//! With `--acked`: reads every replica and proves what was acknowledged against it.
 //!
 //! Each node is asked for its own replica (`consistency=stale`), so no node can answer for
 //! another. Proved are: every acknowledged message lies at its acknowledged offset with its value
@@ -16,29 +16,34 @@ use std::time::Duration;
 use clap::Args;
 use tokio::time::Instant;
 
-use super::client::{Client, Request};
-use super::error::CliError;
-use super::out::{Output, count};
-use super::wire::{Acked, FetchAnswer, Topic};
+use super::super::client::{Client, Request};
+use super::super::error::CliError;
+use super::super::out::{Output, count};
+use super::super::wire::{Acked, FetchAnswer, Topic};
 use judge::{Findings, QueueAcks, ReplicaLog, judge_queue};
 
 const RETRY_AFTER: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
-pub struct VerifyCommand {
+pub struct AckedArgs {
     /// Acknowledgements as `quorate produce --acked` writes them; may be repeated.
-    #[arg(long, value_name = "FILE", required = true)]
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "duration",
+        conflicts_with = "duration"
+    )]
     acked: Vec<PathBuf>,
     /// Also refuse values that are stored twice: for producers that number their messages and
     /// never send the same value again.
-    #[arg(long)]
+    #[arg(long, requires = "acked")]
     unique_values: bool,
     /// How long replicas may take to catch up.
     #[arg(long, value_name = "MS", default_value_t = 60_000)]
     wait_ms: u64,
 }
 
-pub async fn run(client: &Client, out: Output, command: VerifyCommand) -> Result<(), CliError> {
+pub async fn run(client: &Client, out: Output, command: AckedArgs) -> Result<(), CliError> {
     let acks = read_acks(&command.acked)?;
     let deadline = Instant::now() + Duration::from_millis(command.wait_ms);
     let nodes = nodes(client).await?;
@@ -105,7 +110,7 @@ fn parse_ack(path: &Path, line: usize, text: &str) -> Result<Acked, CliError> {
 /// One client for each node, so that each answers for itself.
 async fn nodes(client: &Client) -> Result<BTreeMap<u64, Client>, CliError> {
     let cluster = client.cluster().await?;
-    let only = |node: &super::wire::Node| Ok((node.id, client.only(&node.url)?));
+    let only = |node: &super::super::wire::Node| Ok((node.id, client.only(&node.url)?));
     cluster.nodes.iter().map(only).collect()
 }
 
