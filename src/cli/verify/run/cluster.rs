@@ -191,8 +191,9 @@ fn configuration(
     let Ports { peer, http } = ports[id as usize - 1];
     // Small segments and checkpoints soon: more of their edges in the same time.
     text.push_str(&format!(
-        "]\n\n[http]\nlisten = \"127.0.0.1:{http}\"\n\n[peer]\nlisten = \"127.0.0.1:{peer}\"\n\n\
-         [log]\nsegment_bytes = 8388608\nreserve_bytes = 67108864\n\n[raft]\ncheckpoint_every = 500\n"
+        "]\n\n[http]\nlisten = \"127.0.0.1:{http}\"\nmax_request_bytes = 1048576\n\n[peer]\nlisten = \"127.0.0.1:{peer}\"\n\n\
+         [log]\nsegment_bytes = 4194304\nreserve_bytes = 67108864\n\n\
+         [limits]\nmax_message_bytes = 65536\n\n[raft]\ncheckpoint_every = 500\n"
     ));
     text
 }

@@ -180,7 +180,12 @@ async fn on_own(out: Output, plan: &Plan) -> Result<(), CliError> {
 
 async fn create_topics(client: &Client, stage: &Stage, plan: &Plan) -> Result<(), CliError> {
     for topic in &stage.topics {
-        let body = json!({"name": topic, "queues": plan.queues, "replicas": plan.replicas()});
+        let body = json!({
+            "name": topic,
+            "queues": plan.queues,
+            "replicas": plan.replicas(),
+            "max_message_bytes": 65536,
+        });
         let request = Request::new(Method::POST, &["v1", "topics"], Repeat::Always);
         let request = request.timeout(CREATE_TIMEOUT).json(&body)?;
         client.call(request).await?;
