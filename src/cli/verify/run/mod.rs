@@ -23,6 +23,8 @@ mod report;
 mod schedule;
 mod settle;
 mod stage;
+#[cfg(test)]
+mod testing;
 mod watch;
 
 use std::sync::Arc;

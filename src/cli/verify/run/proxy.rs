@@ -319,3 +319,7 @@ async fn write(
     let _ = rules.wait_for(|rules| rules.cut.is_none()).await;
     let _ = to.shutdown().await;
 }
+
+#[cfg(test)]
+#[path = "proxy_tests.rs"]
+mod tests;
