@@ -3,8 +3,9 @@
 //! Invariant: no child outlives the [`Cluster`] that started it, however the run ends.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -124,6 +125,16 @@ impl Cluster {
         self.nodes.iter_mut().try_for_each(Node::start)
     }
 
+    /// Starts those that do not run.
+    pub fn start_ended(&mut self) -> Result<(), CliError> {
+        for node in &mut self.nodes {
+            if node.process.is_none() || node.has_ended().is_some() {
+                node.start()?;
+            }
+        }
+        Ok(())
+    }
+
     pub fn node(&mut self, id: u64) -> &mut Node {
         // Ids are those of the plan, from 1.
         &mut self.nodes[id as usize - 1]
@@ -161,9 +172,11 @@ impl Cluster {
     pub fn panics(&self) -> Vec<String> {
         let mut found = Vec::new();
         for node in &self.nodes {
-            let log = fs::read(node.home.join("log")).unwrap_or_default();
-            let log = String::from_utf8_lossy(&log);
-            let lines = log.lines().filter(|line| line.contains("panicked at"));
+            let Ok(log) = File::open(node.home.join("log")) else {
+                continue;
+            };
+            let lines = BufReader::new(log).lines().map_while(Result::ok);
+            let lines = lines.filter(|line| line.contains("panicked at"));
             found.extend(lines.map(|line| format!("node {}: {line}", node.id)));
         }
         found
@@ -213,7 +226,8 @@ impl Node {
             .stdin(Stdio::null())
             .stdout(log.try_clone().map_err(failed)?)
             .stderr(log)
-            // An interrupt of the terminal is the run's to handle, not the nodes'.
+            // Ctrl-C of a terminal is the run's to handle, not the nodes'.
+            .process_group(0)
             .spawn()
             .map_err(failed)?;
         self.process = Some(process);

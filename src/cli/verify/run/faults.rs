@@ -19,6 +19,7 @@ use super::stage::Stage;
 
 /// So long after its time a run still does kinds of faults that have not come yet.
 const OVERTIME: Duration = Duration::from_secs(90);
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
 const ASK_TIMEOUT: Duration = Duration::from_millis(700);
 
 /// What was done, and how often.
@@ -83,8 +84,25 @@ impl Faults {
             self.step(&step).await?;
         }
         // No kinds of faults: the load alone.
-        sleep(plan.duration.saturating_sub(began.elapsed())).await;
-        Ok(())
+        self.watch(plan.duration.saturating_sub(began.elapsed()))
+            .await
+    }
+
+    /// Lets time pass, as long as no node ends by itself.
+    async fn watch(&mut self, time: Duration) -> Result<(), CliError> {
+        let until = Instant::now() + time;
+        loop {
+            if self.note_failures() {
+                return Err(CliError::Failed(
+                    "a node ended without being told to".into(),
+                ));
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            sleep(left.min(LOOK_AGAIN)).await;
+        }
     }
 
     /// Breaks, waits, mends, and waits until everybody is back: the next step finds a whole
@@ -95,8 +113,7 @@ impl Faults {
         for fault in &step.faults {
             self.begin(fault, &mut broken).await?;
         }
-        sleep(step.hold).await;
-        let failed = self.note_failures();
+        let held = self.watch(step.hold).await;
         self.network.heal();
         for id in &broken.paused {
             self.cluster.node(*id).resume()?;
@@ -106,11 +123,7 @@ impl Faults {
         }
         self.say("mended");
         self.count_happened(step, before);
-        if failed {
-            return Err(CliError::Failed(
-                "a node ended without being told to".into(),
-            ));
-        }
+        held?;
         let ready = self.cluster.wait_ready(&self.client).await;
         ready.inspect_err(|error| {
             let mut history = self.stage.history.lock();
@@ -279,10 +292,19 @@ impl Faults {
         None
     }
 
-    /// Mends what may still be broken, and says which faults were asked for in vain.
-    pub fn end(&mut self, plan: &Plan) {
+    /// Mends what may still be broken, and says which faults were asked for in vain. Nodes that
+    /// ended by themselves are started again, so that their replicas can be judged too.
+    pub async fn end(&mut self, plan: &Plan) {
         self.network.heal();
+        let started = self.cluster.start_ended();
+        let ready = match started {
+            Ok(()) => self.cluster.wait_ready(&self.client).await,
+            Err(error) => Err(error),
+        };
         let mut history = self.stage.history.lock();
+        if let Err(error) = ready {
+            history.findings.say(Kind::NotHealed, error.to_string());
+        }
         for kind in &plan.faults {
             if !self.done.kinds.contains_key(kind) {
                 let text = format!("the fault {} was asked for and never happened", kind.name());

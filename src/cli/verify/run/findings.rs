@@ -89,9 +89,4 @@ impl Findings {
     pub fn total(&self) -> u64 {
         self.counts.values().sum()
     }
-
-    #[cfg(test)]
-    pub fn count(&self, kind: Kind) -> u64 {
-        self.counts.get(&kind).copied().unwrap_or(0)
-    }
 }

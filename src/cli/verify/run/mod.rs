@@ -151,7 +151,7 @@ async fn on_own(out: Output, plan: &Plan) -> Result<(), CliError> {
     let mut load = Load::start(&stage, plan);
     let mut faults = Faults::new(cluster, network, stage.clone(), Client::new(&urls)?, out);
     let broke = faults.run(plan).await;
-    faults.end(plan);
+    faults.end(plan).await;
     if let Err(error) = &broke {
         // Judged all the same: what went before may say why.
         let mut history = stage.history.lock();

@@ -1,6 +1,7 @@
 //! After the last fault: the cluster becomes whole by itself within a bound, and every replica is
 //! read to its end.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +27,8 @@ const PAGE: u32 = 1000;
 pub struct Settle {
     stage: Arc<Stage>,
     run: String,
-    deadline: Instant,
+    /// Moves on with every success: what takes long is no failure, what does not come about is.
+    deadline: Cell<Instant>,
 }
 
 #[derive(Deserialize)]
@@ -40,7 +42,7 @@ impl Settle {
         Self {
             stage,
             run: run.to_owned(),
-            deadline: Instant::now() + HEAL,
+            deadline: Cell::new(Instant::now() + HEAL),
         }
     }
 
@@ -51,7 +53,11 @@ impl Settle {
 
     async fn again(&self) -> bool {
         sleep(LOOK_AGAIN).await;
-        Instant::now() < self.deadline
+        Instant::now() < self.deadline.get()
+    }
+
+    fn went_well(&self) {
+        self.deadline.set(Instant::now() + HEAL);
     }
 
     /// Every queue takes a write.
@@ -117,6 +123,7 @@ impl Settle {
                 let offset = stored.offset.unwrap_or(u64::MAX);
                 let mark = mark(&stored.message_id);
                 history.acked(id, (lane, offset), mark, (witness, now_us));
+                self.went_well();
                 Ok(())
             }
             Ok(_) => {
@@ -137,6 +144,7 @@ impl Settle {
             loop {
                 match self.agreed(topic).await {
                     Ok(of_topic) => {
+                        self.went_well();
                         replicas.extend(of_topic);
                         break;
                     }
@@ -191,7 +199,7 @@ impl Settle {
         for (lane, nodes) in (0..).zip(replicas) {
             loop {
                 match self.compare(lane, nodes).await {
-                    Ok(true) => break,
+                    Ok(true) => break self.went_well(),
                     Ok(false) if self.again().await => {}
                     Err(_) if self.again().await => {}
                     Ok(false) => {
@@ -301,10 +309,14 @@ impl Settle {
                     stage.history.lock().read(&read, &shown);
                     let stored = shown.into_iter().map(|message| message.stored.ok());
                     log.messages.extend(stored);
+                    let read_all = from >= end;
+                    if log.messages.len() as u64 > from || read_all {
+                        self.went_well();
+                    }
                     if log.messages.len() as u64 > from {
                         continue;
                     }
-                    if from >= end {
+                    if read_all {
                         return log;
                     }
                     format!("node {} has only {from} of {end} messages", node.id)
