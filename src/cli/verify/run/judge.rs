@@ -35,19 +35,25 @@ type Places = HashMap<Id, (u16, u64)>;
 
 /// Finds everything that is wrong with what the replicas hold in the end.
 pub fn judge(history: &mut History, logs: &[LaneLogs]) -> Totals {
-    let mut places = Places::new();
+    let (mut places, mut stored) = (Places::new(), 0);
     for lane in logs {
         same_everywhere(history, lane);
         as_seen(history, lane);
         let Some(reference) = lane.replicas.first() else {
             continue;
         };
+        stored += reference.messages.len() as u64;
         stored_once(history, lane.lane, reference, &mut places);
         in_order(history, lane.lane, reference);
     }
     let lost = lost(history, logs);
     torn(history, &places);
-    totals(history, &places, lost)
+    let sends = totals(history, &places);
+    Totals {
+        lost,
+        stored,
+        ..sends
+    }
 }
 
 fn same_everywhere(history: &mut History, lane: &LaneLogs) {
@@ -230,12 +236,9 @@ fn torn(history: &mut History, places: &Places) {
     }
 }
 
-fn totals(history: &History, places: &Places, lost: u64) -> Totals {
-    let mut totals = Totals {
-        lost,
-        stored: places.len() as u64,
-        ..Totals::default()
-    };
+/// How the sends ended, as far as their producers know.
+fn totals(history: &History, places: &Places) -> Totals {
+    let mut totals = Totals::default();
     for (producer, log) in history.producers.iter().enumerate() {
         for (number, sent) in log.sent.iter().enumerate() {
             let id = Id {
