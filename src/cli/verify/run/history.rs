@@ -72,12 +72,19 @@ pub struct Producer {
     pub sent: Vec<Sent>,
 }
 
-/// Who was first to show what lies at an offset.
+/// Who says something, after which node's answer, and when.
+#[derive(Debug, Clone, Copy)]
+pub struct Source {
+    pub witness: u16,
+    pub node: u64,
+    pub at_us: u64,
+}
+
+/// What was first seen at an offset.
 #[derive(Debug, Clone, Copy)]
 pub struct Sight {
     pub stored: Stored,
-    pub at_us: u64,
-    pub witness: u16,
+    pub by: Source,
 }
 
 /// One queue of one topic.
@@ -241,10 +248,10 @@ impl History {
     }
 
     pub fn tell_sight(&self, offset: u64, sight: &Sight) -> String {
-        let who = &self.witnesses[sight.witness as usize];
+        let (who, node) = (&self.witnesses[sight.by.witness as usize], sight.by.node);
         format!(
-            "{} {who} had {} at offset {offset}",
-            time(sight.at_us),
+            "{} {who} had {} at offset {offset} from node {node}",
+            time(sight.by.at_us),
             self.name_of(sight.stored.id)
         )
     }

@@ -13,9 +13,9 @@ use super::super::super::client::{Repeat, Request};
 use super::super::super::error::CliError;
 use super::super::super::wire::{NewMessage, ProduceAnswer, ProduceBody, ProduceResult, Topic};
 use super::findings::Kind;
-use super::history::{Id, Outcome};
+use super::history::{Id, Outcome, Source};
 use super::judge::{LaneLogs, ReplicaLog};
-use super::load::{Fetched, HEAL, Wanted, fetch, proved_end};
+use super::load::{Fetched, HEAL, Wanted, fetch, outcome, proved_end};
 use super::stage::{NodeClient, Stage, mark};
 
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
@@ -105,33 +105,37 @@ impl Settle {
         let request = Request::new(Method::POST, &path, Repeat::IfUnsent);
         let request = request.timeout(TIMEOUT).json(&body)?;
         let answer = node.client.read::<ProduceAnswer>(request).await;
-        self.take(id, lane, witness, answer)
+        let by = Source {
+            witness,
+            node: node.id,
+            at_us: stage.now_us(),
+        };
+        self.take(id, lane, by, answer)
     }
 
     fn take(
         &self,
         id: Id,
         lane: u16,
-        witness: u16,
+        by: Source,
         answer: Result<ProduceAnswer, CliError>,
     ) -> Result<(), CliError> {
-        let now_us = self.stage.now_us();
         let mut history = self.stage.history.lock();
         let result = answer.map(|answer| answer.results.into_iter().next());
         match result {
             Ok(Some(ProduceResult::Stored(stored))) => {
                 let offset = stored.offset.unwrap_or(u64::MAX);
                 let mark = mark(&stored.message_id);
-                history.acked(id, (lane, offset), mark, (witness, now_us));
+                history.acked(id, (lane, offset), mark, by);
                 self.went_well();
                 Ok(())
             }
             Ok(_) => {
-                history.settle(id, Outcome::Unknown, now_us);
+                history.settle(id, Outcome::Unknown, by.at_us);
                 Err(CliError::Failed("a result that is none".into()))
             }
             Err(error) => {
-                history.settle(id, super::load::outcome(&error), now_us);
+                history.settle(id, outcome(&error), by.at_us);
                 Err(error)
             }
         }

@@ -1,7 +1,7 @@
 //! Small histories for the judges' tests: one queue, and two producers that speak in milliseconds.
 
 use super::findings::{Findings, Kind};
-use super::history::{History, Id, Lane, Outcome, Stored};
+use super::history::{History, Id, Lane, Outcome, Source, Stored};
 use super::judge::{LaneLogs, ReplicaLog};
 use super::watch::{Read, Shown};
 
@@ -18,6 +18,15 @@ pub fn us(ms: u64) -> u64 {
     ms * 1000
 }
 
+/// Somebody, after an answer of node 2.
+pub fn by(at_ms: u64) -> Source {
+    Source {
+        witness: 0,
+        node: 2,
+        at_us: us(at_ms),
+    }
+}
+
 /// A message to queue 0 that leaves then.
 pub fn send(history: &mut History, producer: u16, at_ms: u64) -> Id {
     history.begin(producer, 1, Some(0), (1, us(at_ms)))
@@ -26,7 +35,7 @@ pub fn send(history: &mut History, producer: u16, at_ms: u64) -> Id {
 /// The same, acknowledged later.
 pub fn acked(history: &mut History, producer: u16, (sent, done): (u64, u64), offset: u64) -> Id {
     let id = send(history, producer, sent);
-    history.acked(id, (0, offset), mark(id), (0, us(done)));
+    history.acked(id, (0, offset), mark(id), by(done));
     id
 }
 
@@ -55,11 +64,10 @@ pub fn shown(offset: u64, id: Id) -> Shown {
 pub fn read(history: &History, from: u64, at_ms: u64) -> Read {
     Read {
         lane: 0,
-        witness: 0,
+        by: by(at_ms + 1),
         from,
         floor: history.lane(0).floor(),
         began_us: us(at_ms),
-        ended_us: us(at_ms + 1),
     }
 }
 

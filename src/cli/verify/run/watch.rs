@@ -1,7 +1,7 @@
 //! Judged while it happens: what every answer says against what was known before. No network.
 
 use super::findings::{Kind, Violation};
-use super::history::{History, Id, Outcome, Sight, Stored, time};
+use super::history::{History, Id, Outcome, Sight, Source, Stored, time};
 
 /// An offset so far beyond the last one is no place to remember.
 const JUMP_MAX: usize = 1 << 20;
@@ -10,13 +10,13 @@ const JUMP_MAX: usize = 1 << 20;
 #[derive(Debug, Clone, Copy)]
 pub struct Read {
     pub lane: u16,
-    pub witness: u16,
+    /// Who asked which node, and when the answer was there.
+    pub by: Source,
     /// The offset that was asked for.
     pub from: u64,
     /// Offsets below this were known before the read began, and it had to show them.
     pub floor: u64,
     pub began_us: u64,
-    pub ended_us: u64,
 }
 
 /// A message in an answer: its offset, and what it is if this run has such a value.
@@ -28,7 +28,7 @@ pub struct Shown {
 
 impl History {
     /// An acknowledgement: `witness` is its producer.
-    pub fn acked(&mut self, id: Id, place: (u16, u64), mark: u64, (witness, now_us): (u16, u64)) {
+    pub fn acked(&mut self, id: Id, place: (u16, u64), mark: u64, by: Source) {
         let (lane, offset) = place;
         let before = self.sent(id).map(|sent| (sent.outcome, sent.lane));
         match before {
@@ -37,8 +37,9 @@ impl History {
                 let history = vec![
                     self.tell(id),
                     format!(
-                        "{} acknowledged again in {again} offset {offset}",
-                        time(now_us)
+                        "{} acknowledged again in {again} offset {offset}, by node {}",
+                        time(by.at_us),
+                        by.node
                     ),
                 ];
                 self.findings.add(Kind::Twice, || Violation {
@@ -56,31 +57,22 @@ impl History {
             }
             _ => {}
         }
-        self.settle(id, Outcome::Acked { lane, offset }, now_us);
-        self.lane_mut(lane).end_gap(now_us);
+        self.settle(id, Outcome::Acked { lane, offset }, by.at_us);
+        self.lane_mut(lane).end_gap(by.at_us);
         let stored = Stored { id, mark };
-        let sight = Sight {
-            stored,
-            at_us: now_us,
-            witness,
-        };
-        self.see(lane, offset, sight);
+        self.see(lane, offset, Sight { stored, by });
     }
 
     /// Takes an answer apart; gives the offset the reader goes on at.
     pub fn read(&mut self, read: &Read, shown: &[Shown]) -> u64 {
         if shown.is_empty() && read.from < read.floor {
-            self.stale_read(read, "nothing");
+            self.stale_read(read, read.from, "nothing");
         }
         let mut next = read.from;
         for message in shown {
             if message.offset != next {
-                let (got, who) = (message.offset, &self.witnesses[read.witness as usize]);
-                let line = format!(
-                    "{} {who} asked from offset {} and got {got} where {next} was next",
-                    time(read.began_us),
-                    read.from
-                );
+                let got = message.offset;
+                let line = self.tell_read(read, &format!("{got} where {next} was next"));
                 let text = format!("offset {got} came where {next} was next");
                 self.found(Kind::Skipped, read.lane, &text, vec![], vec![line]);
             }
@@ -89,8 +81,7 @@ impl History {
                 Ok(stored) => {
                     let sight = Sight {
                         stored: *stored,
-                        at_us: read.ended_us,
-                        witness: read.witness,
+                        by: read.by,
                     };
                     self.see(read.lane, message.offset, sight);
                 }
@@ -103,38 +94,33 @@ impl History {
     /// A linearizable read said that the queue ends before what was known when it began.
     pub fn ended_early(&mut self, read: &Read, end: u64) {
         if end < read.floor {
-            self.stale_read(read, &format!("an end at {end}"));
+            self.stale_read(read, end, &format!("an end at {end}"));
         }
     }
 
-    fn stale_read(&mut self, read: &Read, showed: &str) {
-        let who = self.witnesses[read.witness as usize].clone();
-        let line = format!(
-            "{} {who} asked from offset {} and was shown {showed} at {}",
-            time(read.began_us),
-            read.from,
-            time(read.ended_us)
-        );
-        let known = read.floor.saturating_sub(1);
-        let sight = self.lane(read.lane).seen[known as usize];
-        let mut lines = Vec::new();
-        let mut ids = Vec::new();
-        if let Some(sight) = sight {
+    fn tell_read(&self, read: &Read, showed: &str) -> String {
+        let (who, node) = (&self.witnesses[read.by.witness as usize], read.by.node);
+        let (began, ended) = (time(read.began_us), time(read.by.at_us));
+        let from = read.from;
+        format!("{began} {who} asked node {node} from offset {from}; at {ended} it showed {showed}")
+    }
+
+    /// `missed` had been seen before the read began.
+    fn stale_read(&mut self, read: &Read, missed: u64, showed: &str) {
+        let known = self.lane(read.lane).seen.get(missed as usize);
+        let (mut lines, mut ids) = (Vec::new(), Vec::new());
+        if let Some(sight) = known.copied().flatten() {
             ids.push(sight.stored.id);
-            lines.push(self.tell_sight(known, &sight));
+            lines.push(self.tell_sight(missed, &sight));
         }
-        lines.push(line);
-        let text = format!("a read that began later did not show offset {known}");
+        lines.push(self.tell_read(read, showed));
+        let text = format!("a read that began later did not show offset {missed}");
         self.found(Kind::StaleRead, read.lane, &text, ids, lines);
     }
 
     fn unknown_value(&mut self, read: &Read, offset: u64, value: &str) {
-        let who = &self.witnesses[read.witness as usize];
         let shown: String = value.chars().take(80).collect();
-        let line = format!(
-            "{} {who} had {shown:?} at offset {offset}",
-            time(read.ended_us)
-        );
+        let line = self.tell_read(read, &format!("{shown:?} at offset {offset}"));
         let text = format!("offset {offset} holds what nobody sent");
         self.found(Kind::NeverSent, read.lane, &text, vec![], vec![line]);
     }

@@ -61,9 +61,9 @@ fn an_acknowledgement_for_a_taken_offset_is_seen() {
 fn a_retry_acknowledged_at_another_place_is_seen() {
     let mut history = history();
     let a = acked(&mut history, 0, (1, 2), 0);
-    history.acked(a, (0, 0), stored(a).mark, (0, us(3)));
+    history.acked(a, (0, 0), stored(a).mark, by(3));
     assert_found(&history.findings, &[], &[]);
-    history.acked(a, (0, 1), stored(a).mark, (0, us(4)));
+    history.acked(a, (0, 1), stored(a).mark, by(4));
     let told = ["two places", "acknowledged again in t/0 offset 1"];
     assert_found(&history.findings, &[(Kind::Twice, 1)], &told);
 }
@@ -72,7 +72,7 @@ fn a_retry_acknowledged_at_another_place_is_seen() {
 fn an_acknowledgement_from_another_queue_is_seen() {
     let mut history = history();
     let a = send(&mut history, 0, 1);
-    history.acked(a, (1, 0), 7, (0, us(2)));
+    history.acked(a, (1, 0), 7, by(2));
     assert_found(&history.findings, &[(Kind::NeverSent, 1)], &["t/1"]);
 }
 
@@ -101,7 +101,7 @@ fn a_read_that_misses_an_earlier_acknowledgement_is_seen() {
     let told = [
         "did not show offset 0",
         "acknowledged at 0.002s",
-        "was shown nothing",
+        "asked node 2 from offset 0; at 0.004s it showed nothing",
     ];
     assert_found(&history.findings, &[(Kind::StaleRead, 1)], &told);
 }
@@ -157,7 +157,7 @@ fn what_nobody_sent_is_seen() {
 fn an_offset_out_of_all_reason_is_seen_and_takes_no_memory() {
     let mut history = history();
     let a = send(&mut history, 0, 1);
-    history.acked(a, (0, u64::MAX), 1, (0, us(2)));
+    history.acked(a, (0, u64::MAX), 1, by(2));
     assert_found(&history.findings, &[(Kind::Hole, 1)], &[]);
     assert!(history.lane(0).seen.is_empty());
 }

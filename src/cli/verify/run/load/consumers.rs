@@ -13,6 +13,7 @@ use super::super::super::super::client::{Repeat, Request};
 use super::super::super::super::error::CliError;
 use super::super::super::super::wire::{FetchAnswer, GroupOffsets};
 use super::super::findings::Kind;
+use super::super::history::Source;
 use super::super::stage::{NodeClient, Stage};
 use super::super::watch::{Committed, Read, Shown};
 use super::{Actor, HEAL, node, stream};
@@ -66,13 +67,16 @@ pub async fn fetch(
         true => 0,
         false => stage.history.lock().lane(wanted.lane).floor(),
     };
-    let read = |ended_us| Read {
+    let read = |at_us| Read {
         lane: wanted.lane,
-        witness: wanted.witness,
+        by: Source {
+            witness: wanted.witness,
+            node: node.id,
+            at_us,
+        },
         from: wanted.from,
         floor,
         began_us,
-        ended_us,
     };
     let (topic, queue) = stage.place(wanted.lane);
     let queue = queue.to_string();
@@ -189,11 +193,14 @@ pub async fn proved_end(
     let answer = node.client.read::<FetchAnswer>(request).await?;
     let read = Read {
         lane,
-        witness,
+        by: Source {
+            witness,
+            node: node.id,
+            at_us: stage.now_us(),
+        },
         from: answer.next_offset,
         floor,
         began_us,
-        ended_us: stage.now_us(),
     };
     let end = answer.end_offset;
     stage.history.lock().ended_early(&read, end);

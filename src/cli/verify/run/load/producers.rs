@@ -19,7 +19,7 @@ use super::super::super::super::wire::{
     NewMessage, ProduceAnswer, ProduceBody, ProduceResult, ProducerIdentity, ProducerMark, Stored,
 };
 use super::super::findings::Kind;
-use super::super::history::{Id, Outcome, time};
+use super::super::history::{Id, Outcome, Source, time};
 use super::super::plan::Plan;
 use super::super::stage::mark;
 use super::{Actor, HEAL, node};
@@ -227,7 +227,7 @@ impl Producer {
         let answer = self.post(prepared, place, ONCE_TIMEOUT).await;
         let failed = answer.is_err();
         match answer {
-            Ok(answer) => self.take(prepared, &answer),
+            Ok(answer) => self.take(prepared, &answer, place),
             Err(error) => {
                 let outcome = outcome(&error);
                 let now_us = self.actor.stage.now_us();
@@ -248,7 +248,7 @@ impl Producer {
         loop {
             match self.post(prepared, place, TRY_TIMEOUT).await {
                 Ok(answer) if all_stored(&answer) => {
-                    self.take(prepared, &answer);
+                    self.take(prepared, &answer, place);
                     break;
                 }
                 Ok(answer) => {
@@ -284,7 +284,7 @@ impl Producer {
         if self.actor.rng.random_bool(AGAIN) {
             let place = self.actor.pick();
             if let Ok(answer) = self.post(prepared, place, TRY_TIMEOUT).await {
-                self.take(prepared, &answer);
+                self.take(prepared, &answer, place);
             }
         }
     }
@@ -303,9 +303,14 @@ impl Producer {
         self.sequences.clear();
     }
 
-    fn take(&mut self, prepared: &Prepared, answer: &ProduceAnswer) {
+    fn take(&mut self, prepared: &Prepared, answer: &ProduceAnswer, place: usize) {
         let stage = self.actor.stage.clone();
         let now_us = stage.now_us();
+        let by = Source {
+            witness: self.witness,
+            node: node(&stage, place).id,
+            at_us: now_us,
+        };
         let mut history = stage.history.lock();
         if answer.results.len() != prepared.messages.len() {
             let (results, messages) = (answer.results.len(), prepared.messages.len());
@@ -329,7 +334,7 @@ impl Producer {
                 }) if *queue < stage.queues() => {
                     let lane = stage.lane_of(prepared.topic, *queue);
                     let place = (lane, *offset);
-                    history.acked(id, place, mark(message_id), (self.witness, now_us));
+                    history.acked(id, place, mark(message_id), by);
                     if let Some(key) = prepared.keys.get(part) {
                         let home = *self.homes.entry((prepared.topic, *key)).or_insert(lane);
                         if home != lane {

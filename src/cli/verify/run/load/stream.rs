@@ -10,7 +10,7 @@ use super::super::super::super::client::Request;
 use super::super::super::super::error::CliError;
 use super::super::super::super::sse::SseParser;
 use super::super::super::super::wire::Message;
-use super::super::history::History;
+use super::super::history::{History, Source};
 use super::super::stage::Stage;
 use super::super::watch::{Read, Shown};
 use super::{Actor, node};
@@ -59,7 +59,7 @@ impl Stream {
         if let Some(last) = self.next.checked_sub(1) {
             request = request.header("last-event-id", last);
         }
-        let began_us = stage.now_us();
+        let (began_us, id) = (stage.now_us(), node(stage, place).id);
         let answer = timeout(SILENCE, node(stage, place).client.send(request)).await;
         let Ok(answer) = answer else { return Ok(()) };
         let mut answer = answer?;
@@ -76,22 +76,25 @@ impl Stream {
                 .map(|message| Stage::shown(&actor.run, &message))
                 .collect();
             if !shown.is_empty() {
-                let ended_us = stage.now_us();
-                self.take(&mut stage.history.lock(), &shown, (began_us, ended_us));
+                let by = Source {
+                    witness: self.witness,
+                    node: id,
+                    at_us: stage.now_us(),
+                };
+                self.take(&mut stage.history.lock(), &shown, (began_us, by));
             }
         }
         Ok(())
     }
 
-    fn take(&mut self, history: &mut History, shown: &[Shown], (began_us, ended_us): (u64, u64)) {
+    fn take(&mut self, history: &mut History, shown: &[Shown], (began_us, by): (u64, Source)) {
         let read = Read {
             lane: self.lane,
-            witness: self.witness,
+            by,
             from: self.next,
             // A stream promises an order, not a time.
             floor: 0,
             began_us,
-            ended_us,
         };
         history.consumed.stream += shown.len() as u64;
         self.next = history.read(&read, shown);
