@@ -23,6 +23,17 @@ const LOOK_AGAIN: Duration = Duration::from_millis(25);
 const READY_TIMEOUT: Duration = Duration::from_secs(2);
 /// A port may be taken for a moment by somebody else's connection.
 const STARTS: u32 = 5;
+/// The environment beats a node's file. What tunes nodes may come from there, but not who they are.
+const NOT_INHERITED: [&str; 8] = [
+    "QUORATE_NODE_ID",
+    "QUORATE_DATA_DIR",
+    "QUORATE_DEV",
+    "QUORATE_CLUSTER_NAME",
+    "QUORATE_CLUSTER_NODES",
+    "QUORATE_HTTP_LISTEN",
+    "QUORATE_HTTP_ADVERTISE",
+    "QUORATE_PEER_LISTEN",
+];
 /// Lines of a failed node's log that are shown.
 const LAST_LINES: usize = 12;
 
@@ -220,7 +231,11 @@ impl Node {
             .open(self.home.join("log"))
             .map_err(failed)?;
         let program = std::env::current_exe().map_err(failed)?;
-        let process = Command::new(program)
+        let mut command = Command::new(program);
+        for name in NOT_INHERITED {
+            command.env_remove(name);
+        }
+        let process = command
             .args(["server", "--config"])
             .arg(self.home.join("quorate.toml"))
             .stdin(Stdio::null())
