@@ -1,11 +1,12 @@
-//! Who leads which queue and where it ends, asked of the leaders themselves.
+//! Who leads which queue and where it ends, asked of the leaders themselves; and what this node's
+//! own replica of a queue is.
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 
-use super::{Broker, NodeId};
+use super::{Broker, BrokerError, BrokerResult, NodeId, ReplicaDescription};
 use crate::peer::{GroupView, PeerRequest};
 
 /// A leader that does not answer in this time is described by what others know.
@@ -14,6 +15,28 @@ const PATIENCE: Duration = Duration::from_millis(300);
 const IN_SYNC_LAG: u64 = 1024;
 
 impl Broker {
+    /// This node's own replica of a queue; no other node is asked.
+    pub async fn replica(&self, topic: &str, queue: u32) -> BrokerResult<ReplicaDescription> {
+        let (found, id) = self.find_queue(topic, queue).await?;
+        let group = self.local_group(id);
+        let group = group.ok_or_else(|| BrokerError::ReplicaNotFound {
+            topic: found.name.clone(),
+            queue,
+            node: self.node_id(),
+        })?;
+        let hash = group.state_hash().await;
+        let (applied, state_hash) = hash.map_err(|_| BrokerError::ShuttingDown)?;
+        let mut replicas = group.spec().replicas.iter();
+        let own = replicas.find(|r| r.node == self.node_id());
+        Ok(ReplicaDescription {
+            node: self.node_id(),
+            replica: own.map_or(0, |r| r.replica),
+            applied_index: applied.map_or(0, |id| id.index),
+            state_hash,
+            leads: group.is_leader(),
+        })
+    }
+
     /// What this node's replicas know of these groups; none where there is no replica.
     pub(crate) fn describe_here(&self, groups: &[u64]) -> Vec<Option<GroupView>> {
         groups.iter().map(|group| self.view_of(*group)).collect()

@@ -92,6 +92,12 @@ pub enum BrokerError {
     ShuttingDown,
     #[error("internal error: {0}")]
     Internal(String),
+    #[error("node {node} has no replica of queue {queue} of topic {topic:?} open")]
+    ReplicaNotFound {
+        topic: String,
+        queue: u32,
+        node: u64,
+    },
 }
 
 impl BrokerError {

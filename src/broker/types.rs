@@ -362,3 +362,15 @@ pub enum ClusterEventKind {
     MembershipChanged,
     Quarantined,
 }
+
+/// One node's own replica of a queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReplicaDescription {
+    pub node: NodeId,
+    pub replica: u64,
+    /// Raft index of the last entry applied; 0 before the first.
+    pub applied_index: u64,
+    /// Of the state after that entry: equal on replicas at the same index.
+    pub state_hash: u64,
+    pub leads: bool,
+}

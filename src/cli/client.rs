@@ -42,7 +42,7 @@ pub struct Request<'a> {
     path: &'a [&'a str],
     query: Vec<(&'static str, String)>,
     body: Option<Vec<u8>>,
-    accept: Option<&'static str>,
+    headers: Vec<(&'static str, String)>,
     timeout: Option<Duration>,
     repeat: Repeat,
 }
@@ -58,7 +58,7 @@ impl<'a> Request<'a> {
             path,
             query: Vec::new(),
             body: None,
-            accept: None,
+            headers: Vec::new(),
             timeout: Some(REQUEST_TIMEOUT),
             repeat,
         }
@@ -76,6 +76,11 @@ impl<'a> Request<'a> {
         Ok(self)
     }
 
+    pub fn header(mut self, name: &'static str, value: impl ToString) -> Self {
+        self.headers.push((name, value.to_string()));
+        self
+    }
+
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -83,9 +88,8 @@ impl<'a> Request<'a> {
 
     /// An answer without an end: no time limit on the whole.
     pub fn event_stream(mut self) -> Self {
-        self.accept = Some("text/event-stream");
         self.timeout = None;
-        self
+        self.header("accept", "text/event-stream")
     }
 }
 
@@ -145,8 +149,8 @@ impl Client {
                     .header("content-type", "application/json")
                     .body(body.clone());
             }
-            if let Some(accept) = request.accept {
-                builder = builder.header("accept", accept);
+            for (name, value) in &request.headers {
+                builder = builder.header(*name, value);
             }
             if let Some(timeout) = request.timeout {
                 builder = builder.timeout(timeout);

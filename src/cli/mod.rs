@@ -50,18 +50,26 @@ struct Cli {
 #[derive(Debug, Args)]
 struct Connection {
     /// A node's URL; any node will do. Given several (repeated or with commas), the next one is
-    /// tried when a connection fails.
+    /// tried when a connection fails. [default: http://127.0.0.1:8081]
     #[arg(
         long = "url",
         env = "QUORATE_URL",
         value_delimiter = ',',
-        default_value = "http://127.0.0.1:8081",
         global = true
     )]
     urls: Vec<String>,
     /// Print JSON for machines: one value a line.
     #[arg(long, global = true)]
     json: bool,
+}
+
+impl Connection {
+    fn urls_or_default(&self) -> Vec<String> {
+        match self.urls.is_empty() {
+            true => vec!["http://127.0.0.1:8081".to_owned()],
+            false => self.urls.clone(),
+        }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -83,8 +91,9 @@ enum Command {
     Cluster(cluster::ClusterCommand),
     /// Measure: closed-loop throughput and latency, or the gap a failover leaves.
     Bench(bench::BenchCommand),
-    /// Prove that nothing acknowledged is missing and that all replicas are the same.
-    Verify(verify::VerifyCommand),
+    /// Prove that nothing acknowledged is missing and that all replicas are the same: with
+    /// --acked of a cluster as it is, with --duration under load and faults.
+    Verify(Box<verify::VerifyCommand>),
 }
 
 /// Parses the arguments, runs the command, prints what went wrong, and says it in the exit code.
@@ -112,7 +121,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
 }
 
 async fn run_client(cli: Cli) -> Result<(), CliError> {
-    let client = Client::new(&cli.connection.urls)?;
+    let client = Client::new(&cli.connection.urls_or_default())?;
     let out = Output::new(cli.connection.json);
     match cli.command {
         Command::Server(_) => Ok(()), // `run` has taken it
@@ -122,7 +131,10 @@ async fn run_client(cli: Cli) -> Result<(), CliError> {
         Command::Group(command) => group::run(&client, out, command).await,
         Command::Cluster(command) => cluster::run(&client, out, command).await,
         Command::Bench(command) => bench::run(&client, out, command).await,
-        Command::Verify(command) => verify::run(&client, out, command).await,
+        Command::Verify(command) => {
+            let given = !cli.connection.urls.is_empty();
+            verify::run(&client, out, *command, given).await
+        }
     }
 }
 

@@ -109,6 +109,7 @@ fn routes() -> OpenApiRouter<HttpState> {
         .routes(routes!(v1::cluster::describe))
         .routes(routes!(v1::cluster::events))
         .routes(routes!(v1::cluster::transfer_leader))
+        .routes(routes!(v1::replica::describe))
         .routes(routes!(v1::health::live))
         .routes(routes!(v1::health::ready))
         .routes(routes!(v1::health::metrics))
@@ -161,6 +162,7 @@ mod tests {
             "GET /v1/topics/{topic}",
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",
+            "GET /v1/topics/{topic}/queues/{queue}/replica",
             "PATCH /v1/topics/{topic}",
             "POST /v1/fetch",
             "POST /v1/groups/{group}/offsets/reset",

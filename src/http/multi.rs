@@ -1,7 +1,8 @@
 //! Answers to requests of several parts, each with a result of its own.
 //!
 //! All done: 200. Some failed: 207, and those entries are `{"error": {problem}}`. All failed: their
-//! common status (if they differ, the first's) and a problem body that also has the `results`.
+//! common status (if they differ, the first's, but one of unknown outcome goes before the others)
+//! and a problem body that also has the `results`.
 
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -47,7 +48,7 @@ pub fn respond<T: Serialize, C: Serialize, X: Serialize>(
     extra: X,
     write: bool,
 ) -> Response {
-    let (mut done, mut failed) = (0, None);
+    let (mut done, mut failed) = (0, None::<Box<Problem>>);
     let results: Vec<Entry<T, C>> = parts
         .into_iter()
         .map(|part| match part {
@@ -57,7 +58,13 @@ pub fn respond<T: Serialize, C: Serialize, X: Serialize>(
             }
             Err((context, error)) => {
                 let error = Box::new(Problem::new(&error.into(), write));
-                failed.get_or_insert_with(|| error.clone());
+                // A client that only reads the whole must not take an unknown part for undone.
+                if failed
+                    .as_ref()
+                    .is_none_or(|f| unknown(&error) && !unknown(f))
+                {
+                    failed = Some(error.clone());
+                }
                 Entry::Failed { context, error }
             }
         })
@@ -70,6 +77,10 @@ pub fn respond<T: Serialize, C: Serialize, X: Serialize>(
         Some(_) => json(StatusCode::MULTI_STATUS, &Results { results, extra }),
         None => json(StatusCode::OK, &Results { results, extra }),
     }
+}
+
+fn unknown(problem: &Problem) -> bool {
+    problem.outcome == Some("unknown")
 }
 
 /// A JSON answer.
@@ -138,5 +149,18 @@ mod tests {
         assert_eq!(status, 413);
         assert_eq!(body["code"], "message_too_large");
         assert_eq!(body["results"][1]["error"]["status"], 503);
+    }
+
+    #[tokio::test]
+    async fn the_whole_is_unknown_when_a_part_is() {
+        let outcome = crate::broker::Outcome::Unknown;
+        let timeout = || failed(BrokerError::Timeout { outcome });
+        for parts in [
+            vec![failed(TOO_LARGE), timeout()],
+            vec![timeout(), failed(TOO_LARGE)],
+        ] {
+            let (status, body) = answer(parts).await;
+            assert_eq!((status, &body["outcome"]), (504, &json!("unknown")));
+        }
     }
 }

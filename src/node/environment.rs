@@ -9,10 +9,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use quorate_raft::link::Network;
 use quorate_raft::this_boot;
-use quorate_storage::{StorageError, files};
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::os::OsVfs;
+use quorate_storage::{StorageError, files};
 use rustix::fs::{FlockOperation, flock};
 
 const CLEAN_EVERY: Duration = Duration::from_secs(30);

@@ -46,6 +46,31 @@ async fn leadership_goes_only_to_replicas() {
 }
 
 #[tokio::test]
+async fn a_replica_tells_how_far_it_is_and_what_it_holds() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 2).await;
+    let path = "/v1/topics/t/queues/0/replica";
+    let before = api.get(path).await.expect(200);
+    assert_eq!(
+        (&before["node"], &before["role"]),
+        (&json!(1), &json!("leader"))
+    );
+    assert!(before["replica"].as_u64().unwrap() > 0, "{before}");
+    api.store("t", 1, &["elsewhere"]).await;
+    assert_eq!(api.get(path).await.expect(200), before);
+    api.store("t", 0, &["here"]).await;
+    let after = api.get(path).await.expect(200);
+    let index = |replica: &serde_json::Value| replica["applied_index"].as_u64().unwrap();
+    assert_eq!(index(&after), index(&before) + 1);
+    assert_ne!(after["state_hash"], before["state_hash"]);
+    assert_eq!(after["state_hash"].as_str().unwrap().len(), 16);
+    let none = api.get("/v1/topics/t/queues/7/replica").await;
+    none.problem(404, "queue_not_found");
+    let unknown = api.get(&format!("{path}?node=2")).await;
+    unknown.problem(400, "invalid_request");
+}
+
+#[tokio::test]
 async fn health_metrics_and_reference() {
     let api = Api::start().await.unwrap();
     assert_eq!(

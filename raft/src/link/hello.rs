@@ -23,12 +23,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use uuid::Uuid;
 
 use super::transport::Socket;
-use super::wire::{self, Frame, Header, Kind, WireError};
+use super::wire::{self, Frame, FrameNumber, Header, Kind, WireError};
 use super::{LinkConfig, PeerRegistry, RefuseCode, RefuseReason};
 use crate::{NodeId, blocking};
 
 const MAGIC: &[u8; 8] = b"QUORLINK";
-const PROTOCOL_VERSION: u16 = 1;
+/// 2: frames behind the handshake are numbered.
+const PROTOCOL_VERSION: u16 = 2;
 const PREFIX_BYTES: usize = MAGIC.len() + 2;
 /// Bound on a frame of the handshake: a stranger makes us hold no more than this.
 const FRAME_BYTES_MAX: usize = 4096;
@@ -304,14 +305,15 @@ fn refused_by_peer(node: NodeId, body: &[u8]) -> HandshakeError {
 
 async fn send(socket: &mut Socket, kind: Kind, body: Bytes) -> io::Result<()> {
     let mut bytes = BytesMut::with_capacity(wire::HEADER_BYTES + body.len());
-    wire::encode_header(&Header::of(kind), std::slice::from_ref(&body), &mut bytes);
+    let parts = std::slice::from_ref(&body);
+    wire::encode_header(&Header::of(kind), parts, FrameNumber::HANDSHAKE, &mut bytes);
     bytes.put_slice(&body);
     socket.write_all(&bytes).await
 }
 
 async fn receive(socket: &mut Socket, buffer: &mut BytesMut) -> Result<Frame, HandshakeError> {
     loop {
-        if let Some(frame) = wire::decode(buffer, FRAME_BYTES_MAX)? {
+        if let Some(frame) = wire::decode(buffer, FRAME_BYTES_MAX, FrameNumber::HANDSHAKE)? {
             return Ok(frame);
         }
         if socket.read_buf(buffer).await? == 0 {

@@ -59,6 +59,7 @@ pub use error::{
 pub use stream::LinkStream;
 pub use table::LinkTable;
 pub use transport::{Dialer, Listener, Network, Socket};
+pub use wire::frame_bytes;
 
 /// Call classes from here on belong to this crate's own parts; see [`LinkTable::answer_class`].
 pub const RESERVED_CLASSES: u8 = 240;

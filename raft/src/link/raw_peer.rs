@@ -6,7 +6,7 @@ use tokio::net::TcpStream;
 use super::hello::{self, Greeting};
 use super::tests::config;
 use super::transport::Socket;
-use super::wire::{self, Header, Kind};
+use super::wire::{self, FrameNumber, Header, Kind};
 use crate::NodeId;
 
 /// Connects to `at`, which is node `to`, and shakes hands as node `from`.
@@ -21,15 +21,33 @@ pub(crate) async fn greet(at: &str, from: NodeId, incarnation: u64, to: NodeId) 
     raw
 }
 
-pub(crate) fn frame(header: Header, body: &[u8]) -> BytesMut {
-    let mut bytes = BytesMut::new();
-    wire::encode_header(&header, &[Bytes::copy_from_slice(body)], &mut bytes);
-    bytes.put_slice(body);
-    bytes
+/// The frames of one direction behind the handshake.
+pub(crate) struct Frames(FrameNumber);
+
+impl Default for Frames {
+    fn default() -> Self {
+        Self(FrameNumber::FIRST)
+    }
 }
 
-pub(crate) fn ping(incarnation: u64) -> BytesMut {
-    let mut body = incarnation.to_le_bytes().to_vec();
-    body.extend_from_slice(&[0; 8]);
-    frame(Header::of(Kind::Ping), &body)
+impl Frames {
+    pub(crate) fn next(&mut self, header: Header, body: &[u8]) -> BytesMut {
+        let mut bytes = BytesMut::new();
+        let parts = [Bytes::copy_from_slice(body)];
+        wire::encode_header(&header, &parts, self.0, &mut bytes);
+        self.0 = self.0.next();
+        bytes.put_slice(body);
+        bytes
+    }
+
+    pub(crate) fn ping(&mut self, incarnation: u64) -> BytesMut {
+        let mut body = incarnation.to_le_bytes().to_vec();
+        body.extend_from_slice(&[0; 8]);
+        self.next(Header::of(Kind::Ping), &body)
+    }
+}
+
+/// The first frame behind the handshake.
+pub(crate) fn frame(header: Header, body: &[u8]) -> BytesMut {
+    Frames::default().next(header, body)
 }

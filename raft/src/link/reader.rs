@@ -16,7 +16,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 use super::connection::Connection;
 use super::error::{DisconnectReason, StreamEnd};
-use super::wire::{self, AnswerStatus, Frame, Kind};
+use super::wire::{self, AnswerStatus, Frame, FrameNumber, Kind};
 use super::{LinkHandler, RESERVED_CLASSES};
 use crate::NodeId;
 
@@ -49,10 +49,12 @@ pub(crate) async fn run(
     mut buffer: BytesMut,
 ) -> DisconnectReason {
     let stats = &connection.stats;
+    let mut due = FrameNumber::FIRST;
     loop {
         loop {
-            match wire::decode(&mut buffer, connection.max_frame_bytes()) {
+            match wire::decode(&mut buffer, connection.max_frame_bytes(), due) {
                 Ok(Some(frame)) => {
+                    due = due.next();
                     stats.frames_received.fetch_add(1, Ordering::Relaxed);
                     if let Err(broken) = dispatch(connection, services, frame) {
                         return DisconnectReason::Protocol(broken.to_owned());

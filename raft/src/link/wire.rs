@@ -5,7 +5,7 @@
 //! | at | bytes | field | meaning |
 //! |---:|------:|-------|---------|
 //! | 0  | 4 | length  | bytes after this field: 24 + body |
-//! | 4  | 4 | crc     | CRC-32C over bytes 0..4 and 8..end |
+//! | 4  | 4 | crc     | CRC-32C over bytes 0..4 and 8..end, begun with the frame's number |
 //! | 8  | 1 | kind    | see [`Kind`] |
 //! | 9  | 1 | flags   | none defined, must be 0 |
 //! | 10 | 1 | class   | call: its class; answer: its [`AnswerStatus`]; stream close: its [`StreamEnd`] |
@@ -13,6 +13,11 @@
 //! | 12 | 8 | channel | call and answer: request id; stream frames: stream id; else 0 |
 //! | 20 | 8 | group   | call and stream open: Raft group; stream credit: bytes given back; else 0 |
 //! | 28 | … | body    | |
+//!
+//! **Numbers.** Frames of the handshake have number 0, those behind it count from 1 in each
+//! direction. The number is not sent: it is what the checksum begins with, so a frame that comes
+//! twice, in another's place or after one that is missing has a wrong checksum. TCP never does
+//! that to a connection; a middle box that rewrites streams may. A call would be executed twice.
 //!
 //! Invariant: [`decode`] never panics, never asks for more than `max_frame_bytes`, and after an
 //! error the byte stream can't be trusted any more: the connection has to be closed.
@@ -23,6 +28,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 pub(crate) const HEADER_BYTES: usize = 28;
 /// Bytes of the length field, which the length itself does not count.
 const LENGTH_BYTES: usize = 4;
+/// How far from the number that was due a frame's own is looked for, to say what happened.
+const NUMBERS_TRIED: u32 = 64;
 /// The length of a frame without body.
 const LENGTH_MIN: usize = HEADER_BYTES - LENGTH_BYTES;
 
@@ -117,6 +124,29 @@ impl Header {
     }
 }
 
+/// What the first bytes of a frame say of its length, those bytes included: for whoever passes
+/// frames on without being a node. None while there are too few.
+pub fn frame_bytes(front: &[u8]) -> Option<usize> {
+    let mut length_bytes = front.get(..LENGTH_BYTES)?;
+    Some(LENGTH_BYTES + length_bytes.get_u32_le() as usize)
+}
+
+/// The place of a frame among those of its direction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FrameNumber(u32);
+
+impl FrameNumber {
+    /// Of every frame of the handshake.
+    pub(crate) const HANDSHAKE: FrameNumber = FrameNumber(0);
+    /// Of the first frame behind it.
+    pub(crate) const FIRST: FrameNumber = FrameNumber(1);
+
+    /// Begins again after 2^32 frames.
+    pub(crate) fn next(self) -> FrameNumber {
+        FrameNumber(self.0.wrapping_add(1))
+    }
+}
+
 /// A decoded frame. The body shares the read buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Frame {
@@ -153,6 +183,8 @@ pub(crate) enum WireError {
     Length { length: usize, max: usize },
     #[error("frame checksum {found:08x}, computed {computed:08x}")]
     Checksum { found: u32, computed: u32 },
+    #[error("frame number {found} where {due} was due: lost, repeated or out of order")]
+    Number { found: u32, due: u32 },
     #[error("unknown frame kind {0}")]
     Kind(u8),
     #[error("flags {flags:02x} or reserved byte {reserved:02x} set")]
@@ -160,7 +192,12 @@ pub(crate) enum WireError {
 }
 
 /// Puts the header of a frame with this body; the caller puts the body after it.
-pub(crate) fn encode_header(header: &Header, body: &[Bytes], into: &mut BytesMut) {
+pub(crate) fn encode_header(
+    header: &Header,
+    body: &[Bytes],
+    number: FrameNumber,
+    into: &mut BytesMut,
+) {
     let body_bytes: usize = body.iter().map(Bytes::len).sum();
     // Senders check a body against max_frame_bytes, which `LinkConfig::validate` keeps below 2^31.
     let length = (LENGTH_MIN + body_bytes) as u32;
@@ -170,7 +207,8 @@ pub(crate) fn encode_header(header: &Header, body: &[Bytes], into: &mut BytesMut
     fields[10] = header.class;
     fields[12..20].copy_from_slice(&header.channel.to_le_bytes());
     fields[20..28].copy_from_slice(&header.group.to_le_bytes());
-    let head = crc32c::crc32c_append(crc32c::crc32c(&fields[0..4]), &fields[8..]);
+    let begun = crc32c::crc32c_append(number.0, &fields[0..4]);
+    let head = crc32c::crc32c_append(begun, &fields[8..]);
     let crc = body
         .iter()
         .fold(head, |crc, part| crc32c::crc32c_append(crc, part));
@@ -178,11 +216,33 @@ pub(crate) fn encode_header(header: &Header, body: &[Bytes], into: &mut BytesMut
     into.put_slice(&fields);
 }
 
-/// Takes one frame from the front of `buffer`; `Ok(None)` when it is not all there yet, with room
+/// The checksum of a whole frame that has this number.
+fn checksum(frame: &[u8], number: u32) -> u32 {
+    let begun = crc32c::crc32c_append(number, &frame[0..4]);
+    crc32c::crc32c_append(begun, &frame[8..])
+}
+
+/// Why the frame's checksum is not what it should be: another number, or other bytes.
+fn wrong_checksum(frame: &[u8], found: u32, due: FrameNumber) -> WireError {
+    let near = (1..=NUMBERS_TRIED).flat_map(|by| [due.0.wrapping_sub(by), due.0.wrapping_add(by)]);
+    match near.into_iter().find(|n| checksum(frame, *n) == found) {
+        Some(number) => WireError::Number {
+            found: number,
+            due: due.0,
+        },
+        None => WireError::Checksum {
+            found,
+            computed: checksum(frame, due.0),
+        },
+    }
+}
+
+/// Takes one frame from the front of `buffer`, which must have this number; `Ok(None)` when it is not all there yet, with room
 /// reserved for the rest.
 pub(crate) fn decode(
     buffer: &mut BytesMut,
     max_frame_bytes: usize,
+    number: FrameNumber,
 ) -> Result<Option<Frame>, WireError> {
     let Some(mut length_bytes) = buffer.get(..LENGTH_BYTES) else {
         return Ok(None);
@@ -199,10 +259,9 @@ pub(crate) fn decode(
         buffer.reserve(total - buffer.len());
         return Ok(None);
     }
-    let computed = crc32c::crc32c_append(crc32c::crc32c(&buffer[0..4]), &buffer[8..total]);
     let found = (&buffer[4..8]).get_u32_le();
-    if computed != found {
-        return Err(WireError::Checksum { found, computed });
+    if checksum(&buffer[..total], number.0) != found {
+        return Err(wrong_checksum(&buffer[..total], found, number));
     }
     let kind = Kind::from_byte(buffer[8]).ok_or(WireError::Kind(buffer[8]))?;
     if buffer[9] != 0 || buffer[11] != 0 {
@@ -232,9 +291,9 @@ mod tests {
 
     const MAX: usize = 1 << 16;
 
-    fn encoded(header: Header, parts: &[Bytes]) -> BytesMut {
+    fn encoded(header: Header, parts: &[Bytes], number: FrameNumber) -> BytesMut {
         let mut bytes = BytesMut::new();
-        encode_header(&header, parts, &mut bytes);
+        encode_header(&header, parts, number, &mut bytes);
         parts.iter().for_each(|part| bytes.put_slice(part));
         bytes
     }
@@ -265,7 +324,11 @@ mod tests {
             channel: 2,
             group: 3,
         };
-        let bytes = encoded(header, &[Bytes::from_static(b"quorate")]);
+        let bytes = encoded(
+            header,
+            &[Bytes::from_static(b"quorate")],
+            FrameNumber::HANDSHAKE,
+        );
         let mut expected = vec![31, 0, 0, 0];
         expected.extend_from_slice(&bytes[4..8]);
         expected.extend_from_slice(&[5, 0, 7, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
@@ -277,15 +340,53 @@ mod tests {
     }
 
     #[test]
+    fn a_frame_that_is_repeated_swapped_or_lost_is_noticed() {
+        let parts = [Bytes::from_static(b"write this once")];
+        let frame = |number| encoded(Header::of(Kind::Call), &parts, FrameNumber(number));
+        let read = |numbers: &[u32]| {
+            let mut bytes = BytesMut::new();
+            numbers
+                .iter()
+                .for_each(|n| bytes.extend_from_slice(&frame(*n)));
+            let (mut due, mut taken) = (FrameNumber::FIRST, 0);
+            loop {
+                match decode(&mut bytes, MAX, due) {
+                    Ok(Some(_)) => (due, taken) = (due.next(), taken + 1),
+                    Ok(None) => return Ok(taken),
+                    Err(error) => return Err((taken, error)),
+                }
+            }
+        };
+        let wrong = |found, due| WireError::Number { found, due };
+        assert_eq!(read(&[1, 2, 3]), Ok(3));
+        assert_eq!(read(&[1, 2, 2, 3]), Err((2, wrong(2, 3))));
+        assert_eq!(read(&[2, 1, 3]), Err((0, wrong(2, 1))));
+        assert_eq!(read(&[1, 3]), Err((1, wrong(3, 2))));
+        let far = read(&[1, 5000]);
+        assert!(
+            matches!(far, Err((1, WireError::Checksum { .. }))),
+            "{far:?}"
+        );
+    }
+
+    #[test]
+    fn the_front_of_a_frame_tells_its_length() {
+        let parts = [Bytes::from_static(b"quorate")];
+        let bytes = encoded(Header::of(Kind::Call), &parts, FrameNumber::FIRST);
+        assert_eq!(frame_bytes(&bytes[..4]), Some(bytes.len()));
+        assert_eq!(frame_bytes(&bytes[..3]), None);
+    }
+
+    #[test]
     fn an_oversize_length_is_refused_before_its_bytes_arrive() {
         let mut bytes = BytesMut::from(&(MAX as u32).to_le_bytes()[..]);
         assert!(matches!(
-            decode(&mut bytes, MAX),
+            decode(&mut bytes, MAX, FrameNumber::FIRST),
             Err(WireError::Length { .. })
         ));
         let mut short = BytesMut::from(&23u32.to_le_bytes()[..]);
         assert!(matches!(
-            decode(&mut short, MAX),
+            decode(&mut short, MAX, FrameNumber::FIRST),
             Err(WireError::Length { .. })
         ));
     }
@@ -297,13 +398,17 @@ mod tests {
             step in 1usize..97,
         ) {
             let mut stream = BytesMut::new();
+            let mut number = FrameNumber::FIRST;
             for (header, parts) in &frames {
-                stream.extend_from_slice(&encoded(*header, parts));
+                stream.extend_from_slice(&encoded(*header, parts, number));
+                number = number.next();
             }
+            number = FrameNumber::FIRST;
             let (mut buffer, mut decoded) = (BytesMut::new(), Vec::new());
             for piece in stream.chunks(step) {
                 buffer.extend_from_slice(piece);
-                while let Some(frame) = decode(&mut buffer, MAX).expect("valid frames") {
+                while let Some(frame) = decode(&mut buffer, MAX, number).expect("valid frames") {
+                    number = number.next();
                     decoded.push(frame);
                 }
             }
@@ -319,11 +424,11 @@ mod tests {
         fn one_changed_bit_is_noticed(
             header in header(), parts in parts(), at in any::<prop::sample::Index>(), bit in 0u8..8,
         ) {
-            let mut bytes = encoded(header, &parts);
+            let mut bytes = encoded(header, &parts, FrameNumber::FIRST);
             let at = at.index(bytes.len());
             bytes[at] ^= 1 << bit;
             // A longer length only waits for more; everything else is an error.
-            if let Ok(Some(frame)) = decode(&mut bytes, MAX) {
+            if let Ok(Some(frame)) = decode(&mut bytes, MAX, FrameNumber::FIRST) {
                 prop_assert!(false, "decoded {:?}", frame);
             }
         }
@@ -331,7 +436,7 @@ mod tests {
         #[test]
         fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             let mut buffer = BytesMut::from(&bytes[..]);
-            while let Ok(Some(_)) = decode(&mut buffer, MAX) {}
+            while let Ok(Some(_)) = decode(&mut buffer, MAX, FrameNumber::FIRST) {}
         }
     }
 }

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::connection::{Connection, Hold};
 use super::error::DisconnectReason;
-use super::wire::{self, Body, Header};
+use super::wire::{self, Body, FrameNumber, Header};
 
 /// Gathered bytes at which the writer stops looking for more.
 const BATCH_BYTES: usize = 256 << 10;
@@ -128,8 +128,9 @@ pub(crate) async fn run(
 }
 
 /// Frames gathered for one go.
-#[derive(Default)]
 struct Batch {
+    /// Of the next frame.
+    number: FrameNumber,
     /// Complete pieces, in order; `tail` comes behind them.
     pieces: std::collections::VecDeque<Bytes>,
     tail: BytesMut,
@@ -144,12 +145,27 @@ struct Written {
     bytes: u64,
 }
 
+impl Default for Batch {
+    fn default() -> Self {
+        Self {
+            number: FrameNumber::FIRST,
+            pieces: std::collections::VecDeque::new(),
+            tail: BytesMut::new(),
+            bytes: 0,
+            frames: 0,
+            holds: Vec::new(),
+        }
+    }
+}
+
 impl Batch {
     fn push(&mut self, frame: Outgoing) {
         if frame.ticket.is_some_and(|ticket| !ticket.take()) {
             return;
         }
-        wire::encode_header(&frame.header, frame.body.parts(), &mut self.tail);
+        let parts = frame.body.parts();
+        wire::encode_header(&frame.header, parts, self.number, &mut self.tail);
+        self.number = self.number.next();
         self.bytes += wire::HEADER_BYTES + frame.body.len();
         self.frames += 1;
         for part in frame.body.parts() {
@@ -240,10 +256,12 @@ mod tests {
         let mut written = Vec::new();
         batch.write(&mut written).await.expect("a vector takes all");
         let mut stream = BytesMut::from(&written[..]);
+        let mut number = FrameNumber::FIRST;
         for (fill, bytes) in bodies.into_iter().enumerate() {
-            let frame = wire::decode(&mut stream, 4 << 20)
+            let frame = wire::decode(&mut stream, 4 << 20, number)
                 .expect("valid")
                 .expect("complete");
+            number = number.next();
             assert_eq!(frame.body, vec![fill as u8; 2 * bytes]);
         }
         assert!(stream.is_empty());

@@ -153,11 +153,12 @@ const PUPPET_INCARNATION: u64 = 77;
 
 async fn puppet(mut socket: Socket, speaks: Arc<AtomicBool>) {
     let mut sink = vec![0; 4096];
+    let mut frames = raw_peer::Frames::default();
     loop {
         match socket.read(&mut sink).await {
             Ok(0) | Err(_) => return,
             Ok(_) if speaks.load(Ordering::SeqCst) => {
-                let _ = socket.write_all(&raw_peer::ping(PUPPET_INCARNATION)).await;
+                let _ = socket.write_all(&frames.ping(PUPPET_INCARNATION)).await;
             }
             Ok(_) => {}
         }

@@ -75,7 +75,8 @@ pub struct BenchCommand {
     threshold: Duration,
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+/// `10s`, `500ms`, `2m`.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let split = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());

@@ -88,6 +88,7 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
         B::InvalidName(_) => (S::BAD_REQUEST, "invalid_name", "Invalid name"),
         B::TopicNotFound { .. } => (S::NOT_FOUND, "topic_not_found", "Topic not found"),
         B::QueueNotFound { .. } => (S::NOT_FOUND, "queue_not_found", "Queue not found"),
+        B::ReplicaNotFound { .. } => (S::NOT_FOUND, "replica_not_found", "Replica not found"),
         B::ConsumerGroupNotFound { .. } => (
             S::NOT_FOUND,
             "consumer_group_not_found",

@@ -18,6 +18,15 @@ fn every_broker_error() -> Vec<(BrokerError, u16, &'static str)> {
             "queue_not_found",
         ),
         (
+            B::ReplicaNotFound {
+                topic: s(),
+                queue: 0,
+                node: 1,
+            },
+            404,
+            "replica_not_found",
+        ),
+        (
             B::ConsumerGroupNotFound { group: s() },
             404,
             "consumer_group_not_found",

@@ -5,6 +5,7 @@ pub mod consume;
 pub mod health;
 pub mod offsets;
 pub mod produce;
+pub mod replica;
 pub mod topics;
 
 use serde::{Deserialize, Deserializer};

@@ -4,7 +4,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::*;
-use crate::link::raw_peer::{frame, greet};
+use crate::link::raw_peer::{Frames, frame, greet};
 use crate::link::wire::{Header, Kind};
 
 /// A real node 2 that is connected to a real node 3, and a raw socket that is node 1.
@@ -68,6 +68,24 @@ async fn an_oversize_length_closes_its_own_connection_only() {
 }
 
 #[tokio::test]
+async fn a_call_that_comes_twice_is_served_once_and_closes_its_own_connection_only() {
+    let (mut stage, _) = stage(|_| {}).await;
+    let header = Header {
+        class: HELD,
+        channel: 1,
+        ..Header::of(Kind::Call)
+    };
+    let call = frame(header, b"once");
+    let twice = [&call[..], &call[..]].concat();
+    stage.raw.write_all(&twice).await.expect("open");
+    let handler = stage.two.handler.clone();
+    let reason = "frame number 1 where 2 was due";
+    stage.only_raw_is_closed(reason).await;
+    let served = || handler.held.load(Ordering::SeqCst) == 1;
+    eventually("the first call is in service", served).await;
+}
+
+#[tokio::test]
 async fn a_second_handshake_closes_its_own_connection_only() {
     let (mut stage, _) = stage(|_| {}).await;
     stage
@@ -107,9 +125,10 @@ async fn a_stream_beyond_its_window_ends_and_the_connection_stays() {
         channel: 1,
         ..Header::of(kind)
     };
-    let mut bytes = frame(header(Kind::StreamOpen), b"");
+    let mut frames = Frames::default();
+    let mut bytes = frames.next(header(Kind::StreamOpen), b"");
     for _ in 0..10 {
-        bytes.extend_from_slice(&frame(header(Kind::StreamData), &[1; 960]));
+        bytes.extend_from_slice(&frames.next(header(Kind::StreamData), &[1; 960]));
     }
     stage.raw.write_all(&bytes).await.expect("open");
     let incoming = stage.two.incoming().await;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::Serialize;
 use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
-use super::super::wire::{Acked, Message};
+use super::super::super::wire::{Acked, Message};
 
 /// Problems after this many of them are counted, not listed.
 const PROBLEMS_LISTED: usize = 20;

@@ -1,0 +1,340 @@
+//! The run's own nodes: child processes of this executable, on loopback, with data of their own.
+//!
+//! Invariant: no child outlives the [`Cluster`] that started it, however the run ends.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader};
+use std::net::TcpListener;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::time::{Instant, sleep};
+
+use super::super::super::client::{Client, Request};
+use super::super::super::error::CliError;
+use super::plan::Plan;
+
+/// How long a node may take to start or to end.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+const LOOK_AGAIN: Duration = Duration::from_millis(25);
+const READY_TIMEOUT: Duration = Duration::from_secs(2);
+/// A port may be taken for a moment by somebody else's connection.
+const STARTS: u32 = 5;
+/// The environment beats a node's file. What tunes nodes may come from there, but not who they are.
+const NOT_INHERITED: [&str; 8] = [
+    "QUORATE_NODE_ID",
+    "QUORATE_DATA_DIR",
+    "QUORATE_DEV",
+    "QUORATE_CLUSTER_NAME",
+    "QUORATE_CLUSTER_NODES",
+    "QUORATE_HTTP_LISTEN",
+    "QUORATE_HTTP_ADVERTISE",
+    "QUORATE_PEER_LISTEN",
+];
+/// Lines of a failed node's log that are shown.
+const LAST_LINES: usize = 12;
+
+#[derive(Debug)]
+pub struct Cluster {
+    pub nodes: Vec<Node>,
+    home: Home,
+}
+
+/// One process with its ports and its data. Dropping it kills the process.
+#[derive(Debug)]
+pub struct Node {
+    pub id: u64,
+    pub url: String,
+    home: PathBuf,
+    process: Option<Child>,
+    /// Starts since it was last ready.
+    starts: u32,
+}
+
+/// The directory of all nodes.
+#[derive(Debug)]
+struct Home {
+    path: PathBuf,
+    remove: bool,
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if self.remove {
+            // What can't be removed stays in the temporary directory.
+            let _ = fs::remove_dir_all(&self.path);
+        }
+    }
+}
+
+/// Ports nobody listens on.
+pub fn free_ports(count: u64) -> io::Result<Vec<u16>> {
+    // All are held until the last is known, so that no port comes twice.
+    let held = (0..count)
+        .map(|_| TcpListener::bind("127.0.0.1:0"))
+        .collect::<io::Result<Vec<_>>>()?;
+    held.iter().map(|l| Ok(l.local_addr()?.port())).collect()
+}
+
+/// Where one node listens.
+struct Ports {
+    peer: u16,
+    http: u16,
+}
+
+impl Cluster {
+    /// Writes the configurations. The nodes listen for each other on `peer_ports`, in the order
+    /// of their ids, and look for each other where `dial(from, to)` says.
+    pub fn prepare(
+        plan: &Plan,
+        peer_ports: &[u16],
+        dial: impl Fn(u64, u64) -> String,
+    ) -> Result<Self, CliError> {
+        let path = match &plan.dir {
+            Some(dir) => dir.clone(),
+            None => std::env::temp_dir().join(format!("quorate-verify-{}", plan.run)),
+        };
+        let failed = |error| CliError::io(format!("prepare {}", path.display()), error);
+        fs::create_dir_all(&path).map_err(failed)?;
+        if fs::read_dir(&path).map_err(failed)?.next().is_some() {
+            let path = path.display();
+            return Err(CliError::Usage(format!("{path} is not empty")));
+        }
+        let http = free_ports(plan.nodes).map_err(failed)?;
+        let ports = peer_ports.iter().zip(&http);
+        let ports: Vec<Ports> = ports
+            .map(|(peer, http)| Ports {
+                peer: *peer,
+                http: *http,
+            })
+            .collect();
+        let mut nodes = Vec::new();
+        for (id, own) in (1..).zip(&ports) {
+            let home = path.join(format!("node-{id}"));
+            fs::create_dir(&home).map_err(failed)?;
+            let text = configuration(id, &home.join("data"), &ports, &dial);
+            fs::write(home.join("quorate.toml"), text).map_err(failed)?;
+            nodes.push(Node {
+                id,
+                url: format!("http://127.0.0.1:{}", own.http),
+                home,
+                process: None,
+                starts: 0,
+            });
+        }
+        let home = Home {
+            path,
+            remove: false,
+        };
+        Ok(Self { nodes, home })
+    }
+
+    pub fn start_all(&mut self) -> Result<(), CliError> {
+        self.nodes.iter_mut().try_for_each(Node::start)
+    }
+
+    /// Starts those that do not run.
+    pub fn start_ended(&mut self) -> Result<(), CliError> {
+        for node in &mut self.nodes {
+            if node.process.is_none() || node.has_ended().is_some() {
+                node.start()?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn node(&mut self, id: u64) -> &mut Node {
+        // Ids are those of the plan, from 1.
+        &mut self.nodes[id as usize - 1]
+    }
+
+    pub fn home(&self) -> &Path {
+        &self.home.path
+    }
+
+    /// The data is of no more use.
+    pub fn remove_at_end(&mut self) {
+        self.home.remove = true;
+    }
+
+    /// Waits until every node says that it is ready.
+    pub async fn wait_ready(&mut self, client: &Client) -> Result<(), CliError> {
+        for node in &mut self.nodes {
+            node.wait_ready(client).await?;
+        }
+        Ok(())
+    }
+
+    /// Nodes that have ended although nobody told them to, and what they said last.
+    pub fn failures(&mut self) -> Vec<String> {
+        self.nodes
+            .iter_mut()
+            .filter_map(|node| Some((node.has_ended()?, node)))
+            .map(|(status, node)| {
+                format!("node {} ended: {status}\n{}", node.id, node.last_lines())
+            })
+            .collect()
+    }
+
+    /// Lines of the nodes' logs that tell of a panic: some tasks end without the node.
+    pub fn panics(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        for node in &self.nodes {
+            let Ok(log) = File::open(node.home.join("log")) else {
+                continue;
+            };
+            let lines = BufReader::new(log).lines().map_while(Result::ok);
+            let lines = lines.filter(|line| line.contains("panicked at"));
+            found.extend(lines.map(|line| format!("node {}: {line}", node.id)));
+        }
+        found
+    }
+}
+
+fn configuration(
+    id: u64,
+    data: &Path,
+    ports: &[Ports],
+    dial: &impl Fn(u64, u64) -> String,
+) -> String {
+    let mut text = format!("node_id = {id}\ndata_dir = {data:?}\n\n");
+    text.push_str("[cluster]\nname = \"verify\"\nnodes = [\n");
+    for (other, at) in (1..).zip(ports) {
+        let peer = match other == id {
+            true => format!("127.0.0.1:{}", at.peer),
+            false => dial(id, other),
+        };
+        let http = at.http;
+        text.push_str(&format!(
+            "  {{ id = {other}, peer = \"{peer}\", url = \"http://127.0.0.1:{http}\" }},\n"
+        ));
+    }
+    let Ports { peer, http } = ports[id as usize - 1];
+    // Small segments and checkpoints soon: more of their edges in the same time.
+    text.push_str(&format!(
+        "]\n\n[http]\nlisten = \"127.0.0.1:{http}\"\nmax_request_bytes = 1048576\n\n[peer]\nlisten = \"127.0.0.1:{peer}\"\n\n\
+         [log]\nsegment_bytes = 4194304\nreserve_bytes = 67108864\n\n\
+         [limits]\nmax_message_bytes = 65536\n\n[raft]\ncheckpoint_every = 500\n"
+    ));
+    text
+}
+
+impl Node {
+    pub fn start(&mut self) -> Result<(), CliError> {
+        let failed = |error| CliError::io("start a node", error);
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.home.join("log"))
+            .map_err(failed)?;
+        let program = std::env::current_exe().map_err(failed)?;
+        let mut command = Command::new(program);
+        for name in NOT_INHERITED {
+            command.env_remove(name);
+        }
+        let process = command
+            .args(["server", "--config"])
+            .arg(self.home.join("quorate.toml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(failed)?)
+            .stderr(log)
+            // Ctrl-C of a terminal is the run's to handle, not the nodes'.
+            .process_group(0)
+            .spawn()
+            .map_err(failed)?;
+        self.process = Some(process);
+        self.starts += 1;
+        Ok(())
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), CliError> {
+        let Some(process) = &self.process else {
+            return Ok(());
+        };
+        // A child that was not waited for keeps its id: nobody else is meant.
+        let pid = i32::try_from(process.id()).ok().and_then(Pid::from_raw);
+        let sent = pid.map_or(Ok(()), |pid| kill_process(pid, signal));
+        sent.map_err(|error| CliError::io(format!("signal node {}", self.id), error.into()))
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    pub fn pause(&self) -> Result<(), CliError> {
+        self.signal(Signal::STOP)
+    }
+
+    pub fn resume(&self) -> Result<(), CliError> {
+        self.signal(Signal::CONT)
+    }
+
+    /// SIGTERM, and waits for the end. Says what was wrong with it, if anything was.
+    pub async fn terminate(&mut self) -> Result<Option<String>, CliError> {
+        self.signal(Signal::TERM)?;
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.has_ended() {
+                self.process = None;
+                let clean = status.success();
+                return Ok((!clean).then(|| format!("ended with {status} after SIGTERM")));
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+        self.kill();
+        Ok(Some(format!("did not end within {PATIENCE:?} of SIGTERM")))
+    }
+
+    fn has_ended(&mut self) -> Option<ExitStatus> {
+        self.process.as_mut()?.try_wait().ok().flatten()
+    }
+
+    /// Waits until the node says that it is ready; starts it again where its port was taken.
+    pub async fn wait_ready(&mut self, client: &Client) -> Result<(), CliError> {
+        let node = client.only(&self.url)?;
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let ready = Request::get(&["health", "ready"]).timeout(READY_TIMEOUT);
+            let Err(error) = node.call(ready).await else {
+                self.starts = 0;
+                return Ok(());
+            };
+            if let Some(status) = self.has_ended() {
+                if self.starts >= STARTS || !self.last_lines().contains("cannot listen on") {
+                    let (id, lines) = (self.id, self.last_lines());
+                    return Err(CliError::Failed(format!(
+                        "node {id} ended: {status}\n{lines}"
+                    )));
+                }
+                self.start()?;
+            }
+            if Instant::now() > deadline {
+                let (id, lines) = (self.id, self.last_lines());
+                return Err(CliError::Failed(format!(
+                    "node {id} was not ready after {PATIENCE:?}: {error}\n{lines}"
+                )));
+            }
+            sleep(LOOK_AGAIN).await;
+        }
+    }
+
+    fn last_lines(&self) -> String {
+        let text = fs::read(self.home.join("log")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
