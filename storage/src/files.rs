@@ -12,23 +12,30 @@ pub(crate) const TEMP_SUFFIX: &str = ".tmp";
 
 /// Creates `dir` with all its parents, and makes their directory entries durable.
 ///
-/// An entry counts only after an fsync of the directory that holds it. The last one is synced
-/// even if `dir` exists: a process that died may have created it without getting that far.
+/// An entry counts only after an fsync of the directory that holds it. Each one is synced before
+/// anything is created in it, so of those that exist only the innermost can be in doubt: a process
+/// that died may have created it without getting that far.
 pub fn create_dirs(vfs: &dyn Vfs, dir: &Path) -> Result<(), StorageError> {
-    let mut holders = vec![parent(dir)];
-    while let Some(holder) = holders.last() {
-        let exists = vfs
-            .exists(holder)
-            .map_err(|e| StorageError::io("look up", holder, e))?;
-        if exists {
-            break;
-        }
-        holders.push(parent(holder));
+    let exists = |path: &Path| {
+        vfs.exists(path)
+            .map_err(|e| StorageError::io("look up", path, e))
+    };
+    let mut missing = Vec::new();
+    let mut there = dir.to_path_buf();
+    while !exists(&there)? {
+        let holder = parent(&there);
+        missing.push(std::mem::replace(&mut there, holder));
     }
-    vfs.create_dir_all(dir)
-        .map_err(|e| StorageError::io("create directory", dir, e))?;
-    for holder in holders.iter().rev() {
-        sync_dir(vfs, holder)?;
+    match sync_dir(vfs, &parent(&there)) {
+        // Whoever must not open it has not created anything in it either.
+        Err(StorageError::Io { source, .. })
+            if source.kind() == io::ErrorKind::PermissionDenied => {}
+        synced => synced?,
+    }
+    for made in missing.iter().rev() {
+        vfs.create_dir_all(made)
+            .map_err(|e| StorageError::io("create directory", made, e))?;
+        sync_dir(vfs, &parent(made))?;
     }
     Ok(())
 }
