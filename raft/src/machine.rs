@@ -255,27 +255,53 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
-        // At its start openraft installs a snapshot that is newer than the state. Here that is a
-        // checkpoint which could not be restored: the log has everything since an older state.
-        let mut all = self.snapshots.list(self.group)?;
-        all.retain(|id| Some(*id) <= self.applied);
-        let chosen = match self.retention {
-            LogRetention::Messages => all.first(),
-            LogRetention::StateOnly => all.last(),
-        };
-        let Some(id) = chosen else { return Ok(None) };
-        let (header, state) = self.snapshots.read(self.group, *id)?;
-        Ok(Some(snapshot(*id, &header.membership, state)?))
+        if self.retention == LogRetention::Messages {
+            return Ok(self.oldest_sound()?);
+        }
+        match self.usable()?.last() {
+            None => Ok(None),
+            Some(newest) => match self.read(*newest)? {
+                Some(sound) => Ok(Some(sound)),
+                // The state here is as new at least: it was restored from another one.
+                None => self.build().map(Some),
+            },
+        }
     }
 }
 
 impl Machine {
+    /// The snapshots that are not newer than the state, oldest first. At its start openraft installs
+    /// one that is: here that is a checkpoint which could not be restored, and the log has
+    /// everything since an older state.
+    fn usable(&self) -> Result<Vec<LogId>, StorageError> {
+        let mut all = self.snapshots.list(self.group)?;
+        all.retain(|id| Some(*id) <= self.applied);
+        Ok(all)
+    }
+
+    /// None for a damaged one: it was set aside when it was read.
+    fn read(&self, id: LogId) -> Result<Option<Snapshot>, StorageError> {
+        match self.snapshots.read(self.group, id) {
+            Ok((header, state)) => snapshot(id, &header.membership, state).map(Some),
+            Err(StorageError::Damaged { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn oldest_sound(&self) -> Result<Option<Snapshot>, StorageError> {
+        for id in self.usable()? {
+            if let Some(sound) = self.read(id)? {
+                return Ok(Some(sound));
+            }
+        }
+        Ok(None)
+    }
+
     fn build(&mut self) -> io::Result<Snapshot> {
         if self.retention == LogRetention::Messages
-            && let Some(boundary) = self.snapshots.list(self.group)?.first()
+            && let Some(boundary) = self.oldest_sound()?
         {
-            let (header, state) = self.snapshots.read(self.group, *boundary)?;
-            return Ok(snapshot(*boundary, &header.membership, state)?);
+            return Ok(boundary);
         }
         let state = Bytes::from(self.inner.checkpoint()?);
         let Some(last) = self.applied else {

@@ -44,6 +44,7 @@ use std::time::Instant;
 
 pub use cleaner::CleanReport;
 pub use group::GroupLog;
+pub use shared::DamageHook;
 pub use stats::{CommitLogStats, FSYNC_BUCKETS_NS};
 pub use types::{
     CommitLogConfig, DamagedRange, Done, Entry, EntryKind, Flush, GroupState, RecoveryReport,
@@ -176,7 +177,7 @@ impl CommitLog {
 
     /// Calls `hook` whenever a read of a group finds damage: on the reader's thread, before the reader
     /// gets the error. Only the first hook counts.
-    pub fn on_damage(&self, hook: Box<dyn Fn(RaftGroupId, &StorageError) + Send + Sync>) {
+    pub fn on_damage(&self, hook: DamageHook) {
         self.owner.shared.damage.hook(hook);
     }
 

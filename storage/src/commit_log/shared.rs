@@ -178,7 +178,8 @@ impl Poison {
     }
 }
 
-type DamageHook = Box<dyn Fn(RaftGroupId, &StorageError) + Send + Sync>;
+/// Called with the group whose read found damage.
+pub type DamageHook = Box<dyn Fn(RaftGroupId, &StorageError) + Send + Sync>;
 
 /// Who is told when a reader finds damage.
 #[derive(Default)]
