@@ -68,14 +68,14 @@ impl Mender {
                     () = tokio::time::sleep(wait) => {}
                 }
                 let state = self.published.borrow().clone();
-                let busy = self.tell(&state).await || self.fill(&state).await;
+                let telling = self.tell(&state).await;
+                let filling = self.fill(&state).await;
                 self.finish(&state)?;
-                wait = if busy { STEP } else { LOOK };
+                wait = if telling || filling { STEP } else { LOOK };
             }
         };
-        match stop.run_until_cancelled(work).await {
-            Some(Err(error)) => drop(fatal.send(format!("{error:#}"))),
-            None | Some(Ok(())) => {}
+        if let Some(Err(error)) = stop.run_until_cancelled(work).await {
+            fatal.send(format!("{error:#}")).ok();
         }
     }
 

@@ -44,6 +44,11 @@ const SETTLE_EVERY: Duration = Duration::from_secs(1);
 /// The catalog and the coordinators are small: their logs are cut often.
 const STATE_CHECKPOINT_EVERY: u64 = 2_000;
 
+/// Of the groups whose state is all that counts.
+fn state_checkpoint_every(config: &NodeConfig) -> u64 {
+    STATE_CHECKPOINT_EVERY.min(config.checkpoint_every)
+}
+
 /// What a node is told at its start.
 #[derive(Debug, Clone)]
 pub struct NodeConfig {
@@ -359,7 +364,7 @@ fn catalog_spec(config: &NodeConfig, replicas: &[Replica]) -> GroupSpec {
         preferred: nodes.min().unwrap_or(config.node_id),
         flush: Flush::Sync,
         retention: LogRetention::StateOnly,
-        checkpoint_every: STATE_CHECKPOINT_EVERY,
+        checkpoint_every: state_checkpoint_every(config),
     }
 }
 

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::mend::{Damage, replicas_of};
 use super::quarantine::Quarantine;
-use super::{NodeConfig, STATE_CHECKPOINT_EVERY};
+use super::{NodeConfig, state_checkpoint_every};
 use crate::broker::FlushMode;
 use crate::broker::local::{LocalCoordinator, LocalGroups, LocalQueue};
 use crate::broker::queue::{QueueLimits, QueueMachine, QueueShared};
@@ -196,7 +196,7 @@ impl Replicas {
             retention,
             checkpoint_every: match retention {
                 LogRetention::Messages => self.config.checkpoint_every,
-                LogRetention::StateOnly => STATE_CHECKPOINT_EVERY,
+                LogRetention::StateOnly => state_checkpoint_every(&self.config),
             },
         }
     }

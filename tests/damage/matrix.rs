@@ -25,6 +25,7 @@ const VALUE_BYTES: usize = 16 << 10;
 /// More values than a segment holds.
 const SEGMENT_FULL: usize = 160;
 const NODE: u64 = 2;
+const CATALOG_CHANGES: usize = 600;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum File {
@@ -199,6 +200,19 @@ impl Bed {
         Ok(())
     }
 
+    /// So often that its log is cut behind a snapshot.
+    async fn change_the_catalog(&self) -> Result<()> {
+        for n in 0..CATALOG_CHANGES {
+            let change = json!({"retention": {"max_age_ms": 86_400_000 + n, "max_bytes": null}});
+            let patched = self
+                .client
+                .request(Method::PATCH, "/v1/topics/t", Some(&change));
+            let (status, answer) = patched.await?;
+            ensure!(status.is_success(), "{status} {answer}");
+        }
+        Ok(())
+    }
+
     /// Every replica holds what was acknowledged, and nothing waits to be filled.
     async fn is_whole(&self) -> Result<()> {
         let url = self.cluster.urls()[NODE as usize - 1].clone();
@@ -231,6 +245,9 @@ impl Bed {
         if *file == File::SealedSegment {
             // One that holds entries of the replicas that are alive now.
             self.produce(SEGMENT_FULL, VALUE_BYTES).await?;
+        }
+        if *file == File::CatalogSnapshot {
+            self.change_the_catalog().await?;
         }
         let data = self.cluster.data_dir(NODE);
         let node = self.cluster.node(NODE);
