@@ -198,6 +198,8 @@ pub struct Node {
     #[serde(default)]
     pub replicas: u64,
     #[serde(default)]
+    pub quarantined: u64,
+    #[serde(default)]
     pub version: String,
 }
 

@@ -1,6 +1,7 @@
 //! What is read when someone scrapes: the commit log, the disk below it, the Raft groups.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use quorate_raft::{NodeId, NodeLiveness, RaftHost};
@@ -12,6 +13,7 @@ use tokio::sync::watch;
 
 use super::{Metrics, NamedSample, Sample};
 use crate::catalog::CatalogState;
+use crate::node::Scrubbed;
 
 const NS_PER_S: f64 = 1e9;
 
@@ -45,6 +47,25 @@ impl Metrics {
                 help,
                 Sample::Gauge(here.count() as f64),
             )]
+        });
+    }
+
+    /// Shows how much of the log was read in search of damage.
+    pub fn collect_scrub(&self, scrubbed: Arc<Scrubbed>) {
+        self.register_collector(move || {
+            let count = |of: &AtomicU64| Sample::Counter(of.load(Ordering::Relaxed));
+            vec![
+                (
+                    "log_scrubs",
+                    "Times that the whole log was read in search of damage",
+                    count(&scrubbed.passes),
+                ),
+                (
+                    "log_scrubbed_bytes",
+                    "Bytes of entries read in search of damage",
+                    count(&scrubbed.bytes),
+                ),
+            ]
         });
     }
 

@@ -29,8 +29,8 @@ pub struct Environment {
     pub boot_id: String,
     /// With or without threads of its own.
     pub open_log: OpenLog,
-    /// Between two looks for segments that nothing needs any more; none where whoever drives the log
-    /// sees to it.
+    /// Between two looks for segments that nothing needs any more. None where whoever drives the log
+    /// sees to that; nobody reads it in search of damage then.
     pub clean_every: Option<Duration>,
     /// Where sled, which knows no other file system than the machine's, keeps what can be rebuilt.
     pub derived_dir: PathBuf,

@@ -59,13 +59,21 @@ impl Mender {
         let work = async {
             self.regain_catalog().await?;
             let mut wait = STEP;
+            // Found before anyone could say which replica that is.
+            let mut unknown: Vec<Damage> = Vec::new();
             loop {
                 tokio::select! {
                     found = damage.recv() => match found {
-                        Some((group, reason)) => self.give_up(group, &reason).await?,
+                        Some(found) => unknown.push(found),
                         None => return anyhow::Ok(()),
                     },
                     () = tokio::time::sleep(wait) => {}
+                }
+                for (group, reason) in std::mem::take(&mut unknown) {
+                    match self.replica_here(group) {
+                        Some(replica) => self.give_up(group, replica, &reason).await?,
+                        None => unknown.push((group, reason)),
+                    }
                 }
                 let state = self.published.borrow().clone();
                 let telling = self.tell(&state).await;
@@ -80,10 +88,7 @@ impl Mender {
     }
 
     /// Takes a damaged replica out of service, for ever.
-    async fn give_up(&self, group: RaftGroupId, reason: &str) -> Result<()> {
-        let Some(replica) = self.replica_here(group) else {
-            return Ok(());
-        };
+    async fn give_up(&self, group: RaftGroupId, replica: ReplicaId, reason: &str) -> Result<()> {
         if !self.quarantine.give_up(group, replica, reason)? {
             return Ok(());
         }

@@ -6,6 +6,7 @@ mod environment;
 mod mend;
 mod quarantine;
 mod replicas;
+mod scrub;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -30,6 +31,7 @@ pub use self::environment::Environment;
 use self::mend::Mender;
 use self::quarantine::Quarantine;
 use self::replicas::Replicas;
+pub use self::scrub::Scrubbed;
 use crate::broker::local::LocalGroups;
 use crate::broker::queue::QueueLimits;
 use crate::broker::{Broker, BrokerConfig, BrokerParts};
@@ -144,6 +146,8 @@ impl Node {
         metrics.collect_disk(dir.clone());
         metrics.collect_raft(&host);
         metrics.collect_damage(config.node_id, catalog.clone());
+        let scrubbed: Arc<Scrubbed> = Arc::default();
+        metrics.collect_scrub(scrubbed.clone());
         let broker = Broker::new(BrokerParts {
             host: host.clone(),
             log: log.clone(),
@@ -181,6 +185,7 @@ impl Node {
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));
         if let Some(pause) = environment.clean_every {
             tokio::spawn(clean(log.clone(), pause, stop.clone()));
+            tokio::spawn(scrub::run(log.clone(), scrubbed, stop.clone()));
         }
         let (broker_here, stopped) = (broker.clone(), stop.clone());
         tokio::spawn(stopped.run_until_cancelled_owned(async move {

@@ -34,6 +34,11 @@ const NOT_INHERITED: [&str; 8] = [
     "QUORATE_HTTP_ADVERTISE",
     "QUORATE_PEER_LISTEN",
 ];
+/// Bytes at the end of a log that are left as they are when it is damaged.
+const DAMAGE_BEFORE_END: u64 = 64 << 10;
+const SEGMENT_HEADER: u64 = 64;
+/// How long filling a node again may take.
+const FILL_PATIENCE: Duration = Duration::from_secs(120);
 /// Lines of a failed node's log that are shown.
 const LAST_LINES: usize = 12;
 
@@ -164,6 +169,34 @@ impl Cluster {
     pub async fn wait_ready(&mut self, client: &Client) -> Result<(), CliError> {
         for node in &mut self.nodes {
             node.wait_ready(client).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits until no node has a damaged replica that is not filled again.
+    pub async fn wait_filled(&self, client: &Client) -> Result<(), CliError> {
+        let deadline = Instant::now() + FILL_PATIENCE;
+        for node in &self.nodes {
+            let asked = client.only(&node.url)?;
+            // Damage that nobody has met yet would meet with the next.
+            while !has_scrubbed(&asked).await && Instant::now() <= deadline {
+                sleep(LOOK_AGAIN).await;
+            }
+            loop {
+                let request = Request::get(&["v1", "cluster"]).timeout(READY_TIMEOUT);
+                let cluster = asked
+                    .read::<super::super::super::wire::Cluster>(request)
+                    .await;
+                match cluster {
+                    Ok(cluster) if cluster.nodes.iter().all(|n| n.quarantined == 0) => break,
+                    answer if Instant::now() > deadline => {
+                        return Err(CliError::Failed(format!(
+                            "damaged replicas were not filled again after {FILL_PATIENCE:?}: {answer:?}"
+                        )));
+                    }
+                    _ => sleep(LOOK_AGAIN).await,
+                }
+            }
         }
         Ok(())
     }
@@ -325,12 +358,64 @@ impl Node {
         }
     }
 
+    /// Turns bits over in a stopped node's log, in what was written well before its end: the very
+    /// end of a log may always be a write that was cut short. None if there is too little of it.
+    pub fn damage_log(&self, permille: u16) -> Result<Option<String>, CliError> {
+        let dir = self.home.join("data").join("log");
+        let failed = |error| CliError::io(format!("damage {}", dir.display()), error);
+        let mut segments = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            if path.extension().is_some_and(|ending| ending == "log") {
+                segments.push(path);
+            }
+        }
+        segments.sort();
+        let mut written = Vec::new();
+        for path in segments {
+            let bytes = fs::read(&path).map_err(failed)?;
+            let end = bytes.iter().rposition(|byte| *byte != 0).unwrap_or(0) + 1;
+            written.push((path, bytes, end as u64));
+        }
+        let total: u64 = written.iter().map(|(.., end)| end).sum();
+        let mut place = total.saturating_sub(DAMAGE_BEFORE_END) * u64::from(permille) / 1000;
+        for (path, mut bytes, end) in written {
+            if place >= end {
+                place -= end;
+                continue;
+            }
+            // Behind the segment's header, so that it is a frame that is hit.
+            let at = place.max(SEGMENT_HEADER) as usize;
+            let Some(byte) = bytes.get_mut(at).filter(|_| total > DAMAGE_BEFORE_END) else {
+                return Ok(None);
+            };
+            *byte ^= 0x55;
+            fs::write(&path, bytes).map_err(failed)?;
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            return Ok(Some(format!("byte {at} of {name}")));
+        }
+        Ok(None)
+    }
+
     fn last_lines(&self) -> String {
         let text = fs::read(self.home.join("log")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(LAST_LINES)..].join("\n")
     }
+}
+
+/// Whether a node has read its whole log since it began.
+async fn has_scrubbed(node: &Client) -> bool {
+    let request = Request::get(&["metrics"]).timeout(READY_TIMEOUT);
+    let Ok(answer) = node.send(request).await else {
+        return false;
+    };
+    let text = answer.text().await.unwrap_or_default();
+    let passes = text
+        .lines()
+        .find_map(|line| line.strip_prefix("quorate_log_scrubs_total "));
+    passes.is_some_and(|passes| passes != "0")
 }
 
 impl Drop for Node {

@@ -124,7 +124,10 @@ impl Faults {
         self.say("mended");
         self.count_happened(step, before);
         held?;
-        let ready = self.cluster.wait_ready(&self.client).await;
+        let mut ready = self.cluster.wait_ready(&self.client).await;
+        if ready.is_ok() && step.faults.iter().any(|f| f.kind() == FaultKind::Damage) {
+            ready = self.cluster.wait_filled(&self.client).await;
+        }
         ready.inspect_err(|error| {
             let mut history = self.stage.history.lock();
             history.findings.say(Kind::NotHealed, error.to_string());
@@ -154,9 +157,11 @@ impl Faults {
                 FaultKind::Duplicate => now.duplicated > before.duplicated,
                 FaultKind::Reorder => now.reordered > before.reordered,
                 // Counted when the signal was sent.
-                FaultKind::Kill | FaultKind::KillAll | FaultKind::Pause | FaultKind::Restart => {
-                    false
-                }
+                FaultKind::Kill
+                | FaultKind::KillAll
+                | FaultKind::Pause
+                | FaultKind::Restart
+                | FaultKind::Damage => false,
             };
             if happened {
                 self.count(kind);
@@ -218,6 +223,16 @@ impl Faults {
                 self.say(&format!("swap frames {}", links(*of)));
                 self.network
                     .change(|a, b, rules| rules.reorder = touches(*of, a, b));
+            }
+            Fault::Damage { target, permille } => {
+                if let Some(id) = self.choose(*target, broken).await {
+                    self.cluster.node(id).kill();
+                    broken.stopped.push(id);
+                    if let Some(place) = self.cluster.node(id).damage_log(*permille)? {
+                        self.say(&format!("kill node {id} ({target}) and damage {place}"));
+                        self.count(fault.kind());
+                    }
+                }
             }
         }
         Ok(())

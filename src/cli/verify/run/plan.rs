@@ -30,6 +30,8 @@ pub enum FaultKind {
     Duplicate,
     /// Two frames between two nodes change places.
     Reorder,
+    /// SIGKILL, bits of its log turned over, and a new start: the others fill it again.
+    Damage,
 }
 
 impl FaultKind {

@@ -67,6 +67,11 @@ pub enum Fault {
     Reorder {
         of: Option<u64>,
     },
+    Damage {
+        target: Target,
+        /// Where in its log.
+        permille: u16,
+    },
 }
 
 impl Fault {
@@ -80,6 +85,7 @@ impl Fault {
             Self::Delay { .. } => FaultKind::Delay,
             Self::Duplicate { .. } => FaultKind::Duplicate,
             Self::Reorder { .. } => FaultKind::Reorder,
+            Self::Damage { .. } => FaultKind::Damage,
         }
     }
 }
@@ -173,6 +179,10 @@ impl Schedule {
             },
             FaultKind::Duplicate => Fault::Duplicate { of: self.links() },
             FaultKind::Reorder => Fault::Reorder { of: self.links() },
+            FaultKind::Damage => Fault::Damage {
+                target: self.target(),
+                permille: self.rng.random_range(0..1000),
+            },
         }
     }
 
@@ -180,7 +190,7 @@ impl Schedule {
     fn companion(&mut self, kind: FaultKind) -> Option<Fault> {
         let process = [FaultKind::Kill, FaultKind::Pause, FaultKind::Restart];
         let others: Vec<FaultKind> = match kind {
-            FaultKind::KillAll | FaultKind::Partition => Vec::new(),
+            FaultKind::KillAll | FaultKind::Partition | FaultKind::Damage => Vec::new(),
             _ => process
                 .into_iter()
                 .filter(|kind| self.kinds.contains(kind))
