@@ -174,11 +174,10 @@ async fn drive(machine: Arc<Machine>, log: CommitLog, mut driver: Driver, mut rn
     loop {
         let (min, max) = machine.state.lock().speed.sync_ms;
         tokio::time::sleep(Duration::from_millis(rng.random_range(min..=max))).await;
+        // What is queued may become durable even if the step fails.
+        votes.forget_removed(&log);
         match driver.step(Instant::now()) {
-            Step::Worked => {
-                worked = true;
-                votes.forget_removed(&log);
-            }
+            Step::Worked => worked = true,
             // Nothing is left in the queue.
             Step::Idle { .. } if worked => {
                 worked = false;
