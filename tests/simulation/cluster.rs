@@ -15,10 +15,11 @@ use turmoil::Sim;
 use crate::faults::{self, Cut, End, Fault, Planned};
 use crate::healing::{self, Progress};
 use crate::history::History;
-use crate::machine::{DiskSpeed, Machine, host_name};
+use crate::machine::{DiskSpeed, Machine};
 use crate::node::{NodeSlot, Shape};
 use crate::oracle::{Oracle, Queue};
 use crate::replicas::Replicas;
+use crate::wires::{Wires, host_name};
 use crate::workload::Stage;
 
 /// Simulated time for the cluster to begin, and to be whole again after the last fault.
@@ -75,6 +76,7 @@ struct Run<'a> {
     history: Arc<History>,
     stage: Arc<Stage>,
     replicas: Arc<Mutex<Replicas>>,
+    wires: Arc<Wires>,
     /// In the order of their times.
     actions: BTreeMap<(Duration, u64), Action>,
     added: u64,
@@ -86,7 +88,8 @@ pub fn run(seed: u64, dir: &Path) -> Arc<History> {
     let script = Script::of(&mut rng);
     let history = Arc::new(History::default());
     history.note(format_args!("{script:?}"));
-    let machine = |node| Machine::new(node, seed, dir.join(host_name(node)));
+    let wires = Arc::new(Wires::default());
+    let machine = |node| Machine::new(node, seed, dir.join(host_name(node)), wires.clone());
     let slot = |node| NodeSlot::new(Arc::new(machine(node)), script.nodes, script.shape);
     let nodes: Vec<_> = (1..=script.nodes)
         .map(|node| Arc::new(slot(node)))
@@ -114,6 +117,7 @@ pub fn run(seed: u64, dir: &Path) -> Arc<History> {
         replicas: Arc::new(Mutex::new(Replicas::new(history.clone()))),
         history: history.clone(),
         stage,
+        wires,
         actions: BTreeMap::new(),
         added: 0,
     };
@@ -287,34 +291,27 @@ impl Run<'_> {
         }
     }
 
-    fn pairs(from: &[NodeId], to: &[NodeId]) -> Vec<(String, String)> {
-        let pair = |a: &NodeId| {
-            to.iter()
-                .map(|b| (host_name(*a), host_name(*b)))
-                .collect::<Vec<_>>()
-        };
-        from.iter().flat_map(pair).collect()
-    }
-
     fn cut(&mut self, from: &[NodeId], to: &[NodeId], cut: Cut) {
-        for (a, b) in Self::pairs(from, to) {
+        for (a, b) in pairs(from, to) {
             match cut {
-                Cut::Both => self.sim.partition(a, b),
-                Cut::OneWay => self.sim.partition_oneway(a, b),
-                Cut::Held => self.sim.hold(a, b),
+                Cut::Both => self.sim.partition(host_name(a), host_name(b)),
+                Cut::OneWay => self.sim.partition_oneway(host_name(a), host_name(b)),
+                Cut::Held => {
+                    self.sim.hold(host_name(a), host_name(b));
+                    continue;
+                }
             }
+            self.wires.cut(a, b);
         }
     }
 
     fn mend(&mut self, from: &[NodeId], to: &[NodeId], cut: Cut) {
         self.history
             .note(format_args!("mended: {from:?} and {to:?} {cut:?}"));
-        for (a, b) in Self::pairs(from, to) {
-            match cut {
-                Cut::Both => self.sim.repair(a, b),
-                Cut::OneWay => self.sim.repair_oneway(a, b),
-                Cut::Held => self.sim.release(a, b),
-            }
+        for (a, b) in pairs(from, to) {
+            // Another fault between the two ends with it, whatever it was.
+            self.sim.release(host_name(a), host_name(b));
+            self.wires.mend(a, b);
         }
     }
 
@@ -329,6 +326,11 @@ impl Run<'_> {
                 // A disk that has stopped stays so.
                 other => self.perform(now, other),
             }
+        }
+        let all: Vec<_> = self.stage.nodes.iter().map(|slot| slot.id()).collect();
+        for (a, b) in pairs(&all, &all).into_iter().filter(|(a, b)| a != b) {
+            self.sim.release(host_name(a), host_name(b));
+            self.wires.mend(a, b);
         }
         for slot in self.stage.nodes.clone() {
             if slot.is_down() {
@@ -346,4 +348,9 @@ impl Run<'_> {
             replicas.check_logs(&self.stage.nodes);
         }
     }
+}
+
+fn pairs(from: &[NodeId], to: &[NodeId]) -> Vec<(NodeId, NodeId)> {
+    let pair = |a: &NodeId| to.iter().map(|b| (*a, *b)).collect::<Vec<_>>();
+    from.iter().flat_map(pair).collect()
 }

@@ -135,16 +135,16 @@ impl Plan {
             for queue in &self.stage.queues {
                 let node = slot.id();
                 self.progress.waits_for(format!("{queue:?} of node {node}"));
-                match whole_queue(slot, queue).await {
-                    Ok(values) => {
-                        let oracle = &self.stage.oracle;
-                        oracle.check_whole(queue, &values, &format!("node {node}"));
+                // A replica may be rebuilding its index after the last failed fsync.
+                let values = loop {
+                    match whole_queue(slot, queue).await {
+                        Ok(values) => break values,
+                        Err(error) => self.progress.waits_for(format!("node {node}: {error}")),
                     }
-                    Err(error) => self
-                        .stage
-                        .history
-                        .violation(format!("node {node}: reading {queue:?}: {error}")),
-                }
+                    sleep(LOOK_AGAIN).await;
+                };
+                let oracle = &self.stage.oracle;
+                oracle.check_whole(queue, &values, &format!("node {node}"));
             }
         }
     }

@@ -1,15 +1,14 @@
-//! One simulated machine: a disk that forgets what was not synced, a boot id, and a network card.
+//! One simulated machine: a disk that forgets what was not synced, and a boot id.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
 use quorate::node::Environment;
 use quorate_raft::NodeId;
-use quorate_raft::link::{Dialer, Listener, Network, Socket};
+use quorate_raft::link::Network;
 use quorate_storage::StorageError;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig, Driver, Step};
 use quorate_storage::vfs::Vfs;
@@ -18,14 +17,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::votes::DurableVotes;
+use crate::wires::{PORT, SimulatedDialer, SimulatedListener, Wires};
 
-pub const PORT: u16 = 7000;
 /// Between two looks of the log's driver for segments that nothing needs any more.
 const CLEAN_EVERY: Duration = Duration::from_secs(2);
-
-pub fn host_name(node: NodeId) -> String {
-    format!("node-{node}")
-}
 
 /// What a machine's disk is like at the moment.
 #[derive(Debug, Clone, Copy)]
@@ -54,16 +49,18 @@ pub struct Machine {
     pub node: NodeId,
     seed: u64,
     derived: PathBuf,
+    wires: Arc<Wires>,
     state: Mutex<State>,
     pub votes: Arc<DurableVotes>,
 }
 
 impl Machine {
-    pub fn new(node: NodeId, seed: u64, derived: PathBuf) -> Self {
+    pub fn new(node: NodeId, seed: u64, derived: PathBuf, wires: Arc<Wires>) -> Self {
         Self {
             node,
             seed,
             derived,
+            wires,
             state: Mutex::new(State {
                 vfs: FaultVfs::new(),
                 boots: 1,
@@ -106,10 +103,6 @@ impl Machine {
         state.vfs = state.vfs.crash(seed);
         state.boots += 1;
         state.excused = false;
-        // sled's files are no part of the simulated disk. Nothing may rest on them.
-        if seed.is_multiple_of(3) {
-            drop(std::fs::remove_dir_all(&self.derived));
-        }
     }
 
     /// The process is killed. What it had written is still there, though not on the medium.
@@ -142,14 +135,19 @@ impl Machine {
             vfs: Arc::new(state.vfs.clone()),
             network: Network {
                 listener: Box::new(SimulatedListener(listener)),
-                dialer: Box::new(SimulatedDialer),
+                dialer: Box::new(SimulatedDialer {
+                    from: self.node,
+                    wires: self.wires.clone(),
+                }),
             },
             boot_id: format!("boot {}", state.boots),
             open_log: Box::new(move |vfs, dir, config| {
                 machine.open_log(vfs, dir, config, StdRng::seed_from_u64(rng_seed))
             }),
             clean_every: None,
-            derived_dir: self.derived.clone(),
+            // sled has threads and times of its own, so what it has written by the end of a process
+            // would differ from run to run. It may be gone at any start: here it always is.
+            derived_dir: self.derived.join(format!("life-{}", state.lives)),
             lock: None,
         })
     }
@@ -176,11 +174,10 @@ async fn drive(machine: Arc<Machine>, log: CommitLog, mut driver: Driver, mut rn
     loop {
         let (min, max) = machine.state.lock().speed.sync_ms;
         tokio::time::sleep(Duration::from_millis(rng.random_range(min..=max))).await;
+        // What is queued may become durable even if the step fails.
+        votes.forget_removed(&log);
         match driver.step(Instant::now()) {
-            Step::Worked => {
-                worked = true;
-                votes.forget_removed(&log);
-            }
+            Step::Worked => worked = true,
             // Nothing is left in the queue.
             Step::Idle { .. } if worked => {
                 worked = false;
@@ -199,28 +196,4 @@ async fn drive(machine: Arc<Machine>, log: CommitLog, mut driver: Driver, mut rn
             }
         }
     }
-}
-
-struct SimulatedListener(turmoil::net::TcpListener);
-
-impl Listener for SimulatedListener {
-    fn accept(&mut self) -> BoxFuture<'_, io::Result<Socket>> {
-        Box::pin(async {
-            let (stream, _) = self.0.accept().await?;
-            Ok(socket(stream))
-        })
-    }
-}
-
-struct SimulatedDialer;
-
-impl Dialer for SimulatedDialer {
-    fn connect(&self, addr: String) -> BoxFuture<'static, io::Result<Socket>> {
-        Box::pin(async move { Ok(socket(turmoil::net::TcpStream::connect(addr).await?)) })
-    }
-}
-
-fn socket(stream: turmoil::net::TcpStream) -> Socket {
-    let (read, write) = stream.into_split();
-    Socket::new(read, write)
 }

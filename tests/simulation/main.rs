@@ -18,6 +18,7 @@ mod oracle;
 mod replicas;
 mod runner;
 mod votes;
+mod wires;
 mod workload;
 
 fn main() -> std::process::ExitCode {

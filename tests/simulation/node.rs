@@ -15,7 +15,8 @@ use quorate_raft::{HostConfig, NodeId, RaftHost};
 use quorate_storage::commit_log::CommitLogConfig;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::machine::{Machine, PORT, host_name};
+use crate::machine::Machine;
+use crate::wires::{address, host_name};
 
 const COORDINATORS: u32 = 2;
 const HAND_OVER: Duration = Duration::from_secs(2);
@@ -77,9 +78,7 @@ impl NodeSlot {
             life: Mutex::new(Life::Down),
             front: Mutex::default(),
             stop: Notify::new(),
-            addresses: (1..=nodes)
-                .map(|id| (id, format!("{}:{PORT}", host_name(id))))
-                .collect(),
+            addresses: (1..=nodes).map(|id| (id, address(id))).collect(),
             shape,
         }
     }

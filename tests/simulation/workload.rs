@@ -3,13 +3,14 @@
 //! A client asks any node, as over a network: the node may be down, or go down before it answers,
 //! and the client may lose patience. It tells the oracle what it knows, never more.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use quorate::broker::{
-    Broker, BrokerError, BrokerResult, Consistency, FetchRequest, NewMessage, Outcome,
-    ProduceAnswer, ProduceRequest, ProducerMark, StartAt, TopicConfig,
+    Broker, BrokerError, BrokerResult, CommitRequest, Consistency, FetchRequest, NewMessage,
+    OffsetCommit, Outcome, ProduceAnswer, ProduceRequest, ProducerMark, StartAt, TopicConfig,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -90,6 +91,8 @@ pub struct Client {
     sent: u64,
     /// The queue it writes to with sequences, and its mark.
     producer: Option<(Queue, ProducerMark)>,
+    /// Its consumer group's place in each queue: what was acknowledged, and the furthest tried.
+    committed: BTreeMap<Queue, (u64, u64)>,
     /// The last write with a mark, to be repeated although it was acknowledged.
     last: Option<(Queue, Vec<String>, Mark)>,
 }
@@ -102,6 +105,7 @@ impl Client {
             rng: StdRng::seed_from_u64(seed ^ (id + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
             sent: 0,
             producer: None,
+            committed: BTreeMap::new(),
             last: None,
         }
     }
@@ -115,9 +119,11 @@ impl Client {
                 58..64 => self.repeat().await,
                 64..80 => self.read(Consistency::Linearizable).await,
                 80..88 => self.read(Consistency::Stale).await,
-                88..92 => self.find_end().await,
-                92..96 => self.transfer().await,
-                96..98 => self.passing_topic().await,
+                88..91 => self.find_end().await,
+                91..94 => self.transfer().await,
+                94..97 => self.commit_offset().await,
+                97..98 => self.read_offset().await,
+                98..99 => self.passing_topic().await,
                 _ => sleep(Duration::from_millis(500)).await,
             }
             let pause = self.rng.random_range(5..120);
@@ -371,6 +377,88 @@ impl Client {
                 let text = format!("{what}: {} and {end} were known before", answer.end_offset);
                 self.stage.history.violation(text);
             }
+        }
+    }
+
+    fn consumer_group(&self) -> String {
+        format!("consumers-{}", self.id)
+    }
+
+    async fn commit_offset(&mut self) {
+        let (queue, node, patience) = (self.any_queue(), self.any_node(), self.patience());
+        let end = self.stage.oracle.end(&queue);
+        let (floor, tried) = self.committed.get(&queue).copied().unwrap_or_default();
+        let offset = self.rng.random_range(floor..=end.max(floor));
+        self.committed
+            .insert(queue.clone(), (floor, tried.max(offset)));
+        let request = CommitRequest {
+            group: self.consumer_group(),
+            offsets: vec![OffsetCommit {
+                topic: queue.0.clone(),
+                queue: queue.1,
+                offset,
+            }],
+            member: None,
+            allow_rewind: false,
+        };
+        let what = format!(
+            "commit {offset} of {}/{} via {}",
+            queue.0,
+            queue.1,
+            node.id()
+        );
+        let called = self
+            .stage
+            .call(&node, patience, |broker| async move {
+                let mut results = broker.commit_offsets(request).await?;
+                results.remove(0).map(drop)
+            })
+            .await;
+        match called {
+            Called::Done(()) => {
+                self.note(what);
+                self.committed.insert(queue, (offset, tried.max(offset)));
+            }
+            // An earlier attempt got through, after all.
+            Called::Refused(BrokerError::OffsetConflict { committed, .. })
+                if committed > offset && committed <= tried =>
+            {
+                self.committed.insert(queue, (committed, tried));
+            }
+            Called::Refused(error) if !error.retryable() => {
+                let text = format!("c{}: {what}: {error}", self.id);
+                self.stage.history.violation(text);
+            }
+            Called::Refused(_) | Called::NotSent | Called::Unknown(_) => {
+                self.note(format!("{what}: no answer"));
+            }
+        }
+    }
+
+    /// What was committed has not gone back.
+    async fn read_offset(&mut self) {
+        let ((topic, queue), node, patience) = (self.any_queue(), self.any_node(), self.patience());
+        let group = self.consumer_group();
+        let of = topic.clone();
+        let called = self
+            .stage
+            .call(&node, patience, |broker| async move {
+                broker.group_offsets(&group, Some(&of)).await
+            })
+            .await;
+        let Called::Done(rows) = called else { return };
+        let row = rows.iter().find(|row| row.queue == queue);
+        let found = row.and_then(|row| row.offset).unwrap_or(0);
+        let known = self.committed.get(&(topic.clone(), queue));
+        let (floor, tried) = known.copied().unwrap_or_default();
+        self.note(format!("has {found} of {topic}/{queue} via {}", node.id()));
+        if found < floor || found > tried {
+            let text = format!(
+                "c{}: {topic}/{queue} via {}: {found} is committed, not {floor} to {tried}",
+                self.id,
+                node.id()
+            );
+            self.stage.history.violation(text);
         }
     }
 
