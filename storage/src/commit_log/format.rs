@@ -3,6 +3,8 @@
 //! Everything is little-endian. A checksum is CRC-32C over all bytes after itself, so a header whose
 //! length was hit is found out by the checksum of the wrong range.
 
+use std::ops::RangeInclusive;
+
 /// Bytes of a frame before its body.
 pub(super) const FRAME_HEADER: usize = 48;
 /// Bytes at the start of a segment file; the first frame follows.
@@ -10,6 +12,10 @@ pub(super) const SEGMENT_HEADER: u64 = 64;
 /// Frames start at multiples of this, so that a scan after damage knows where to look.
 pub(super) const ALIGNMENT: usize = 8;
 pub(super) const FRAME_VERSION: u8 = 1;
+/// How long a segment file can be.
+pub(super) const SEGMENT_BYTES: RangeInclusive<u64> = 4096..=1 << 32;
+/// Where a segment can begin: positions behind it can still be counted.
+pub(super) const BASE_MAX: u64 = u64::MAX >> 1;
 
 const SEGMENT_MAGIC: [u8; 8] = *b"QRTE-LOG";
 const SEGMENT_VERSION: u32 = 1;
@@ -103,10 +109,16 @@ impl SegmentHeader {
                 "segment version {version} is not known to this program; start the one that wrote it"
             ));
         }
-        Ok(Self {
-            base: u64_at(bytes, 16),
-            capacity: u64_at(bytes, 24),
-        })
+        let (base, capacity) = (u64_at(bytes, 16), u64_at(bytes, 24));
+        let sound = SEGMENT_BYTES.contains(&capacity)
+            && capacity.is_multiple_of(ALIGNMENT as u64)
+            && base <= BASE_MAX;
+        if !sound {
+            return Err(format!(
+                "the segment header says {capacity} bytes from position {base}: that is no segment"
+            ));
+        }
+        Ok(Self { base, capacity })
     }
 }
 

@@ -64,6 +64,8 @@ pub(super) enum Unknown {
     Version(u8),
     #[error("frame kind {0} with subkind {1} is not known to this program")]
     Kind(u8, u8),
+    #[error("frame kind {0} of epoch {1} at index {2}: no log counts that far")]
+    Number(u8, u32, u64),
 }
 
 const ENTRY: u8 = 1;
@@ -121,6 +123,9 @@ pub(super) fn interpret(header: &FrameHeader) -> Result<Frame, Unknown> {
     if header.version != FRAME_VERSION {
         return Err(Unknown::Version(header.version));
     }
+    if !is_countable(header) {
+        return Err(Unknown::Number(header.kind, header.epoch, header.index));
+    }
     let log_id = LogId::new(header.term, header.index);
     let unknown = Unknown::Kind(header.kind, header.subkind);
     let content = match header.kind {
@@ -162,6 +167,17 @@ pub(super) fn interpret(header: &FrameHeader) -> Result<Frame, Unknown> {
         content,
         length: header.length,
     })
+}
+
+/// Whether there is an epoch after this one, an index after an entry's, and one before what a
+/// truncation cuts when it keeps something.
+fn is_countable(header: &FrameHeader) -> bool {
+    let index = match header.kind {
+        ENTRY | RELOCATED | PURGE => header.index < u64::MAX,
+        TRUNCATE => header.index > 0 || header.subkind & KEPT == 0,
+        _ => true,
+    };
+    index && header.epoch < u32::MAX
 }
 
 /// (kind, subkind, term, index) of a content.

@@ -7,7 +7,9 @@
 
 use std::collections::VecDeque;
 
+use super::format::frame_bytes;
 use super::frame::Content;
+use super::segment::Segment;
 use crate::{LogId, Vote};
 
 /// Where an entry's frame is, inside the segment that the holder of this knows.
@@ -18,6 +20,13 @@ pub(super) struct EntryRef {
     pub offset: u32,
     /// Bytes of the body.
     pub length: u32,
+}
+
+impl EntryRef {
+    /// Whether the frame could be in the segment at all.
+    pub fn is_within(&self, segment: &Segment) -> bool {
+        u64::from(self.offset) + frame_bytes(self.length as usize) <= segment.capacity
+    }
 }
 
 /// The effect of a segment on one group, entries included.

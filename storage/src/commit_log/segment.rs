@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::format::SegmentHeader;
+use super::format::{BASE_MAX, SegmentHeader};
 use crate::StorageError;
 use crate::mutation::{self, Mutation};
 use crate::vfs::{Vfs, VfsFile};
@@ -178,8 +178,8 @@ pub(super) fn classify(path: &Path) -> FileKind {
         return FileKind::Other;
     }
     match (digits.parse(), extension) {
-        (Ok(base), "log") => FileKind::Log(base),
-        (Ok(base), "idx") => FileKind::Sidecar(base),
+        (Ok(base), "log") if base <= BASE_MAX => FileKind::Log(base),
+        (Ok(base), "idx") if base <= BASE_MAX => FileKind::Sidecar(base),
         _ => FileKind::Other,
     }
 }

@@ -3,6 +3,7 @@
 //! Opening the log reads the summaries only; a lookup reads one record. A sidecar is derived: when it
 //! is missing or bad its segment is scanned and it is written again, byte for byte the same.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -135,10 +136,17 @@ pub(super) fn read(
     {
         return Ok(Err("bad header"));
     }
+    let (data_end, epoch) = (u64_at(&header, 24), u32_at(&header, 44));
+    if !(segment.base..=segment.end()).contains(&data_end) || epoch == u32::MAX {
+        return Ok(Err("bad header"));
+    }
     let count = u32_at(&header, 40) as usize;
-    let expected =
-        (HEADER_BYTES + count * SUMMARY_BYTES) as u64 + u64_at(&header, 32) * RECORD_BYTES;
-    if file.len().map_err(|e| io("measure", e))? != expected {
+    let records_from = (HEADER_BYTES + count * SUMMARY_BYTES) as u64;
+    let expected = u64_at(&header, 32)
+        .checked_mul(RECORD_BYTES)
+        .and_then(|records| records.checked_add(records_from));
+    let len = file.len().map_err(|e| io("measure", e))?;
+    if expected != Some(len) {
         return Ok(Err("wrong length"));
     }
     let mut bytes = vec![0; count * SUMMARY_BYTES];
@@ -149,11 +157,32 @@ pub(super) fn read(
         return Ok(Err("bad summaries"));
     }
     let (groups, _) = bytes.as_chunks::<SUMMARY_BYTES>();
+    let groups: Vec<Summary> = groups.iter().map(decode_summary).collect();
+    let sound = |summary: &Summary| summary.is_sound(&(records_from..len));
+    if !groups.iter().all(sound) {
+        return Ok(Err("bad summaries"));
+    }
     Ok(Ok(Sidecar {
-        data_end: u64_at(&header, 24),
-        epoch: u32_at(&header, 44),
-        groups: groups.iter().map(decode_summary).collect(),
+        data_end,
+        epoch,
+        groups,
     }))
+}
+
+impl Summary {
+    /// Whether the records lie where records are, and no index is beyond what can be counted.
+    fn is_sound(&self, records: &Range<u64>) -> bool {
+        let end = self
+            .count
+            .checked_mul(RECORD_BYTES)
+            .and_then(|bytes| bytes.checked_add(self.records_at));
+        let placed = end.is_some_and(|end| end <= records.end)
+            && (self.count == 0 || self.records_at >= records.start);
+        let named = [self.part.last.flatten(), self.part.purged.map(|(id, _)| id)];
+        placed
+            && self.part.first.checked_add(self.count).is_some()
+            && named.iter().flatten().all(|id| id.index < u64::MAX)
+    }
 }
 
 /// Reads `count` records from byte `at`, the first of them that of Raft index `first`.
@@ -174,8 +203,8 @@ pub(super) fn read_records(
     let mut out = Vec::with_capacity(records.len());
     for (index, record) in (first..).zip(records) {
         match decode_record(record, index) {
-            Some(entry) => out.push(entry),
-            None => return Ok(Err(at + (index - first) * RECORD_BYTES)),
+            Some(entry) if entry.is_within(segment) => out.push(entry),
+            _ => return Ok(Err(at + (index - first) * RECORD_BYTES)),
         }
     }
     if out.len() < count {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::format::SEGMENT_BYTES;
 use crate::{LogId, StorageError, Vote};
 
 /// What an entry is to Raft; the body means nothing to the log.
@@ -84,7 +85,7 @@ impl Default for CommitLogConfig {
 impl CommitLogConfig {
     /// Refuses settings the log can't work with.
     pub fn validate(&self) -> Result<(), StorageError> {
-        let problem = if !(4096..=1 << 32).contains(&self.segment_bytes) {
+        let problem = if !SEGMENT_BYTES.contains(&self.segment_bytes) {
             "segment_bytes must be between 4 KiB and 4 GiB"
         } else if !self.segment_bytes.is_multiple_of(8) {
             "segment_bytes must be a multiple of 8"

@@ -79,13 +79,15 @@ impl Header {
     fn decode(slot: &[u8]) -> Option<Self> {
         let slot: &[u8; SLOT_BYTES] = slot.first_chunk()?;
         let sound = slot.starts_with(MAGIC) && u32_at(slot, 60) == crc32c::crc32c(&slot[..60]);
-        sound.then(|| Self {
+        let header = Self {
             sequence: u64_at(slot, 8),
             start_offset: u64_at(slot, 16),
             first_offset: u64_at(slot, 24),
             live_from: u64_at(slot, 32),
             durable: u64_at(slot, 40),
-        })
+        };
+        // A next header has to be possible.
+        (sound && header.sequence < u64::MAX).then_some(header)
     }
 
     /// The newest sound header in the first [`HEADER_BYTES`] of a file, or as many as there are.
