@@ -51,14 +51,14 @@ const REBALANCE_LAG_MAX: u64 = 256;
 
 /// "A majority holds `dead` to be gone; where do your logs of these groups end?"
 #[derive(Debug, Serialize, Deserialize)]
-struct FailoverRequest {
-    dead: NodeId,
-    groups: Vec<u64>,
+pub(crate) struct FailoverRequest {
+    pub(crate) dead: NodeId,
+    pub(crate) groups: Vec<u64>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct FailoverAnswer {
-    ends: Vec<(u64, Option<(u64, u64)>)>,
+pub(crate) struct FailoverAnswer {
+    pub(crate) ends: Vec<(u64, Option<(u64, u64)>)>,
 }
 
 /// Starts the tasks that keep every group led.

@@ -15,6 +15,8 @@ mod config;
 mod conformance_tests;
 mod elections;
 mod error;
+#[cfg(test)]
+mod fuzz_tests;
 mod group;
 mod host;
 pub mod identity;
@@ -22,6 +24,9 @@ pub mod link;
 pub mod liveness;
 mod log_store;
 mod machine;
+#[cfg(test)]
+#[path = "../../storage/tests/fuzz/mutate.rs"]
+mod mutate;
 mod network;
 mod serve;
 mod state_machine;

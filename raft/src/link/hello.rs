@@ -62,7 +62,7 @@ impl Greeting {
         }
     }
 
-    fn encode(&self) -> Bytes {
+    pub(super) fn encode(&self) -> Bytes {
         let mut body = BytesMut::with_capacity(128);
         body.put_slice(MAGIC);
         body.put_u16_le(PROTOCOL_VERSION);
@@ -71,7 +71,7 @@ impl Greeting {
         body.freeze()
     }
 
-    fn decode(body: &[u8]) -> Result<Greeting, HandshakeError> {
+    pub(super) fn decode(body: &[u8]) -> Result<Greeting, HandshakeError> {
         if body.len() < PREFIX_BYTES || &body[..MAGIC.len()] != MAGIC {
             return Err(HandshakeError::NotQuorate);
         }
@@ -90,7 +90,7 @@ impl Greeting {
     }
 
     /// Judges a peer's hello against our own; pure. The uuid is the registry's to judge.
-    fn judge(&self, theirs: &Greeting) -> Result<(), RefuseReason> {
+    pub(super) fn judge(&self, theirs: &Greeting) -> Result<(), RefuseReason> {
         let refuse = |code, text: String| Err(RefuseReason::new(code, text));
         if theirs.cluster != self.cluster {
             let text = format!(

@@ -9,6 +9,7 @@
 //!   tries the same inputs.
 
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -262,7 +263,9 @@ fn run(target: &str, cases: u32, seed: u64, seeds: &[Vec<u8>], check: &impl Fn(&
         Err(TestError::Abort(reason)) => panic!("{target}: gave up: {reason}"),
         Err(TestError::Fail(reason, case)) => {
             let input = made(&case);
-            let name = format!("found-{:08x}", crc32c::crc32c(&input.bytes));
+            let mut hasher = DefaultHasher::new();
+            input.bytes.hash(&mut hasher);
+            let name = format!("found-{:016x}", hasher.finish());
             let path = directory(target).join(name);
             fs::write(&path, &input.bytes).expect("write the input that failed");
             panic!(

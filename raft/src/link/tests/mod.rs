@@ -2,6 +2,7 @@
 
 mod calls;
 mod handshake;
+mod hostile;
 mod raw;
 mod reconnect;
 mod streams;
