@@ -115,14 +115,14 @@ pub enum PeerError {
 pub type PeerResult<T> = Result<T, PeerError>;
 
 /// Writes a request or an answer.
-pub(crate) fn encode<T: Serialize>(message: &T) -> Bytes {
+pub fn encode<T: Serialize>(message: &T) -> Bytes {
     // Plain data into memory: there is no way to fail.
     let bytes = postcard::to_extend(message, vec![VERSION]).unwrap_or_default();
     Bytes::from(bytes)
 }
 
 /// Reads a request or an answer. The text says what is wrong with it.
-pub(crate) fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
+pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, String> {
     match bytes.split_first() {
         Some((&VERSION, rest)) => postcard::from_bytes(rest).map_err(|e| e.to_string()),
         Some((version, _)) => Err(format!("peer message version {version} is not known")),

@@ -1,0 +1,306 @@
+//! Committed commands that no version of this program wrote: every replica answers them, changes
+//! nothing by them or the same, and goes on. A replica that stopped at one could never start again.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use quorate::broker::TopicConfig;
+use quorate::broker::queue::entry::{AppendBuilder, fence};
+use quorate::broker::queue::{BatchOutcome, QueueLimits, QueueMachine, QueueShared};
+use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
+use quorate::coordinator::{CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset};
+use quorate_raft::StateMachine;
+use quorate_storage::batch::{BatchBuilder, RecordInput};
+use quorate_storage::derived::DerivedStore;
+use quorate_storage::queue_index::QueueIndex;
+use quorate_storage::vfs::fault::FaultVfs;
+use quorate_storage::{LogId, RaftGroupId};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+
+use crate::mutate::{corpus, directory, fuzz};
+
+fn written<T: Serialize>(command: &T) -> Bytes {
+    postcard::to_stdvec(command).expect("in memory").into()
+}
+
+fn keep(target: &str, name: &str, bytes: &[u8]) {
+    let dir = directory(target);
+    fs::create_dir_all(&dir).expect("directory");
+    fs::write(dir.join(name), bytes).expect("write");
+}
+
+/// Applies `body` between commands that are sound, on two replicas; a third one joins after it.
+fn agree<R: DeserializeOwned>(
+    new: &dyn Fn() -> Box<dyn StateMachine>,
+    sound: &[Bytes],
+    body: &Bytes,
+) {
+    let mut replicas: Vec<Box<dyn StateMachine>> = vec![new(), new()];
+    for replica in &mut replicas {
+        replica.restore(None, None).expect("empty");
+    }
+    let (mut index, half) = (0, sound.len() / 2);
+    let mut apply = |replicas: &mut Vec<Box<dyn StateMachine>>, body: &Bytes| {
+        index += 1;
+        let log_id = LogId::new(1, index);
+        let each = replicas.iter_mut().map(|replica| {
+            let reply = replica.apply(log_id, body);
+            replica.applied_batch(log_id);
+            (reply, replica.state_hash())
+        });
+        let each: Vec<_> = each.collect();
+        assert!(
+            each.windows(2).all(|pair| pair[0] == pair[1]),
+            "replicas differ"
+        );
+        postcard::from_bytes::<R>(&each[0].0).expect("a reply");
+        log_id
+    };
+    for command in &sound[..half] {
+        apply(&mut replicas, command);
+    }
+    let last = apply(&mut replicas, body);
+    let state = replicas[0].checkpoint().expect("sound after it");
+    let mut late = new();
+    late.install(last, &state).expect("its state can be read");
+    assert_eq!(late.state_hash(), replicas[0].state_hash());
+    replicas.push(late);
+    for command in &sound[half..] {
+        apply(&mut replicas, command);
+    }
+}
+
+/// The corpus as commands, in the order of its files; what was found by fuzzing is none of them.
+fn sound(target: &str) -> Vec<Bytes> {
+    let files = corpus(target).into_iter();
+    let own = files.filter(|(path, _)| !path.to_string_lossy().contains("found"));
+    own.map(|(_, bytes)| Bytes::from(bytes)).collect()
+}
+
+#[test]
+fn queue_entries_that_lie() {
+    let limits = QueueLimits {
+        max_producers: 3,
+        max_keys: 3,
+        key_window_ms: 10_000,
+    };
+    let new = || -> Box<dyn StateMachine> {
+        let index = QueueIndex::open(Arc::new(FaultVfs::new()), "/queues/1.idx").expect("open");
+        let index = Arc::new(index);
+        let shared = QueueShared::new(index.clone(), Arc::default());
+        Box::new(QueueMachine::new(index, shared, limits))
+    };
+    let sound = sound("entry");
+    fuzz("entry", 1500, |input| {
+        let body = Bytes::from(input.bytes.clone());
+        agree::<Vec<BatchOutcome>>(&new, &sound, &body);
+    });
+}
+
+#[test]
+fn catalog_commands_that_lie() {
+    let new = || -> Box<dyn StateMachine> {
+        Box::new(CatalogMachine::new(watch::Sender::new(Arc::default())))
+    };
+    let sound = sound("catalog");
+    fuzz("catalog", 600, |input| {
+        let body = Bytes::from(input.bytes.clone());
+        agree::<CatalogReply>(&new, &sound, &body);
+        // As the first command of a cluster's life, too.
+        agree::<CatalogReply>(&new, &[], &body);
+    });
+}
+
+#[test]
+fn coordinator_commands_that_lie() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = DerivedStore::open(&dir.path().join("derived")).expect("open");
+    let groups = AtomicU64::new(1);
+    let new = || -> Box<dyn StateMachine> {
+        let group = RaftGroupId(groups.fetch_add(1, Ordering::Relaxed));
+        Box::new(CoordinatorMachine::new(
+            3,
+            store.group(group),
+            Arc::default(),
+        ))
+    };
+    let sound = sound("coordinator");
+    fuzz("coordinator", 400, |input| {
+        let body = Bytes::from(input.bytes.clone());
+        agree::<CoordinatorReply>(&new, &sound, &body);
+    });
+}
+
+fn batch(values: u8, producer: Option<i64>) -> Bytes {
+    let mut builder = BatchBuilder::new();
+    if let Some(id) = producer {
+        builder = builder.producer(id, 0, 0);
+    }
+    for value in 0..values {
+        builder.push(RecordInput {
+            value: Some(&[value; 5]),
+            ..RecordInput::default()
+        });
+    }
+    builder.finish()
+}
+
+fn entries() {
+    let append = |stamp: u64, batches: &[(u8, Bytes)]| {
+        let mut builder = AppendBuilder::new(stamp, batches.len(), 0);
+        for (key, batch) in batches {
+            assert!(builder.push([*key; 16], u64::from(*key), batch));
+        }
+        builder.finish()
+    };
+    keep("entry", "1-one", &append(100, &[(0, batch(1, None))]));
+    keep(
+        "entry",
+        "2-several",
+        &append(200, &[(1, batch(2, None)), (0, batch(3, Some(5)))]),
+    );
+    keep("entry", "3-fence", &fence(300, 5, 1));
+    keep(
+        "entry",
+        "4-again",
+        &append(400, &[(1, batch(2, None)), (0, batch(3, Some(5)))]),
+    );
+}
+
+fn catalog() {
+    let config = TopicConfig {
+        queues: 3,
+        ..TopicConfig::default()
+    };
+    let commands = [
+        (
+            "1-bootstrap",
+            CatalogCommand::Bootstrap {
+                cluster_id: "c".to_owned(),
+                nodes: (1..=3)
+                    .map(|node| (node, format!("host{node}:1")))
+                    .collect(),
+                coordinators: 4,
+                limits: QueueLimits::default(),
+            },
+        ),
+        (
+            "2-node",
+            CatalogCommand::RegisterNode {
+                node: 2,
+                url: "http://host2:2".to_owned(),
+                peer_addr: "host2:1".to_owned(),
+                uuid: "u".to_owned(),
+                version: "1".to_owned(),
+            },
+        ),
+        (
+            "3-create",
+            CatalogCommand::CreateTopic {
+                name: "orders".to_owned(),
+                config,
+                avoid: vec![3],
+            },
+        ),
+        (
+            "4-update",
+            CatalogCommand::UpdateTopic {
+                name: "orders".to_owned(),
+                change: TopicChange {
+                    queues: Some(4),
+                    ttl_ms: Some(None),
+                    ..TopicChange::default()
+                },
+                avoid: vec![],
+            },
+        ),
+        (
+            "5-epoch",
+            CatalogCommand::RaiseEpoch {
+                group: 1024,
+                from: 0,
+            },
+        ),
+        (
+            "6-given-up",
+            CatalogCommand::GiveUp {
+                node: 2,
+                what: GivenUp::All { id: "q".to_owned() },
+            },
+        ),
+        (
+            "7-some-given-up",
+            CatalogCommand::GiveUp {
+                node: 1,
+                what: GivenUp::Some(vec![(1024, 1030), (5, 6)]),
+            },
+        ),
+        (
+            "8-filled",
+            CatalogCommand::Filled {
+                group: 1024,
+                replica: 1040,
+            },
+        ),
+        (
+            "9-delete",
+            CatalogCommand::DeleteTopic {
+                name: "orders".to_owned(),
+            },
+        ),
+    ];
+    for (name, command) in commands {
+        keep("catalog", name, &written(&command));
+    }
+}
+
+fn coordinator() {
+    let commands = [
+        (
+            "1-commit",
+            CoordinatorCommand::Commit {
+                group: "billing".to_owned(),
+                offsets: vec![QueueOffset {
+                    topic: 1,
+                    queue: 2,
+                    offset: 3,
+                }],
+                allow_rewind: false,
+                member: None,
+            },
+        ),
+        (
+            "2-producer",
+            CoordinatorCommand::RegisterProducer { name: None },
+        ),
+        (
+            "3-named",
+            CoordinatorCommand::RegisterProducer {
+                name: Some("p".to_owned()),
+            },
+        ),
+        (
+            "4-attach",
+            CoordinatorCommand::AttachProducer {
+                id: (3 << 40) | (1 << 39) | 2,
+                epoch: 0,
+                queue_group: 77,
+            },
+        ),
+    ];
+    for (name, command) in commands {
+        keep("coordinator", name, &written(&command));
+    }
+}
+
+#[test]
+#[ignore = "writes the corpus"]
+fn write_the_corpus() {
+    entries();
+    catalog();
+    coordinator();
+}
