@@ -19,6 +19,7 @@ const FRAMING: [&[u8]; 6] = [
     b"upgrade",
     b"host",
 ];
+const METHODS: [&[u8]; 6] = [b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE"];
 /// No request needs longer, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// What a request that asked to wait gets, or an open stream.
@@ -54,6 +55,17 @@ fn cut<'a>(bytes: &'a [u8], separator: &[u8]) -> (&'a [u8], &'a [u8]) {
     }
 }
 
+fn is_of_a_target(byte: &u8) -> bool {
+    byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/?%".contains(byte)
+}
+
+fn is_header(line: &[u8]) -> bool {
+    let (name, value) = cut(line, b":");
+    let token = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'-';
+    let text = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
+    line.contains(&b':') && !name.is_empty() && name.iter().all(token) && value.iter().all(text)
+}
+
 impl Request {
     pub fn parse(bytes: &[u8]) -> Self {
         let (head, body) = cut(bytes, b"\n\n");
@@ -73,25 +85,30 @@ impl Request {
         }
     }
 
+    /// Makes sound HTTP of it, so that what stands in it reaches the API.
+    pub fn repair_head(&mut self) {
+        if !METHODS.contains(&&self.method[..]) {
+            self.method = b"POST".to_vec();
+        }
+        if !self.target.starts_with(b"/") {
+            self.target.insert(0, b'/');
+        }
+        let escaped = self.target.iter().map(|byte| match is_of_a_target(byte) {
+            true => char::from(*byte).to_string(),
+            false => format!("%{byte:02x}"),
+        });
+        self.target = escaped.collect::<String>().into_bytes();
+        self.headers.retain(|line| is_header(line));
+    }
+
     /// Whether this is sound HTTP, so that the API and not the layer below it has to answer.
     pub fn is_sound(&self) -> bool {
         let method = !self.method.is_empty() && self.method.iter().all(u8::is_ascii_uppercase);
-        let part =
-            |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=:@/?%".contains(byte);
-        let header = |line: &Vec<u8>| {
-            let (name, value) = cut(line, b":");
-            let token = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'-';
-            let text = |byte: &u8| byte.is_ascii_graphic() || *byte == b' ';
-            line.contains(&b':')
-                && !name.is_empty()
-                && name.iter().all(token)
-                && value.iter().all(text)
-        };
         method
             && self.method != b"CONNECT"
             && self.target.starts_with(b"/")
-            && self.target.iter().all(part)
-            && self.headers.iter().all(header)
+            && self.target.iter().all(is_of_a_target)
+            && self.headers.iter().all(|line| is_header(line))
     }
 
     /// Whether no answer, or only the beginning of one, is an answer too.

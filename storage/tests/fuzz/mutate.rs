@@ -66,7 +66,40 @@ enum Change {
     Replace {
         bytes: Vec<u8>,
     },
+    /// Puts another word in the place of the one at hand.
+    Word {
+        at: Index,
+        word: &'static str,
+    },
 }
+
+/// What text may go wrong by: JSON, URLs, numbers.
+const WORDS: [&str; 24] = [
+    "",
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1",
+    "01",
+    "1e400",
+    "2147483648",
+    "18446744073709551615",
+    "18446744073709551616",
+    "0.5",
+    "\"",
+    "\\u0000",
+    "\\ud800",
+    "{",
+    "[[[",
+    "}",
+    ",",
+    "%",
+    "%00",
+    "%2F..",
+    "&",
+    "\n",
+];
 
 /// Where a field may begin.
 #[derive(Debug, Clone)]
@@ -136,6 +169,13 @@ impl Change {
                 bytes.extend_from_slice(&other[from.within(other.len())..]);
             }
             Change::Replace { bytes: with } => bytes.clone_from(with),
+            Change::Word { at, word } => {
+                let at = at.index(length + 1);
+                let inside = |byte: &u8| byte.is_ascii_alphanumeric() || b"_.-%".contains(byte);
+                let before = bytes[..at].iter().rev().take_while(|b| inside(b)).count();
+                let behind = bytes[at..].iter().take_while(|b| inside(b)).count();
+                bytes.splice(at - before..at + behind, word.bytes());
+            }
         }
     }
 }
@@ -174,6 +214,8 @@ fn change() -> impl Strategy<Value = Change> {
         1 => (place(), any::<Index>(), place())
             .prop_map(|(at, other, from)| Change::Splice { at, other, from }),
         1 => bytes(300).prop_map(|bytes| Change::Replace { bytes }),
+        3 => (any::<Index>(), prop::sample::select(WORDS.to_vec()))
+            .prop_map(|(at, word)| Change::Word { at, word }),
     ]
 }
 
