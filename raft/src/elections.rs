@@ -137,7 +137,7 @@ async fn fail_over(host: Arc<RaftHost>, dead: NodeId) {
     let mut orphans = host.groups();
     orphans.retain(|group| group.last_known_leader() == Some(dead));
     join_all(orphans.iter().map(|group| group.void_lease(dead))).await;
-    orphans.retain(|group| !group.tail().is_suspect());
+    orphans.retain(Group::may_stand);
     if orphans.is_empty() {
         return;
     }
@@ -209,7 +209,7 @@ pub(crate) async fn answer_failover(groups: &dyn Groups, body: Bytes) -> Bytes {
     join_all(found.iter().map(|group| group.void_lease(request.dead))).await;
     // A replica that must not stand has no end to offer.
     let end = |group: &Group| {
-        let sound = Some(group).filter(|group| !group.tail().is_suspect())?;
+        let sound = Some(group).filter(|group| group.may_stand())?;
         sound.last_log().map(|id| (id.term, id.index))
     };
     encode(&FailoverAnswer {

@@ -60,6 +60,13 @@ impl Group {
         }
     }
 
+    /// Whether this replica could lead: not before it votes, nor while its tail is in doubt.
+    pub(crate) fn may_stand(&self) -> bool {
+        let voters = self.members().voters;
+        let votes = voters.is_empty() || voters.contains(&self.replica());
+        votes && !self.tail().is_suspect()
+    }
+
     /// Does the next step towards having exactly `wanted` as voters. Call it again until it is
     /// [`Settled::Yes`]; whatever happens in between, no acknowledged entry is at risk: every step
     /// is committed by a majority of the voters before it.
