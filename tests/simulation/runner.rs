@@ -63,9 +63,7 @@ fn one(seed: u64) -> ExitCode {
     }
     // A panic in a task of a node ends that task alone: here it counts.
     std::panic::set_hook(Box::new(|info| PANICS.lock().push(info.to_string())));
-    let dir = tempfile::tempdir().expect("a directory for what sled keeps");
-    let path = dir.path().to_owned();
-    let history = thread::spawn(move || cluster::run(seed, &path)).join();
+    let history = thread::spawn(move || cluster::run(seed)).join();
     let history = history.unwrap_or_else(|_| Arc::new(History::default()));
     for panic in PANICS.lock().drain(..) {
         history.violation(format_args!("panic: {panic}"));
