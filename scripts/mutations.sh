@@ -54,6 +54,7 @@ index-not-synced                quorate-storage  state_files queue_index::every_
 apply-not-clamped               quorate-raft     lib         machine::tests::a_checkpoint_beyond_the_end_of_the_log_is_not_begun_with_nor_found_again
 suspect-tail-votes              quorate-raft     groups      suspect_tails_do_not_vote_until_caught_up
 ack-before-majority             quorate-raft     groups      every_replica_applies_the_same
+leader-restore                  quorate          simulation  SIM_SEEDS=12
 read-past-commit                quorate          lib         broker::cluster_tests::a_leader_left_alone_shows_nothing_that_is_not_committed
 skip-dedupe-in-snapshots        quorate          lib         broker::queue::state::tests::a_producers_retry_is_stored_once_across_restart_and_install
 apply-with-node-clock           quorate          lib         broker::queue::state::tests::log_time_never_goes_back
@@ -99,14 +100,17 @@ directory() {
 
 # Runs one test under a mutation, or none; leaves how it ended in $ended.
 attempt() { # mutation package target test
-    local program status=0
+    local program status=0 setting=() filter=(--exact "$4")
+    [ "$3" != simulation ] || { setting=("$4") filter=(); } # a program without a test harness
     program=$(realpath "$(executable "$2" "$3")")
     (cd "$(directory "$2")" && QUORATE_MUTATION=$1 timeout -k 10 "$LIMIT" \
-        "$program" --exact "$4" >"$work/output" 2>&1) 2>/dev/null || status=$?
+        env "${setting[@]}" "$program" "${filter[@]}" >"$work/output" 2>&1) 2>/dev/null || status=$?
     if [ "$status" = 0 ]; then
-        grep -q '^running 1 test' "$work/output" && ended=passed || ended=absent
+        grep -qE '^(running 1 test|[1-9][0-9]* seeds)' "$work/output" && ended=passed || ended=absent
     elif [ "$status" = 124 ] || [ "$status" = 137 ]; then
         ended=timeout
+    elif grep -q '^ *[0-9.]* VIOLATION' "$work/output"; then
+        ended=violation # of what the simulation checks
     elif ! grep -q '^test result: FAILED' "$work/output"; then
         ended=died
     elif grep -qE 'panicked at [^ ]*test' "$work/output"; then
@@ -141,9 +145,9 @@ while read -r mutation package target test; do
     done
     [ "$run" -le "$RUNS" ] || run=$RUNS
     # The seed of a random test, or where a systematic one was.
-    place=$(grep -oE 'CRASH_SEED=[0-9]+|power lost after [0-9]+' "$work/output" | tail -1 |
-        sed 's/CRASH_SEED=/, seed /; s/power lost after /, operation /' || true)
-    case $ended in assertion | panic) echo "$mutation" >>"$work/caught" ;; esac
+    place=$(grep -oE '(CRASH|SIM)_SEED=[0-9]+|power lost after [0-9]+' "$work/output" | tail -1 |
+        sed 's/.*_SEED=/, seed /; s/power lost after /, operation /' || true)
+    case $ended in assertion | panic | violation) echo "$mutation" >>"$work/caught" ;; esac
     seconds=$(awk -v a="$started" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
     # shellcheck disable=SC2059
     printf "$format" "$mutation" "$ended" "$run$place" "$seconds" "$test"

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use quorate_raft::link::Network;
 use quorate_raft::this_boot;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
+use quorate_storage::derived::DerivedStore;
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::os::OsVfs;
 use quorate_storage::{StorageError, files};
@@ -20,6 +21,8 @@ const CLEAN_EVERY: Duration = Duration::from_secs(30);
 type OpenLog = Box<
     dyn Fn(Arc<dyn Vfs>, &Path, CommitLogConfig) -> Result<CommitLog, StorageError> + Send + Sync,
 >;
+
+type OpenDerived = Box<dyn Fn() -> Result<DerivedStore, StorageError> + Send + Sync>;
 
 /// See the module.
 pub struct Environment {
@@ -32,8 +35,9 @@ pub struct Environment {
     /// Between two looks for segments that nothing needs any more. None where whoever drives the log
     /// sees to that; nobody reads it in search of damage then.
     pub clean_every: Option<Duration>,
-    /// Where sled, which knows no other file system than the machine's, keeps what can be rebuilt.
-    pub derived_dir: PathBuf,
+    /// What can be rebuilt. sled knows no other file system than the machine's, and has threads of
+    /// its own.
+    pub open_derived: OpenDerived,
     /// Held as long as the node runs.
     pub lock: Option<File>,
 }
@@ -59,13 +63,14 @@ impl Environment {
                 .with_context(|| format!("cannot create the data directory {}", dir.display()))?;
         }
         let lock = lock_directory(dir)?;
+        let derived_dir = dir.join("derived");
         Ok(Self {
             vfs: Arc::new(OsVfs),
             network: network.into(),
             boot_id: this_boot()?,
             open_log: Box::new(CommitLog::open),
             clean_every: Some(CLEAN_EVERY),
-            derived_dir: dir.join("derived"),
+            open_derived: Box::new(move || DerivedStore::open(&derived_dir)),
             lock: Some(lock),
         })
     }

@@ -20,7 +20,6 @@ use quorate_raft::{
 };
 use quorate_storage::StorageError;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
-use quorate_storage::derived::DerivedStore;
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
 use tokio::net::TcpListener;
@@ -114,7 +113,7 @@ impl Node {
         let log = open_log(&config, &environment, &identity, &quarantine)?;
         tracing::info!(recovery = ?log.recovery(), "commit log recovered");
         let snapshots = Arc::new(SnapshotStore::open(vfs.clone(), &dir.join("snapshots"))?);
-        let derived = DerivedStore::open(&environment.derived_dir)?;
+        let derived = (environment.open_derived)()?;
         let (fatal_tx, fatal) = mpsc::unbounded_channel();
         let (damage_tx, damage) = mpsc::unbounded_channel();
         log.on_damage(Box::new({

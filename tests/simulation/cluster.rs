@@ -1,7 +1,6 @@
 //! One run: a cluster on simulated machines, its clients, its faults, and its healing.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -83,13 +82,13 @@ struct Run<'a> {
 }
 
 /// Runs one seed; the history says whether it failed.
-pub fn run(seed: u64, dir: &Path) -> Arc<History> {
+pub fn run(seed: u64) -> Arc<History> {
     let mut rng = StdRng::seed_from_u64(seed);
     let script = Script::of(&mut rng);
     let history = Arc::new(History::default());
     history.note(format_args!("{script:?}"));
     let wires = Arc::new(Wires::default());
-    let machine = |node| Machine::new(node, seed, dir.join(host_name(node)), wires.clone());
+    let machine = |node| Machine::new(node, seed, wires.clone());
     let slot = |node| NodeSlot::new(Arc::new(machine(node)), script.nodes, script.shape);
     let nodes: Vec<_> = (1..=script.nodes)
         .map(|node| Arc::new(slot(node)))

@@ -1,7 +1,7 @@
 //! One simulated machine: a disk that forgets what was not synced, and a boot id.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use quorate_raft::NodeId;
 use quorate_raft::link::Network;
 use quorate_storage::StorageError;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig, Driver, Step};
+use quorate_storage::derived::DerivedStore;
 use quorate_storage::vfs::Vfs;
 use quorate_storage::vfs::fault::{FaultVfs, Operation};
 use rand::rngs::StdRng;
@@ -48,18 +49,16 @@ struct State {
 pub struct Machine {
     pub node: NodeId,
     seed: u64,
-    derived: PathBuf,
     wires: Arc<Wires>,
     state: Mutex<State>,
     pub votes: Arc<DurableVotes>,
 }
 
 impl Machine {
-    pub fn new(node: NodeId, seed: u64, derived: PathBuf, wires: Arc<Wires>) -> Self {
+    pub fn new(node: NodeId, seed: u64, wires: Arc<Wires>) -> Self {
         Self {
             node,
             seed,
-            derived,
             wires,
             state: Mutex::new(State {
                 vfs: FaultVfs::new(),
@@ -145,9 +144,8 @@ impl Machine {
                 machine.open_log(vfs, dir, config, StdRng::seed_from_u64(rng_seed))
             }),
             clean_every: None,
-            // sled has threads and times of its own, so what it has written by the end of a process
-            // would differ from run to run. It may be gone at any start: here it always is.
-            derived_dir: self.derived.join(format!("life-{}", state.lives)),
+            // sled's threads take random numbers and time when they like.
+            open_derived: Box::new(|| Ok(DerivedStore::in_memory())),
             lock: None,
         })
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use quorate_raft::{Group, NodeId};
+use quorate_raft::{Group, LogRetention, NodeId};
 use quorate_storage::LogId;
 use quorate_storage::commit_log::Entry;
 use xxhash_rust::xxh3::xxh3_64;
@@ -15,12 +15,25 @@ use crate::node::{Handles, NodeSlot};
 const READ_BYTES: usize = 64 << 10;
 
 /// How far one replica has been looked at in one life of its node.
-#[derive(Debug, Default, Clone, Copy)]
+#[derive(Debug)]
 struct Looked {
+    /// As it was opened.
+    group: Group,
     applied: u64,
     /// Last entry compared; behind `applied` nothing was.
     compared: u64,
     term: u64,
+}
+
+impl Looked {
+    fn none_of(group: &Group) -> Self {
+        Self {
+            group: group.clone(),
+            applied: 0,
+            compared: 0,
+            term: 0,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -73,7 +86,8 @@ impl Replicas {
         }
     }
 
-    /// Applied entries are the same everywhere, and nothing goes back within one life.
+    /// Applied entries are the same everywhere, and nothing goes back within one life, but for an
+    /// index that has to be made anew.
     pub fn check_logs(&mut self, nodes: &[Arc<NodeSlot>]) {
         for slot in nodes {
             let Some(handles) = slot.handles() else {
@@ -102,10 +116,10 @@ impl Replicas {
     fn check_log(&mut self, slot: &NodeSlot, group: &Group) {
         let (node, id) = (slot.id(), group.id().0);
         let (applied, term) = (group.applied().map_or(0, |id| id.index), group.term());
-        let mut looked = self.looked.get(&(node, id)).copied().unwrap_or_default();
-        if applied < looked.applied && slot.machine.is_excused() {
-            // A failed fsync of a queue's index: the replica begins anew to rebuild it.
-            looked = Looked::default();
+        let looked = self.looked.remove(&(node, id));
+        let mut looked = looked.unwrap_or_else(|| Looked::none_of(group));
+        if looked.group.is_closed() && may_begin_anew(slot, group) {
+            looked = Looked::none_of(group);
         }
         if applied < looked.applied {
             let before = looked.applied;
@@ -120,6 +134,7 @@ impl Replicas {
             ));
         }
         (looked.applied, looked.term) = (applied, term);
+        looked.group = group.clone();
         let state = group.log().state();
         let purged = state.purged.map_or(0, |id| id.index);
         let mut next = looked.compared.max(purged) + 1;
@@ -165,6 +180,11 @@ impl Replicas {
             }
         }
     }
+}
+
+/// A queue whose index failed to become durable is opened again, and makes its index anew.
+fn may_begin_anew(slot: &NodeSlot, group: &Group) -> bool {
+    slot.machine.is_excused() && group.spec().retention == LogRetention::Messages
 }
 
 fn running(nodes: &[Arc<NodeSlot>]) -> impl Iterator<Item = (NodeId, Handles)> {

@@ -18,8 +18,8 @@ use crate::history::History;
 
 /// What runs without being asked for more.
 const SEEDS: Range<u64> = 0..8;
-/// Run twice, to compare the histories.
-const TWICE: Range<u64> = 0..2;
+/// How often each of them is run, to compare the histories.
+const RUNS: u64 = 2;
 /// Seeds that have failed once, when the scripts were as they are now.
 const REGRESSIONS: &[u64] = &[];
 /// Lines of a failed seed's history that are shown.
@@ -38,11 +38,12 @@ pub fn main() -> ExitCode {
         return one(seed);
     }
     let from = number("SIM_FROM").unwrap_or(0);
+    let runs = number("SIM_RUNS");
     let failed = match number("SIM_SEEDS") {
-        Some(count) => many(from..from + count),
+        Some(count) => many(from..from + count, runs.unwrap_or(1)),
         None => {
             let known = REGRESSIONS.iter().copied();
-            many(known.chain(SEEDS)) + TWICE.filter(|seed| !same_twice(*seed)).count()
+            many(known.chain(SEEDS), runs.unwrap_or(RUNS))
         }
     };
     match failed {
@@ -63,9 +64,7 @@ fn one(seed: u64) -> ExitCode {
     }
     // A panic in a task of a node ends that task alone: here it counts.
     std::panic::set_hook(Box::new(|info| PANICS.lock().push(info.to_string())));
-    let dir = tempfile::tempdir().expect("a directory for what sled keeps");
-    let path = dir.path().to_owned();
-    let history = thread::spawn(move || cluster::run(seed, &path)).join();
+    let history = thread::spawn(move || cluster::run(seed)).join();
     let history = history.unwrap_or_else(|_| Arc::new(History::default()));
     for panic in PANICS.lock().drain(..) {
         history.violation(format_args!("panic: {panic}"));
@@ -87,7 +86,7 @@ fn spawn(seed: u64) -> Output {
 }
 
 /// As many at a time as there are processors.
-fn many(seeds: impl Iterator<Item = u64> + Send) -> usize {
+fn many(seeds: impl Iterator<Item = u64> + Send, runs: u64) -> u64 {
     let (failed, ran) = (AtomicU64::new(0), AtomicU64::new(0));
     let seeds = Mutex::new(seeds);
     let jobs = thread::available_parallelism().map_or(1, usize::from);
@@ -97,18 +96,25 @@ fn many(seeds: impl Iterator<Item = u64> + Send) -> usize {
             scope.spawn(|| {
                 while let Some(seed) = { seeds.lock().next() } {
                     ran.fetch_add(1, Ordering::Relaxed);
-                    let output = spawn(seed);
-                    if !output.status.success() {
+                    if !passes(seed, runs) {
                         failed.fetch_add(1, Ordering::Relaxed);
-                        show(seed, &output);
                     }
                 }
             });
         }
     });
     let (failed, ran) = (failed.into_inner(), ran.into_inner());
-    println!("{ran} seeds, {failed} failed");
-    failed as usize
+    println!("{ran} seeds, each run {runs} times, {failed} failed");
+    failed
+}
+
+fn passes(seed: u64, runs: u64) -> bool {
+    let first = spawn(seed);
+    if !first.status.success() {
+        show(seed, &first);
+        return false;
+    }
+    (1..runs).all(|_| is_same(seed, &first.stdout, &spawn(seed).stdout))
 }
 
 fn show(seed: u64, output: &Output) {
@@ -122,16 +128,16 @@ fn show(seed: u64, output: &Output) {
     println!("{shown}again with: SIM_SEED={seed} cargo test --test simulation\n");
 }
 
-fn same_twice(seed: u64) -> bool {
-    let (first, second) = (spawn(seed).stdout, spawn(seed).stdout);
+/// One seed, one history, to the letter.
+fn is_same(seed: u64, first: &[u8], second: &[u8]) -> bool {
     if first == second {
         return true;
     }
-    let (first, second) = (
-        String::from_utf8_lossy(&first),
-        String::from_utf8_lossy(&second),
-    );
-    let differs = first.lines().zip(second.lines()).find(|(a, b)| a != b);
-    println!("seed {seed} has two histories: {differs:?}");
+    let [first, second] = [first, second].map(String::from_utf8_lossy);
+    let parted = first.lines().zip(second.lines()).position(|(a, b)| a != b);
+    let at = parted.unwrap_or(first.lines().count().min(second.lines().count()));
+    let [first, second] = [first, second].map(|text| text.lines().nth(at).map(str::to_owned));
+    println!("seed {seed} has two histories, which part in line {at}:");
+    println!("    {first:?}\n    {second:?}");
     false
 }

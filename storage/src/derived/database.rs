@@ -1,18 +1,13 @@
-//! The sled database: opening, checking, and turning its failures into ours.
+//! The groups' pairs in one engine: checking them, and believing nothing once they are bad.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::Duration;
 
+use super::disk::Disk;
+use super::engine::{Engine, Tree};
+use super::memory::Memory;
 use crate::{LogId, RaftGroupId, StorageError};
 
-/// sled's page cache for the whole node. The state is small; what is cold is read again.
-const CACHE_BYTES: u64 = 8 * 1024 * 1024;
-/// sled gives its file lock back some time after the last handle is dropped.
-const LOCK_ATTEMPTS: u32 = 40;
-const LOCK_PAUSE: Duration = Duration::from_millis(50);
 /// Keys removed by one batch when a group is cleared.
 const CLEAR_BATCH: usize = 1000;
 
@@ -30,27 +25,18 @@ pub(super) struct Meta {
 
 #[derive(Debug)]
 pub(super) struct Database {
+    /// Where it is, or what it is called in errors.
     path: PathBuf,
-    db: Handle,
-    clearing: sled::Tree,
+    engine: Box<dyn Engine>,
     /// Bad data was met; nothing is believed any more.
     damaged: AtomicBool,
-}
-
-/// sled's own `Debug` prints the whole content.
-struct Handle(sled::Db);
-
-impl std::fmt::Debug for Handle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("sled::Db")
-    }
 }
 
 impl Database {
     /// Opens, finishes clearings that a crash has interrupted, and compares every group with its
     /// fingerprint. All that is wrong with the content comes as [`StorageError::Damaged`].
     pub(super) fn open_and_check(path: &Path) -> Result<Self, StorageError> {
-        let database = Self::open(path)?;
+        let database = Self::new(path, Box::new(Disk::open(path)?));
         for group in database.interrupted_clearings()? {
             database.clear(group)?;
         }
@@ -60,54 +46,50 @@ impl Database {
         Ok(database)
     }
 
-    fn open(path: &Path) -> Result<Self, StorageError> {
-        let mut attempts = 0;
-        loop {
-            let opened = guarded(path, || {
-                let db = sled::Config::new()
-                    .path(path)
-                    .cache_capacity(CACHE_BYTES)
-                    // A periodic flush would fsync beside the commit log, for no promise.
-                    .flush_every_ms(None)
-                    .open()?;
-                let clearing = db.open_tree("clearing")?;
-                Ok((db, clearing))
-            });
-            match opened {
-                Ok((db, clearing)) => {
-                    return Ok(Self {
-                        path: path.to_path_buf(),
-                        db: Handle(db),
-                        clearing,
-                        damaged: AtomicBool::new(false),
-                    });
-                }
-                Err(error) if attempts < LOCK_ATTEMPTS && is_lock(&error) => {
-                    attempts += 1;
-                    thread::sleep(LOCK_PAUSE);
-                }
-                Err(error) => return Err(error),
-            }
+    /// An empty one that leaves nothing behind.
+    pub(super) fn in_memory() -> Self {
+        Self::new(Path::new("memory"), Box::new(Memory::default()))
+    }
+
+    fn new(path: &Path, engine: Box<dyn Engine>) -> Self {
+        Self {
+            path: path.to_path_buf(),
+            engine,
+            damaged: AtomicBool::new(false),
         }
     }
 
-    /// Runs a sled operation. From the first sign of bad data on, all of them are refused.
+    /// Runs an operation. From the first sign of bad data on, all of them are refused.
     pub(super) fn run<T>(
         &self,
-        call: impl FnOnce(&sled::Db) -> sled::Result<T>,
+        call: impl FnOnce(&dyn Engine) -> Result<T, StorageError>,
     ) -> Result<T, StorageError> {
         if self.damaged.load(Ordering::Acquire) {
             return Err(damaged(&self.path, "bad data was met before".into()));
         }
-        guarded(&self.path, || call(&self.db.0)).inspect_err(|error| {
+        call(&*self.engine).inspect_err(|error| {
             if matches!(error, StorageError::Damaged { .. }) {
                 self.damaged.store(true, Ordering::Release);
             }
         })
     }
 
+    /// The pairs whose key begins with `prefix`, from `from` on, until `visit` has enough.
+    pub(super) fn visit_prefix(
+        &self,
+        prefix: &[u8],
+        from: &[u8],
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StorageError> {
+        self.run(|engine| {
+            engine.visit(Tree::Pairs, from, &mut |key, value| {
+                key.starts_with(prefix) && visit(key, value)
+            })
+        })
+    }
+
     pub(super) fn meta(&self, group: RaftGroupId) -> Result<Option<Meta>, StorageError> {
-        let Some(value) = self.run(|db| db.get(meta_key(group)))? else {
+        let Some(value) = self.run(|engine| engine.get(Tree::Pairs, &meta_key(group)))? else {
             return Ok(None);
         };
         match decode_meta(&value) {
@@ -126,7 +108,11 @@ impl Database {
         let mut groups = Vec::new();
         let mut from = 0u64;
         loop {
-            let next = self.run(|db| db.range(from.to_be_bytes()..).keys().next().transpose())?;
+            let mut next = None;
+            self.visit_prefix(&[], &from.to_be_bytes(), &mut |key, _| {
+                next = Some(key.to_vec());
+                false
+            })?;
             let Some(key) = next else { break };
             let Some(id) = key.first_chunk().copied().map(u64::from_be_bytes) else {
                 return Err(self.condemn("a key is too short".into()));
@@ -144,33 +130,38 @@ impl Database {
     /// a crash interrupts: a group without an applied log id never has leftovers.
     pub(super) fn clear(&self, group: RaftGroupId) -> Result<(), StorageError> {
         let mark = group.0.to_be_bytes();
-        self.run(|_| self.clearing.insert(mark, &[]))?;
-        let prefix = group.0.to_be_bytes();
+        let set_mark = |value: Option<Vec<u8>>| {
+            let batch = vec![(mark.to_vec(), value)];
+            self.run(|engine| engine.apply(Tree::Clearing, batch))
+        };
+        set_mark(Some(Vec::new()))?;
         loop {
             // The applied record has the lowest key, so it goes with the first batch.
-            let keys: Vec<sled::IVec> = self.run(|db| {
-                let keys = db.scan_prefix(prefix).keys();
-                keys.take(CLEAR_BATCH).collect()
+            let mut batch = Vec::new();
+            self.visit_prefix(&mark, &mark, &mut |key, _| {
+                batch.push((key.to_vec(), None));
+                batch.len() < CLEAR_BATCH
             })?;
-            if keys.is_empty() {
+            if batch.is_empty() {
                 break;
             }
-            let mut batch = sled::Batch::default();
-            for key in keys {
-                batch.remove(key);
-            }
-            self.run(|db| db.apply_batch(batch))?;
+            self.run(|engine| engine.apply(Tree::Pairs, batch))?;
         }
-        self.run(|_| self.clearing.remove(mark))?;
-        Ok(())
+        set_mark(None)
     }
 
     pub(super) fn flush(&self) -> Result<(), StorageError> {
-        self.run(|db| db.flush()).map(|_| ())
+        self.run(|engine| engine.flush())
     }
 
     fn interrupted_clearings(&self) -> Result<Vec<RaftGroupId>, StorageError> {
-        let keys: Vec<sled::IVec> = self.run(|_| self.clearing.iter().keys().collect())?;
+        let mut keys = Vec::new();
+        self.run(|engine| {
+            engine.visit(Tree::Clearing, &[], &mut |key, _| {
+                keys.push(key.to_vec());
+                true
+            })
+        })?;
         keys.iter()
             .map(|key| match key.first_chunk() {
                 Some(id) if key.len() == id.len() => Ok(RaftGroupId(u64::from_be_bytes(*id))),
@@ -181,13 +172,11 @@ impl Database {
 
     fn check(&self, group: RaftGroupId) -> Result<(), StorageError> {
         let stored = self.meta(group)?.map(|meta| meta.fingerprint);
-        let found = self.run(|db| {
-            let mut sum = 0u64;
-            for pair in db.scan_prefix(data_prefix(group)) {
-                let (key, value) = pair?;
-                sum = sum.wrapping_add(fingerprint(&key[PREFIX_BYTES..], &value));
-            }
-            Ok(sum)
+        let mut found = 0u64;
+        let prefix = data_prefix(group);
+        self.visit_prefix(&prefix, &prefix, &mut |key, value| {
+            found = found.wrapping_add(fingerprint(&key[PREFIX_BYTES..], value));
+            true
         })?;
         if stored != Some(found) {
             let reason = format!("the state of group {group} does not match its fingerprint");
@@ -243,42 +232,10 @@ fn decode_meta(value: &[u8]) -> Option<Meta> {
     })
 }
 
-/// Runs a sled call. sled panics on some bad data, which is no reason for us to die.
-fn guarded<T>(path: &Path, call: impl FnOnce() -> sled::Result<T>) -> Result<T, StorageError> {
-    match catch_unwind(AssertUnwindSafe(call)) {
-        Ok(result) => result.map_err(|error| translate(path, error)),
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<String>()
-                .map(String::as_str)
-                .or_else(|| panic.downcast_ref::<&str>().copied());
-            let reason = format!("sled panicked: {}", text.unwrap_or("no message"));
-            Err(damaged(path, reason))
-        }
-    }
-}
-
-/// Failures of the disk or of permissions stay such; everything that bad bytes can cause is
-/// damage, for which there is a remedy: rebuilding.
-fn translate(path: &Path, error: sled::Error) -> StorageError {
-    use std::io::ErrorKind::{InvalidData, InvalidInput, UnexpectedEof};
-    match error {
-        sled::Error::Io(e) if ![InvalidData, InvalidInput, UnexpectedEof].contains(&e.kind()) => {
-            StorageError::io("use sled in", path, e)
-        }
-        other => damaged(path, other.to_string()),
-    }
-}
-
-fn damaged(path: &Path, reason: String) -> StorageError {
+pub(super) fn damaged(path: &Path, reason: String) -> StorageError {
     StorageError::Damaged {
         path: path.to_path_buf(),
         position: 0,
         reason,
     }
-}
-
-/// sled gives a held lock no error kind of its own.
-fn is_lock(error: &StorageError) -> bool {
-    matches!(error, StorageError::Io { source, .. } if source.to_string().contains("acquire lock"))
 }

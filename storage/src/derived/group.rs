@@ -9,6 +9,7 @@ use super::Inner;
 use super::database::{
     Database, Meta, PREFIX_BYTES, data_prefix, encode_meta, fingerprint, meta_key,
 };
+use super::engine::Tree;
 use crate::{LogId, RaftGroupId, StorageError};
 
 /// One change: a key with its new value, or `None` to remove it. The last one of a key counts.
@@ -44,8 +45,7 @@ impl DerivedGroup {
     }
 
     pub fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
-        let value = self.with(|database| database.run(|db| db.get(self.full_key(key))))?;
-        Ok(value.map(|value| Bytes::copy_from_slice(&value)))
+        self.with(|database| self.stored(database, key))
     }
 
     /// All pairs whose key begins with `prefix`, in order. For state known to be small; else
@@ -69,20 +69,17 @@ impl DerivedGroup {
             above.push(0);
             start = start.max(above);
         }
-        self.with(|database| {
-            database.run(|db| {
-                let mut pairs = Vec::new();
-                for pair in db.range(start..).take(limit) {
-                    let (key, value) = pair?;
-                    if !key.starts_with(&full_prefix) {
-                        break;
-                    }
+        let mut pairs = Vec::new();
+        if limit > 0 {
+            self.with(|database| {
+                database.visit_prefix(&full_prefix, &start, &mut |key, value| {
                     let key = Bytes::copy_from_slice(&key[PREFIX_BYTES..]);
-                    pairs.push((key, Bytes::copy_from_slice(&value)));
-                }
-                Ok(pairs)
-            })
-        })
+                    pairs.push((key, Bytes::copy_from_slice(value)));
+                    pairs.len() < limit
+                })
+            })?;
+        }
+        Ok(pairs)
     }
 
     /// Makes the changes and moves the group to `applied`, all or nothing. Refuses to move
@@ -99,21 +96,19 @@ impl DerivedGroup {
                 )));
             }
             let mut sum = before.map_or(0, |meta| meta.fingerprint);
-            let mut out = sled::Batch::default();
+            let mut out = Vec::new();
             let changes: HashMap<Vec<u8>, Option<Vec<u8>>> = batch.into_iter().collect();
             for (key, value) in changes {
                 sum = self.replaced(database, sum, &key, value.as_deref())?;
-                match value {
-                    Some(value) => out.insert(self.full_key(&key), value),
-                    None => out.remove(self.full_key(&key)),
-                }
+                out.push((self.full_key(&key), value));
             }
             let meta = Meta {
                 applied,
                 fingerprint: sum,
             };
-            out.insert(&meta_key(self.id), &encode_meta(meta));
-            database.run(|db| db.apply_batch(out))
+            let meta = (meta_key(self.id).to_vec(), Some(encode_meta(meta).to_vec()));
+            out.push(meta);
+            database.run(|engine| engine.apply(Tree::Pairs, out))
         })
     }
 
@@ -131,13 +126,17 @@ impl DerivedGroup {
         key: &[u8],
         value: Option<&[u8]>,
     ) -> Result<u64, StorageError> {
-        if let Some(old) = database.run(|db| db.get(self.full_key(key)))? {
+        if let Some(old) = self.stored(database, key)? {
             sum = sum.wrapping_sub(fingerprint(key, &old));
         }
         if let Some(value) = value {
             sum = sum.wrapping_add(fingerprint(key, value));
         }
         Ok(sum)
+    }
+
+    fn stored(&self, database: &Database, key: &[u8]) -> Result<Option<Bytes>, StorageError> {
+        database.run(|engine| engine.get(Tree::Pairs, &self.full_key(key)))
     }
 
     fn full_key(&self, key: &[u8]) -> Vec<u8> {

@@ -1,4 +1,5 @@
-//! Derived state in sled: what can be rebuilt from the newest snapshot and the log.
+//! Derived state in sled: what can always be rebuilt from the newest snapshot and the log. A node's
+//! environment may choose memory instead, which is empty after every restart.
 //!
 //! One database per node. Each Raft group has its own keys behind a prefix: a sled tree per group
 //! would cost memory for every one of thousands. Each batch of changes is written together with
@@ -22,8 +23,11 @@
 //! checks each page, but may silently lose some; the fingerprint notices.
 
 mod database;
+mod disk;
+mod engine;
 mod group;
 mod keys;
+mod memory;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -45,7 +49,8 @@ pub struct DerivedStore {
 
 #[derive(Debug)]
 struct Inner {
-    path: PathBuf,
+    /// None: in memory.
+    path: Option<PathBuf>,
     /// None only after a reset that could not open a new database.
     database: RwLock<Option<Database>>,
     /// Moves with each reset. Handles of an older generation are refused: their owners believe
@@ -76,14 +81,25 @@ impl DerivedStore {
             }
             Err(error) => return Err(error),
         };
-        Ok(Self {
+        Ok(Self::new(Some(path.to_path_buf()), database, report))
+    }
+
+    /// An empty store that forgets all when its last handle is dropped, and that has no threads,
+    /// files or chances of its own: every process begins from snapshots and the log, always in the
+    /// same way.
+    pub fn in_memory() -> Self {
+        Self::new(None, Database::in_memory(), None)
+    }
+
+    fn new(path: Option<PathBuf>, database: Database, report: Option<ResetReport>) -> Self {
+        Self {
             inner: Arc::new(Inner {
-                path: path.to_path_buf(),
+                path,
                 database: RwLock::new(Some(database)),
                 generation: AtomicU64::new(0),
                 report: Mutex::new(report),
             }),
-        })
+        }
     }
 
     /// The last time the database was given up, since this store was opened.
@@ -110,9 +126,13 @@ impl DerivedStore {
         self.inner.generation.fetch_add(1, Ordering::AcqRel);
         // Before the move: sled writes its last snapshot by path.
         drop(database.take());
-        let report = set_aside(&self.inner.path, reason.to_owned())?;
+        let Some(path) = &self.inner.path else {
+            *database = Some(Database::in_memory());
+            return Ok(());
+        };
+        let report = set_aside(path, reason.to_owned())?;
         *self.inner.report.lock() = Some(report);
-        *database = Some(Database::open_and_check(&self.inner.path)?);
+        *database = Some(Database::open_and_check(path)?);
         Ok(())
     }
 
@@ -133,11 +153,11 @@ impl Inner {
         let database = self.database.read();
         let current = self.generation.load(Ordering::Acquire);
         if generation.is_some_and(|generation| generation != current) {
-            return Err(StorageError::Damaged {
-                path: self.path.clone(),
-                position: 0,
-                reason: "the derived state was reset; rebuild the group from its snapshot".into(),
-            });
+            let reason = "the derived state was reset; rebuild the group from its snapshot";
+            return Err(database::damaged(
+                self.path.as_deref().unwrap_or(Path::new("memory")),
+                reason.into(),
+            ));
         }
         call(database.as_ref().ok_or(StorageError::Closed)?)
     }
