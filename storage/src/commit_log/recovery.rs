@@ -143,6 +143,9 @@ fn rewrite(vfs: &dyn Vfs, segment: &Segment, from: u64, to: u64) -> Result<(), S
         } else if (size as u64) < to - at {
             // A frame longer than the piece.
             piece.resize((2 * size).min((to - at) as usize), 0);
+        } else if at == from && from > SEGMENT_HEADER {
+            // A mark that no release wrote: its durable end lies inside a frame.
+            return rewrite(vfs, segment, SEGMENT_HEADER, to);
         } else {
             return Err(segment.damaged(at, "a frame that was good has just been read differently"));
         }
