@@ -12,7 +12,8 @@ fn quoted(line: &str) -> impl Iterator<Item = &str> {
 fn every_promise_names_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let text = fs::read_to_string(root.join("docs/guarantees.md")).unwrap();
-    let mut promises = text.split("\n## ").skip(1).peekable();
+    // The first section says how all of them are tested.
+    let mut promises = text.split("\n## ").skip(2).peekable();
     assert!(promises.peek().is_some());
     for promise in promises {
         let title = promise.lines().next().unwrap_or_default();
