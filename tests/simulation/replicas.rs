@@ -1,6 +1,6 @@
 //! What must hold between the replicas at every moment, seen from outside.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -44,9 +44,6 @@ pub struct Replicas {
     applied: BTreeMap<(u64, u64), (u64, u64)>,
     looked: BTreeMap<(NodeId, u64), Looked>,
     hashes: Mutex<BTreeMap<(u64, LogId), u64>>,
-    /// Groups that some machine has removed, votes and all, because their topic was deleted. After a
-    /// restart it may not know of the deletion yet, and open its replica once more, as an empty one.
-    removed: BTreeSet<u64>,
 }
 
 impl Replicas {
@@ -57,7 +54,6 @@ impl Replicas {
             applied: BTreeMap::new(),
             looked: BTreeMap::new(),
             hashes: Mutex::default(),
-            removed: BTreeSet::new(),
         }
     }
 
@@ -66,15 +62,11 @@ impl Replicas {
         self.looked.retain(|(of, _), _| *of != node);
     }
 
-    /// At most one leader in a term. What was removed is not looked at any more, here and below.
+    /// At most one leader in a term.
     pub fn check_leaders(&mut self, nodes: &[Arc<NodeSlot>]) {
-        for slot in nodes {
-            let removed = slot.machine.votes.removed().into_iter();
-            self.removed.extend(removed.map(|group| group.0));
-        }
         for (node, handles) in running(nodes) {
             for group in handles.host.groups() {
-                if !group.is_leader() || self.removed.contains(&group.id().0) {
+                if !group.is_leader() {
                     continue;
                 }
                 let (id, term) = (group.id().0, group.term());
@@ -103,7 +95,6 @@ impl Replicas {
             };
             let mut groups = handles.host.groups();
             groups.sort_by_key(Group::id);
-            groups.retain(|group| !self.removed.contains(&group.id().0));
             for group in groups {
                 self.check_log(slot, &group);
             }
@@ -181,9 +172,6 @@ impl Replicas {
     pub fn check_states(&self, node: NodeId, states: Vec<(u64, LogId, u64)>) {
         let mut hashes = self.hashes.lock();
         for (group, at, hash) in states {
-            if self.removed.contains(&group) {
-                continue;
-            }
             let known = *hashes.entry((group, at)).or_insert(hash);
             if known != hash {
                 self.history.violation(format!(

@@ -1,6 +1,6 @@
 //! A vote that was on disk is found again, or a later one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
 use quorate_storage::RaftGroupId;
@@ -14,9 +14,6 @@ type Terms = BTreeMap<RaftGroupId, u64>;
 pub struct DurableVotes {
     durable: Mutex<Terms>,
     broken: Mutex<Vec<String>>,
-    /// What the log held before its last step, and what has gone from it since the first one.
-    held: Mutex<BTreeSet<RaftGroupId>>,
-    removed: Mutex<BTreeSet<RaftGroupId>>,
 }
 
 fn votes_of(log: &CommitLog) -> Terms {
@@ -34,20 +31,12 @@ impl DurableVotes {
 
     /// A removed group's vote may be gone or not.
     pub fn forget_removed(&self, log: &CommitLog) {
-        let known: BTreeSet<_> = log.groups().into_iter().collect();
+        let known = log.groups();
         self.durable.lock().retain(|group, _| known.contains(group));
-        let before = std::mem::replace(&mut *self.held.lock(), known.clone());
-        self.removed.lock().extend(before.difference(&known));
-    }
-
-    /// The groups that were removed from this machine at any time.
-    pub fn removed(&self) -> BTreeSet<RaftGroupId> {
-        self.removed.lock().clone()
     }
 
     /// To be called with a log that was just recovered.
     pub fn check_recovered(&self, log: &CommitLog) {
-        *self.held.lock() = log.groups().into_iter().collect();
         let found = votes_of(log);
         for (group, term) in self.durable.lock().iter() {
             if found.get(group).is_none_or(|found| found < term) {
