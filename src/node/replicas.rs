@@ -13,7 +13,7 @@ use quorate_raft::{
     Flush, Group, GroupSpec, LogRetention, NodeId, OpenGroupError, RaftHost, Replica, ReplicaId,
     StateMachine,
 };
-use quorate_storage::commit_log::CommitLog;
+use quorate_storage::commit_log::{CommitLog, GroupState};
 use quorate_storage::derived::DerivedStore;
 use quorate_storage::queue_index::QueueIndex;
 use quorate_storage::vfs::Vfs;
@@ -60,10 +60,10 @@ impl Replicas {
         fatal: mpsc::UnboundedSender<String>,
     ) {
         let mut is_current = pin!(self.catalog_is_current());
-        let mut orphans_removed = false;
+        let mut known_current = false;
         loop {
             let state = catalog.borrow_and_update().clone();
-            if let Err(error) = self.reconcile(&state).await
+            if let Err(error) = self.reconcile(&state, known_current).await
                 && !stop.is_cancelled()
             {
                 fatal.send(format!("{error:#}")).ok();
@@ -73,8 +73,8 @@ impl Replicas {
                 () = stop.cancelled() => return,
                 changed = catalog.changed() => if changed.is_err() { return },
                 () = self.repair.notified() => tokio::time::sleep(REPAIR_PAUSE).await,
-                () = &mut is_current, if !orphans_removed => {
-                    orphans_removed = true;
+                () = &mut is_current, if !known_current => {
+                    known_current = true;
                     let state = catalog.borrow().clone();
                     self.remove_orphans(&state).await;
                 }
@@ -107,7 +107,7 @@ impl Replicas {
         }
     }
 
-    async fn reconcile(&self, catalog: &CatalogState) -> Result<()> {
+    async fn reconcile(&self, catalog: &CatalogState, known_current: bool) -> Result<()> {
         if !self.quarantine.is_known_to(catalog) {
             // It still names replicas that this node gave up.
             return Ok(());
@@ -144,7 +144,10 @@ impl Replicas {
         }
         for topic in catalog.topics.values() {
             for placement in &topic.queues {
-                if self.should_open(placement).await {
+                // Of a queue that was deleted nothing is left, not even this replica's votes: begun
+                // anew before the deletion is applied here again, it would vote twice in a term.
+                let may_open = known_current || self.has_begun(placement.id());
+                if may_open && self.should_open(placement).await {
                     self.open_queue(placement, topic.config.flush, catalog.limits)
                         .await?;
                 }
@@ -289,6 +292,11 @@ impl Replicas {
 
     fn recovered_index(&self, group: RaftGroupId) -> Option<u64> {
         self.log.group(group).state().last.map(|last| last.index)
+    }
+
+    /// Whether the log holds anything of it.
+    fn has_begun(&self, group: RaftGroupId) -> bool {
+        self.log.group(group).state() != GroupState::default()
     }
 
     fn index_path(&self, group: RaftGroupId) -> PathBuf {
