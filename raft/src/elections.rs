@@ -349,7 +349,7 @@ async fn attempt(host: Arc<RaftHost>, group: Group) {
 /// A suspect replica's turn: may it go on, because sound ones cannot form a majority any more?
 async fn judge_tail(host: Arc<RaftHost>, group: Group, waited: Duration) {
     let own = group.tail_report();
-    let replicas = group.replicas();
+    let replicas = group.voters();
     let others = replicas
         .iter()
         .filter(|r| r.node != host.config.node_id)

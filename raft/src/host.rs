@@ -8,10 +8,10 @@ use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use openraft::{Config, SnapshotPolicy};
 use parking_lot::RwLock;
-use quorate_storage::RaftGroupId;
 use quorate_storage::commit_log::{CommitLog, Flush};
 use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::snapshot::SnapshotStore;
+use quorate_storage::{RaftGroupId, StorageError};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -333,7 +333,10 @@ impl RaftHost {
 
     /// Stops a group here; with `remove`, its log and snapshots go too. When this returns, what it
     /// did is on disk.
-    pub async fn close_group(&self, group: RaftGroupId, remove: bool) {
+    ///
+    /// # Errors
+    /// When that can't be said: what was to be removed may still be there.
+    pub async fn close_group(&self, group: RaftGroupId, remove: bool) -> Result<(), StorageError> {
         let found = self.table.write().remove(&group);
         if let Some(group) = found {
             group.stop().await;
@@ -341,22 +344,13 @@ impl RaftHost {
         let (done, synced) = completion();
         let log = &self.storage.log;
         if remove {
-            if let Err(error) = self.storage.snapshots.remove_group(group) {
-                tracing::warn!(%group, %error, "a removed group's snapshots are still on disk");
-            }
+            self.storage.snapshots.remove_group(group)?;
             log.remove_group(group, done);
-        } else if log
-            .group(group)
-            .append(Vec::new(), Flush::Sync, done)
-            .is_err()
-        {
-            // Closed with the node.
-            return;
+        } else {
+            log.group(group).append(Vec::new(), Flush::Sync, done)?;
         }
         // Opened again, a group takes what the log holds for synced.
-        if let Ok(Err(error)) = synced.await {
-            tracing::warn!(%group, %error, "a closed group's log may not be on disk");
-        }
+        synced.await.unwrap_or(Err(StorageError::Closed))
     }
 
     pub fn group(&self, group: RaftGroupId) -> Option<Group> {

@@ -94,7 +94,7 @@ async fn a_transfer_to_a_replica_that_does_not_take_it_leaves_nobody_stuck() {
     propose(first, "before").await;
     // Its node lives, so nobody will find it dead; its replica is gone.
     let target = nodes.iter().find(|n| n.id != first.id).unwrap();
-    target.host.close_group(GROUP, false).await;
+    target.host.close_group(GROUP, false).await.unwrap();
     first.group.transfer_leader(target.id).await.unwrap_err();
     let others: Vec<_> = nodes.iter().filter(|n| n.id != target.id).collect();
     let deadline = Instant::now() + PATIENCE;
@@ -122,7 +122,7 @@ async fn a_leader_that_is_gone_from_a_living_node_is_replaced() {
     let nodes = cluster.start_all().await;
     let first = leader(&nodes).await;
     propose(first, "before").await;
-    first.host.close_group(GROUP, false).await;
+    first.host.close_group(GROUP, false).await.unwrap();
     let follower = nodes.iter().find(|n| n.id != first.id).unwrap();
     follower.group.read_barrier(PATIENCE).await.unwrap();
     assert_ne!(follower.group.leader(), Some(first.id));

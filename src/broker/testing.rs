@@ -208,7 +208,8 @@ impl Opener {
                     self.local.remove_queue(group);
                     self.host
                         .close_group(quorate_storage::RaftGroupId(group), true)
-                        .await;
+                        .await
+                        .ok();
                 }
             }
             if catalog.changed().await.is_err() {

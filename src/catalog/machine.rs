@@ -41,7 +41,8 @@ impl CatalogMachine {
     fn publish(&self) {
         let version = self.state.version;
         self.published.send_if_modified(|last| {
-            let moved = last.version != version;
+            // A new replica of the catalog begins with nothing, and is no reason to forget.
+            let moved = last.version < version;
             if moved {
                 *last = Arc::new(self.state.clone());
             }

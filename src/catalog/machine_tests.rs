@@ -156,6 +156,18 @@ fn readers_get_a_new_state_only_after_a_change() {
 }
 
 #[test]
+fn readers_are_never_shown_an_older_state() {
+    let mut machine = machine(3);
+    create(&mut machine, "a", 1, 0);
+    machine.applied_batch(LogId::new(1, 1));
+    let seen = machine.published.subscribe();
+    // As a new replica begins, beside the readers of the one it replaces.
+    let mut anew = CatalogMachine::new(machine.published.clone());
+    anew.restore(None, None).unwrap();
+    assert!(seen.borrow().topic("a").is_some());
+}
+
+#[test]
 fn an_epoch_is_raised_once_from_each_value() {
     let mut machine = machine(3);
     create(&mut machine, "t", 2, 3);

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use futures_util::{StreamExt, stream};
 use quorate_raft::{RaftHost, Replica, ReplicaId, Settled};
 use quorate_storage::RaftGroupId;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -47,6 +47,8 @@ pub(super) struct Mender {
     pub locals: Arc<LocalGroups>,
     pub quarantine: Arc<Quarantine>,
     pub published: watch::Sender<Arc<CatalogState>>,
+    /// Has replicas opened that were closed.
+    pub repair: Arc<Notify>,
 }
 
 impl Mender {
@@ -89,15 +91,46 @@ impl Mender {
 
     /// Takes a damaged replica out of service, for ever.
     async fn give_up(&self, group: RaftGroupId, replica: ReplicaId, reason: &str) -> Result<()> {
+        if !self.can_be_spared(group, replica) {
+            return self.keep(group, reason).await;
+        }
         if !self.quarantine.give_up(group, replica, reason)? {
+            self.quarantine.begin_anew(group);
             return Ok(());
         }
         self.locals.remove(group.0);
-        self.host.close_group(group, false).await;
+        self.host.close_group(group, false).await.ok();
         match group == CATALOG_GROUP {
             true => self.regain_catalog().await,
             false => Ok(()),
         }
+    }
+
+    /// Whether the others are a sound majority without this replica. Its bad bytes are gone, but it
+    /// has not forgotten what it voted: where nobody could fill it again, it stays.
+    fn can_be_spared(&self, group: RaftGroupId, replica: ReplicaId) -> bool {
+        let state = self.published.borrow();
+        let Some(placement) = state.placement(group).filter(|p| !p.replicas.is_empty()) else {
+            return self.config.nodes.len() > 2;
+        };
+        let others = placement.replicas.iter();
+        let sound = others.filter(|r| r.replica != replica && r.state == ReplicaState::Sound);
+        sound.count() >= placement.majority()
+    }
+
+    /// Lets a damaged replica go on with what is good of it. Meeting the damage again ends it again.
+    async fn keep(&self, group: RaftGroupId, reason: &str) -> Result<()> {
+        if group == CATALOG_GROUP {
+            anyhow::bail!(
+                "the catalog's replica here is damaged and no majority of sound ones is left to fill it: {reason}; restore that file"
+            );
+        }
+        tracing::error!(%group, reason, "a replica is damaged and the others are too few to fill it: it goes on with what is good of it; restore the file, or wait until the others are sound");
+        self.locals.remove(group.0);
+        self.host.close_group(group, false).await.ok();
+        self.quarantine.begin_anew(group);
+        self.repair.notify_one();
+        Ok(())
     }
 
     fn replica_here(&self, group: RaftGroupId) -> Option<ReplicaId> {
@@ -131,7 +164,7 @@ impl Mender {
         let place = catalog
             .replica_on(own)
             .context("the catalog has no replica on this node")?;
-        self.host.close_group(CATALOG_GROUP, true).await;
+        self.host.close_group(CATALOG_GROUP, true).await?;
         self.quarantine.regained_catalog(place.replica)?;
         self.quarantine.begin_anew(CATALOG_GROUP);
         let spec = super::catalog_spec(&self.config, &replicas_of(&catalog));
@@ -201,6 +234,8 @@ impl Mender {
             return;
         };
         if !group.is_leader() {
+            // A quiet group may not have noticed that the replica that led it is the lost one.
+            group.check_leader().await;
             return;
         }
         match group.settle_members(&replicas_of(placement)).await {

@@ -23,7 +23,7 @@ use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
 use tokio::net::TcpListener;
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{Notify, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 pub use self::environment::Environment;
@@ -157,7 +157,7 @@ impl Node {
         });
         service.connect(&broker);
         let stop = CancellationToken::new();
-        let reconcile = Arc::default();
+        let reconcile: Arc<Notify> = Arc::default();
         watch_failures(host.events(), quarantine.clone(), fatal_tx.clone());
         let replicas = Replicas {
             config: config.clone(),
@@ -177,6 +177,7 @@ impl Node {
             locals,
             quarantine,
             published,
+            repair: reconcile,
         };
         tokio::spawn(mender.run(damage, stop.clone(), fatal_tx.clone()));
         tokio::spawn(replicas.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
@@ -241,7 +242,7 @@ fn open_log(
     quarantine: &Quarantine,
 ) -> Result<CommitLog> {
     let dir = config.data_dir.join("log");
-    if !quarantine.gave_up_log() {
+    if !quarantine.log_is_new() {
         refuse_lost_log(identity, &*environment.vfs, &dir)?;
     }
     let open = || (environment.open_log)(environment.vfs.clone(), &dir, config.log.clone());

@@ -10,7 +10,7 @@
 //!   the catalog says that this giving up, by its id, is known to it: all replicas that the catalog
 //!   names from then on are new ones.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,6 +38,11 @@ struct Contents {
     /// This node's replica of the catalog, when it is not the first one.
     catalog_replica: Option<ReplicaId>,
     replicas: Vec<LostReplica>,
+    /// By group, the lowest replica id that may ever act here again. For ever: a restarted node
+    /// reads an old state of the catalog first, which names the lost ones as if they were sound.
+    floors: BTreeMap<u64, ReplicaId>,
+    /// The last time that the whole log was given up, for the same reason.
+    last_whole: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -84,6 +89,8 @@ impl Quarantine {
                 whole: None,
                 catalog_replica: None,
                 replicas: Vec::new(),
+                floors: BTreeMap::new(),
+                last_whole: None,
             },
             Some(bytes) => serde_json::from_slice(&bytes).with_context(|| {
                 format!(
@@ -112,9 +119,11 @@ impl Quarantine {
 
     /// Gives the whole log up, and sets it aside with all that stands on it.
     pub(super) fn give_up_log(&self, reason: String) -> Result<()> {
+        let id = uuid::Uuid::new_v4().to_string();
         self.change(|contents| {
+            contents.last_whole = Some(id.clone());
             contents.whole = Some(Whole {
-                id: uuid::Uuid::new_v4().to_string(),
+                id,
                 reason,
                 set_aside: false,
                 agreed: false,
@@ -154,9 +163,15 @@ impl Quarantine {
         Ok(())
     }
 
-    /// The log is known to be a new one.
+    /// The whole log was given up and is not made good yet.
     pub(super) fn gave_up_log(&self) -> bool {
         self.contents.lock().whole.is_some()
+    }
+
+    /// The log may be empty: no replica was opened since it was given up.
+    pub(super) fn log_is_new(&self) -> bool {
+        let contents = self.contents.lock();
+        contents.whole.as_ref().is_some_and(|whole| !whole.agreed)
     }
 
     /// Notes that a read of the group's open replica found damage. False if one did before.
@@ -173,7 +188,7 @@ impl Quarantine {
         self.noted.lock().remove(&group);
     }
 
-    /// Gives one replica up. False if it was already.
+    /// Gives one replica up. False if it was already, or is of an older life.
     pub(super) fn give_up(
         &self,
         group: RaftGroupId,
@@ -184,6 +199,7 @@ impl Quarantine {
             return Ok(false);
         }
         self.change(|contents| {
+            contents.floors.insert(group.0, replica + 1);
             contents.replicas.push(LostReplica {
                 group: group.0,
                 replica,
@@ -197,8 +213,8 @@ impl Quarantine {
 
     pub(super) fn is_lost(&self, group: RaftGroupId, replica: ReplicaId) -> bool {
         let contents = self.contents.lock();
-        let mut lost = contents.replicas.iter();
-        lost.any(|lost| (lost.group, lost.replica) == (group.0, replica))
+        let floor = contents.floors.get(&group.0);
+        floor.is_some_and(|floor| replica < *floor)
     }
 
     /// Lost replicas with a successor on this node, whose own files are still there.
@@ -253,10 +269,7 @@ impl Quarantine {
             .nodes
             .get(&self.node)
             .and_then(|n| n.quarantine.as_ref());
-        contents
-            .whole
-            .as_ref()
-            .is_none_or(|whole| known == Some(&whole.id))
+        contents.last_whole.is_none() || known == contents.last_whole.as_ref()
     }
 
     /// This node's replica of the catalog.

@@ -108,8 +108,8 @@ impl Replicas {
     }
 
     async fn reconcile(&self, catalog: &CatalogState, known_current: bool) -> Result<()> {
-        if !self.quarantine.is_known_to(catalog) {
-            // It still names replicas that this node gave up.
+        // Nothing is known yet, or it still names replicas that this node gave up.
+        if catalog.cluster_id.is_none() || !self.quarantine.is_known_to(catalog) {
             return Ok(());
         }
         if let Some(group) = self.host.group(CATALOG_GROUP)
@@ -169,7 +169,7 @@ impl Replicas {
                 return false;
             }
             self.locals.remove(placement.group);
-            self.host.close_group(id, false).await;
+            self.host.close_group(id, false).await.ok();
         }
         place.state != ReplicaState::Lost && !self.quarantine.is_lost(id, place.replica)
     }
@@ -178,7 +178,9 @@ impl Replicas {
     async fn remove_lost(&self, catalog: &CatalogState) -> Result<()> {
         for lost in self.quarantine.to_remove(catalog) {
             let group = RaftGroupId(lost.group);
-            self.remove_queue(group).await;
+            self.locals.remove(lost.group);
+            self.host.close_group(group, true).await?;
+            self.remove_index(group);
             self.quarantine.removed(&lost)?;
             self.quarantine.begin_anew(group);
         }
@@ -216,9 +218,13 @@ impl Replicas {
             }
             // Its first reads found damage, and told of it.
             Err(_) if self.quarantine.is_noted(group) => Ok(None),
-            opened => opened
-                .map(Some)
-                .with_context(|| format!("cannot open the replica of {group}")),
+            Err(error) => Err(error).with_context(|| format!("cannot open the replica of {group}")),
+            // Given up in the meantime.
+            Ok(opened) if self.quarantine.is_lost(group, opened.replica()) => {
+                self.host.close_group(group, false).await.ok();
+                Ok(None)
+            }
+            Ok(opened) => Ok(Some(opened)),
         }
     }
 
@@ -248,7 +254,10 @@ impl Replicas {
     async fn reset_derived(&self, cause: &StorageError) -> Result<()> {
         for (number, coordinator) in self.locals.coordinators() {
             self.locals.remove_coordinator(number);
-            self.host.close_group(coordinator.group.id(), false).await;
+            self.host
+                .close_group(coordinator.group.id(), false)
+                .await
+                .ok();
         }
         self.derived
             .reset(&cause.to_string())
@@ -308,7 +317,13 @@ impl Replicas {
 
     async fn remove_queue(&self, group: RaftGroupId) {
         self.locals.remove(group.0);
-        self.host.close_group(group, true).await;
+        if let Err(error) = self.host.close_group(group, true).await {
+            tracing::warn!(%group, %error, "a removed queue is still on disk");
+        }
+        self.remove_index(group);
+    }
+
+    fn remove_index(&self, group: RaftGroupId) {
         let path = self.index_path(group);
         if let Err(error) = self.vfs.remove(&path) {
             tracing::debug!(%group, %error, "a removed queue's index was not removed");
@@ -320,7 +335,7 @@ impl Replicas {
     async fn drop_index(&self, group: RaftGroupId, cause: &StorageError) {
         tracing::warn!(%group, %cause, "rebuilding a queue's index from the log");
         self.locals.remove_queue(group.0);
-        self.host.close_group(group, false).await;
+        self.host.close_group(group, false).await.ok();
         let path = self.index_path(group);
         // An index that stays is found damaged when it is opened or read again.
         if let Err(error) = self.vfs.remove(&path) {

@@ -67,6 +67,16 @@ impl Group {
         votes && !self.tail().is_suspect()
     }
 
+    /// The replicas whose votes count now.
+    pub(crate) fn voters(&self) -> Vec<Replica> {
+        let members = self.members();
+        if members.voters.is_empty() {
+            return self.replicas().to_vec();
+        }
+        let votes = |r: &Replica| members.voters.contains(&r.replica);
+        members.all.into_iter().filter(votes).collect()
+    }
+
     /// Does the next step towards having exactly `wanted` as voters. Call it again until it is
     /// [`Settled::Yes`]; whatever happens in between, no acknowledged entry is at risk: every step
     /// is committed by a majority of the voters before it.

@@ -521,17 +521,15 @@ impl Group {
     /// has agreed that it is gone. Safe in any case: a vote still needs a majority and a log that
     /// is up to date, and nothing here reads by lease.
     pub(crate) async fn void_lease(&self, dead: NodeId) {
-        let Some(dead) = self.replica_of(dead) else {
-            return;
-        };
         let vote = self.inner.metrics.borrow_watched().vote;
-        if !vote.is_committed() || vote.leader_id().voted_for != dead {
+        let leader = vote.leader_id().voted_for;
+        if !vote.is_committed() || self.node_of(leader) != Some(dead) {
             return;
         }
         self.inner
             .deposed_term
             .store(vote.leader_id().term, Ordering::Relaxed);
-        let request = TransferLeaderRequest::new(vote, dead, None);
+        let request = TransferLeaderRequest::new(vote, leader, None);
         self.inner.raft.handle_transfer_leader(request).await.ok();
     }
 
