@@ -352,3 +352,102 @@ impl Quarantine {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use quorate_storage::vfs::fault::FaultVfs;
+
+    use super::*;
+    use crate::catalog::{GroupPlacement, NodeEntry, Topic};
+
+    const NODE: NodeId = 2;
+    const QUEUE: RaftGroupId = RaftGroupId(1024);
+
+    fn open(vfs: &FaultVfs) -> Quarantine {
+        Quarantine::open(Arc::new(vfs.clone()), Path::new("/data"), NODE).unwrap()
+    }
+
+    /// A catalog that has this replica of the queue on this node.
+    fn state(replica: ReplicaId, state: ReplicaState, quarantine: Option<&str>) -> CatalogState {
+        let mut catalog = CatalogState::default();
+        let entry = NodeEntry {
+            url: String::new(),
+            peer_addr: String::new(),
+            uuid: String::new(),
+            version: String::new(),
+            quarantine: quarantine.map(str::to_owned),
+        };
+        catalog.nodes.insert(NODE, entry);
+        let placement = GroupPlacement {
+            group: QUEUE.0,
+            founders: vec![(1502, NODE)],
+            replicas: vec![ReplicaPlace {
+                replica,
+                node: NODE,
+                state,
+            }],
+            preferred: NODE,
+            epoch: 0,
+        };
+        let topic = Topic {
+            id: 1,
+            name: "t".to_owned(),
+            config: Default::default(),
+            queues: vec![placement],
+        };
+        catalog.queue_groups.insert(QUEUE.0, (1, 0));
+        catalog.topics.insert(1, Arc::new(topic));
+        catalog
+    }
+
+    #[test]
+    fn a_lost_replica_stays_lost_when_its_successor_is_sound_and_the_catalog_is_read_anew() {
+        let vfs = FaultVfs::new();
+        let quarantine = open(&vfs);
+        assert!(quarantine.give_up(QUEUE, 1502, "rot").unwrap());
+        let old = state(1502, ReplicaState::Sound, None);
+        assert_eq!(quarantine.untold(&old), [(QUEUE.0, 1502)]);
+        assert!(quarantine.to_remove(&old).is_empty(), "no successor yet");
+        let filling = state(2000, ReplicaState::Filling, None);
+        let lost = quarantine.to_remove(&filling).remove(0);
+        quarantine.removed(&lost).unwrap();
+        assert!(quarantine.to_remove(&filling).is_empty());
+        assert!(!quarantine.forget_succeeded(&filling).unwrap());
+        let sound = state(2000, ReplicaState::Sound, None);
+        assert!(quarantine.forget_succeeded(&sound).unwrap());
+        // The next process reads a catalog from before all this first.
+        let quarantine = open(&vfs.kill());
+        assert!(quarantine.is_lost(QUEUE, 1502));
+        assert!(!quarantine.is_lost(QUEUE, 2000));
+        assert!(!quarantine.give_up(QUEUE, 1502, "rot").unwrap());
+        assert!(
+            quarantine.to_remove(&sound).is_empty(),
+            "the sound one stays"
+        );
+    }
+
+    #[test]
+    fn a_catalog_from_before_the_log_was_given_up_is_never_followed() {
+        let vfs = FaultVfs::new();
+        let quarantine = open(&vfs);
+        let old = state(1502, ReplicaState::Sound, None);
+        assert!(quarantine.is_known_to(&old));
+        quarantine.give_up_log("rot".to_owned()).unwrap();
+        assert!(!quarantine.is_known_to(&old));
+        assert!(quarantine.log_is_new() && quarantine.lost_catalog().is_some());
+        let GivenUp::All { id } = quarantine.to_regain_catalog() else {
+            panic!("the whole log was given up");
+        };
+        quarantine.regained_catalog(2001).unwrap();
+        assert!(
+            !quarantine.log_is_new(),
+            "from now on an empty log is a lost one"
+        );
+        assert!(quarantine.is_known_to(&state(2000, ReplicaState::Filling, Some(&id))));
+        quarantine.made_good().unwrap();
+        let quarantine = open(&vfs.kill());
+        assert!(!quarantine.gave_up_log());
+        assert_eq!(quarantine.catalog_replica(), 2001);
+        assert!(!quarantine.is_known_to(&old), "read again after a restart");
+    }
+}
