@@ -43,6 +43,8 @@ pub(super) struct Members {
     pub all: Vec<Replica>,
     /// Between two sets of voters.
     pub joint: bool,
+    /// No later leader can go back behind it.
+    pub committed: bool,
 }
 
 impl Group {
@@ -57,6 +59,7 @@ impl Group {
             voters: membership.voter_ids().collect(),
             all: membership.nodes().map(replica).collect(),
             joint: membership.get_joint_config().len() > 1,
+            committed: *metrics.membership_config.log_id() <= metrics.local_committed,
         }
     }
 
@@ -95,6 +98,9 @@ impl Group {
         let ids: BTreeSet<ReplicaId> = wanted.iter().map(|r| r.replica).collect();
         let known = |id: &ReplicaId| members.all.iter().any(|r| r.replica == *id);
         if members.voters == ids && !members.joint {
+            if !members.committed {
+                return Settled::CatchingUp;
+            }
             return match members.all.len() == ids.len() {
                 true => Settled::Yes,
                 false => self.forget_learners(&members, &ids).await,
