@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::broker::queue::BatchOutcome;
+use crate::broker::queue::entry::{Hold, Mark};
 use crate::broker::{Broker, BrokerError, StartAt};
 use crate::coordinator::QueueOffset;
 
@@ -20,8 +21,9 @@ const VERSION: u8 = 1;
 /// One batch on its way to the leader of its queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewBatch {
-    pub key: [u8; 16],
-    pub fingerprint: u64,
+    pub mark: Mark,
+    /// None: visible at once.
+    pub hold: Option<Hold>,
     pub batch: Bytes,
 }
 

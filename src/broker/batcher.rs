@@ -277,7 +277,7 @@ impl Batcher {
             for new in &submission.batches {
                 // Batches were validated where they came in; what is none would be left out, and
                 // its waiter told so by the number of outcomes.
-                entry.push(new.key, new.fingerprint, &new.batch);
+                entry.push(&new.mark, new.hold.as_ref(), &new.batch);
                 messages += u64::from(record_count(&new.batch));
             }
             let places = usize::from(from)..usize::from(entry.count());

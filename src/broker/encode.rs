@@ -7,6 +7,7 @@ use quorate_storage::batch::{BatchBuilder, MAX_RECORD_HEADERS, MessageRecord, Pr
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_128};
 
 use super::partition::queue_of_key;
+use super::queue::entry::{KeyHash, Mark};
 use super::{BrokerError, BrokerResult, NewMessage, ProduceRequest, ProducerMark};
 use crate::catalog::Topic;
 use crate::coordinator::{is_named, owner_of_producer};
@@ -57,15 +58,14 @@ pub(super) fn producer_stamp(
 
 /// The hash under which an idempotency key is remembered. `part` tells apart several batches of one
 /// request for the same queue.
-pub(super) fn key_hash(key: &str, part: u32) -> [u8; 16] {
+pub(super) fn key_hash(key: &str, part: u32) -> KeyHash {
     let mut hasher = Xxh3::new();
     hasher.update(key.as_bytes());
     if part > 0 {
         hasher.update(&[0xff]);
         hasher.update(&part.to_le_bytes());
     }
-    // Zero means "no key".
-    hasher.digest128().max(1).to_be_bytes()
+    hasher.digest128().to_be_bytes()
 }
 
 /// Chooses queues and encodes one batch for each. `turn` is where round robin goes on.
@@ -93,8 +93,8 @@ pub(super) fn encode(
                 queue,
                 places,
                 batch: batch.map(|batch| NewBatch {
-                    key: [0; 16],
-                    fingerprint: 0,
+                    mark: Mark::None,
+                    hold: None,
                     batch,
                 }),
             }
@@ -118,8 +118,10 @@ fn mark_parts(parts: &mut [Part], key: &str) -> BrokerResult<()> {
     let fingerprint = whole.digest();
     for part in parts {
         if let Ok(batch) = &mut part.batch {
-            batch.key = key_hash(key, 0);
-            batch.fingerprint = fingerprint;
+            batch.mark = Mark::Key {
+                hash: key_hash(key, 0),
+                fingerprint,
+            };
         }
     }
     Ok(())

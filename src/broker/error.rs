@@ -39,6 +39,15 @@ pub enum BrokerError {
     )]
     FencedMember { group: String, member: String },
     #[error(
+        "consumer group {group:?} {}; use another group for the other way",
+        if *leased { "leases its messages (receive, ack), it commits no offsets" } else { "commits offsets, it leases no messages" }
+    )]
+    GroupModeConflict {
+        group: String,
+        /// How the group works.
+        leased: bool,
+    },
+    #[error(
         "producer {id:?} was registered again: epoch {epoch} is over, the current one is {current}; register to get a new epoch"
     )]
     FencedProducer {

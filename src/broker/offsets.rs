@@ -67,6 +67,10 @@ impl Broker {
         let coordinator = self.coordinator_of(group);
         match self.coordinate(coordinator, command).await? {
             CoordinatorReply::Committed(verdicts) => Ok(verdicts),
+            CoordinatorReply::OtherMode(_) => Err(BrokerError::GroupModeConflict {
+                group: group.to_owned(),
+                leased: true,
+            }),
             CoordinatorReply::Invalid(text) => Err(BrokerError::InvalidRequest(text)),
             other => Err(super::producers::unexpected(&other)),
         }

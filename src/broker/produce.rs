@@ -10,7 +10,7 @@ use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, s
 use super::batcher::{SubmitError, submit};
 use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp};
 use super::queue::BatchOutcome;
-use super::queue::entry::MAX_BATCHES;
+use super::queue::entry::{MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::{
     Broker, BrokerError, BrokerResult, Durability, FlushMode, ProduceAnswer, ProduceRequest,
@@ -107,10 +107,13 @@ impl Broker {
         let mut views = Vec::new();
         for bytes in split(batches) {
             let view = self.check_batch(&topic, bytes)?;
-            let key = idempotency_key.as_deref();
+            let mark = idempotency_key.as_deref().map(|key| Mark::Key {
+                hash: key_hash(key, new.len() as u32),
+                fingerprint,
+            });
             new.push(NewBatch {
-                key: key.map_or([0; 16], |key| key_hash(key, new.len() as u32)),
-                fingerprint: key.map_or(0, |_| fingerprint),
+                mark: mark.unwrap_or_default(),
+                hold: None,
                 batch: view.bytes().clone(),
             });
             views.push(view);
@@ -303,6 +306,9 @@ fn explain(
             epoch: unsigned(epoch.into()) as u32,
             current: unsigned(current.into()) as u32,
         },
+        BatchOutcome::AlreadyForwarded => {
+            BrokerError::Internal("a request was taken for a forwarder's".to_owned())
+        }
         BatchOutcome::KeyReused => BrokerError::InvalidRequest(
             "this idempotency key was used for a request with other messages; use a new key"
                 .to_owned(),

@@ -11,10 +11,12 @@ use quorate_raft::{CallError, Group, NodeLiveness, ProposeError};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
+use super::batcher::now_ms;
 use super::{Broker, BrokerError, BrokerResult, NodeId, Outcome};
 use crate::catalog::{
     CATALOG_GROUP, CatalogCommand, CatalogState, GroupOwner, GroupPlacement, Topic,
 };
+use crate::coordinator::stamp;
 use crate::peer::{PeerError, PeerRequest, PeerResult, decode, encode};
 use quorate_storage::RaftGroupId;
 
@@ -323,6 +325,10 @@ impl Broker {
         if !frees_space(group, &body) {
             self.refuse_without_room().map_err(PeerError::Broker)?;
         }
+        let body = match self.catalog().owner(RaftGroupId(group)) {
+            Some(GroupOwner::Coordinator(_)) => stamp(now_ms(), &body),
+            _ => body,
+        };
         match tokio::time::timeout(timeout, replica.propose(body)).await {
             Ok(Ok((_, reply))) => Ok(reply),
             Ok(Err(ProposeError::NotLeader { leader })) => Err(PeerError::NotLeader { leader }),

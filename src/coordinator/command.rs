@@ -1,5 +1,8 @@
 //! What can be asked of a coordinator, and what it answers.
+//!
+//! In the log each command follows its stamp, eight bytes, big-endian: the leader's clock in ms.
 
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use crate::broker::MemberMark;
@@ -32,6 +35,15 @@ pub enum CoordinatorCommand {
     },
 }
 
+/// How a consumer group goes through its messages. Its first use decides, for its whole life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GroupMode {
+    /// Its consumers commit offsets.
+    Offsets,
+    /// The coordinator leases single messages to them.
+    Leases,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommitVerdict {
     Done,
@@ -54,5 +66,22 @@ pub enum CoordinatorReply {
         current: i16,
     },
     UnknownProducer,
+    /// The consumer group goes through its messages in the other way.
+    OtherMode(GroupMode),
     Invalid(String),
+}
+
+/// The log entry of a command that its leader proposes at `now_ms`.
+pub fn stamp(now_ms: u64, command: &[u8]) -> Bytes {
+    let mut body = BytesMut::with_capacity(8 + command.len());
+    body.put_u64(now_ms);
+    body.put_slice(command);
+    body.freeze()
+}
+
+/// The way back. None: no version of this program wrote it.
+pub(super) fn unstamp(body: &[u8]) -> Option<(u64, CoordinatorCommand)> {
+    let (stamp, command) = body.split_first_chunk::<8>()?;
+    let command = postcard::from_bytes(command).ok()?;
+    Some((u64::from_be_bytes(*stamp), command))
 }

@@ -15,34 +15,16 @@ use quorate_storage::{LogId, StorageError};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, QueueOffset};
-use super::records::{
-    Content, CoordinatorView, NamedProducer, PRODUCER_NUMBER_KEY, Records, offset_key,
-    producer_id_key, producer_key,
-};
+use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
+use super::records::{Content, CoordinatorView, Records, TIME_KEY};
 use crate::names::MAX_NAME_CHARS;
 use crate::soundness::Soundness;
-
-/// A producer id is: coordinator number, one bit for "has a name", the coordinator's own count.
-const COORDINATOR_SHIFT: u32 = 40;
-const NAMED_BIT: i64 = 1 << 39;
-
-/// The coordinator that gave a producer id.
-pub fn owner_of_producer(id: i64) -> u32 {
-    // 23 bits are left above the shift in a positive i64.
-    (id >> COORDINATOR_SHIFT) as u32
-}
-
-/// Whether a producer can be registered again, and therefore be fenced.
-pub fn is_named(id: i64) -> bool {
-    id & NAMED_BIT != 0
-}
 
 /// One replica's state of one coordinator.
 #[derive(Debug)]
 pub struct CoordinatorMachine {
-    number: u32,
-    records: Records,
+    pub(super) number: u32,
+    pub(super) records: Records,
     soundness: Arc<Soundness>,
 }
 
@@ -77,6 +59,9 @@ impl CoordinatorMachine {
                 allow_rewind,
                 member,
             } => {
+                if let Some(other) = self.claim_mode(&group, GroupMode::Offsets)? {
+                    return Ok(CoordinatorReply::OtherMode(other));
+                }
                 let fenced = member.is_some() && !mutation::on(Mutation::NoMemberCheck);
                 let each = offsets.iter();
                 let verdicts = each.map(|offset| match fenced {
@@ -100,100 +85,19 @@ impl CoordinatorMachine {
         })
     }
 
-    fn commit(
-        &mut self,
-        group: &str,
-        offset: QueueOffset,
-        allow_rewind: bool,
-    ) -> Result<CommitVerdict, StorageError> {
-        let key = offset_key(group, offset.topic, offset.queue);
-        let known = self.records.get(&key)?;
+    /// The log's time: the largest stamp so far. Decisions that depend on time depend on this one.
+    pub(super) fn now_ms(&self) -> Result<u64, StorageError> {
+        let known = self.records.get(TIME_KEY)?;
         let known = known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?)));
-        if let Some(committed) = known
-            && offset.offset < committed
-            && !allow_rewind
-        {
-            return Ok(CommitVerdict::Conflict { committed });
-        }
-        if known != Some(offset.offset) {
-            self.records.put(key, offset.offset.to_be_bytes().to_vec());
-        }
-        Ok(CommitVerdict::Done)
+        Ok(known.unwrap_or(0))
     }
 
-    fn next_producer(&mut self, named: bool) -> Result<i64, StorageError> {
-        let last = self.records.get(PRODUCER_NUMBER_KEY)?;
-        let last = last.and_then(|v| Some(i64::from_be_bytes(v.try_into().ok()?)));
-        let number = last.unwrap_or(0) + 1;
-        let value = number.to_be_bytes().to_vec();
-        self.records.put(PRODUCER_NUMBER_KEY.to_vec(), value);
-        let named = if named { NAMED_BIT } else { 0 };
-        Ok(i64::from(self.number) << COORDINATOR_SHIFT | named | number)
-    }
-
-    fn register(&mut self, name: &str) -> Result<CoordinatorReply, StorageError> {
-        let producer = match self.named(name)? {
-            None => NamedProducer {
-                id: self.next_producer(true)?,
-                epoch: 0,
-                queues: Default::default(),
-            },
-            Some(known) if known.epoch == i16::MAX => {
-                return Ok(CoordinatorReply::Invalid(format!(
-                    "producer {name:?} was registered {} times; choose another name",
-                    i16::MAX
-                )));
-            }
-            Some(known) => NamedProducer {
-                epoch: known.epoch + 1,
-                ..known
-            },
-        };
-        let id_key = producer_id_key(producer.id);
-        self.records.put(id_key, name.as_bytes().to_vec());
-        self.store(name, &producer);
-        Ok(CoordinatorReply::Producer {
-            id: producer.id,
-            epoch: producer.epoch,
-            fence: producer.queues.into_iter().collect(),
-        })
-    }
-
-    fn attach(
-        &mut self,
-        id: i64,
-        epoch: i16,
-        queue_group: u64,
-    ) -> Result<CoordinatorReply, StorageError> {
-        let name = self.records.get(&producer_id_key(id))?;
-        let Some(name) = name.and_then(|n| String::from_utf8(n).ok()) else {
-            return Ok(CoordinatorReply::UnknownProducer);
-        };
-        let Some(mut producer) = self.named(&name)? else {
-            return Ok(CoordinatorReply::UnknownProducer);
-        };
-        if epoch < producer.epoch {
-            return Ok(CoordinatorReply::Fenced {
-                current: producer.epoch,
-            });
+    fn advance_time(&mut self, stamp_ms: u64) -> Result<(), StorageError> {
+        if stamp_ms > self.now_ms()? {
+            let value = stamp_ms.to_be_bytes().to_vec();
+            self.records.put(TIME_KEY.to_vec(), value);
         }
-        if epoch > producer.epoch {
-            return Ok(CoordinatorReply::UnknownProducer);
-        }
-        if producer.queues.insert(queue_group) {
-            self.store(&name, &producer);
-        }
-        Ok(CoordinatorReply::Attached)
-    }
-
-    fn named(&self, name: &str) -> Result<Option<NamedProducer>, StorageError> {
-        let stored = self.records.get(&producer_key(name))?;
-        Ok(stored.and_then(|bytes| postcard::from_bytes(&bytes).ok()))
-    }
-
-    fn store(&mut self, name: &str, producer: &NamedProducer) {
-        let value = postcard::to_stdvec(producer).unwrap_or_default();
-        self.records.put(producer_key(name), value);
+        Ok(())
     }
 
     fn load(&mut self, log_id: Option<LogId>, state: &[u8]) -> Result<(), StorageError> {
@@ -208,10 +112,13 @@ impl CoordinatorMachine {
         if let Some(cause) = self.soundness.broken() {
             return Err(cause);
         }
-        let reply = match postcard::from_bytes(body) {
-            Ok(command) => self.execute(command)?,
-            Err(error) => {
-                tracing::error!(%log_id, %error, "a coordinator command that cannot be read");
+        let reply = match unstamp(body) {
+            Some((stamp_ms, command)) => {
+                self.advance_time(stamp_ms)?;
+                self.execute(command)?
+            }
+            None => {
+                tracing::error!(%log_id, "a coordinator command that cannot be read");
                 CoordinatorReply::Invalid("the command cannot be read".to_owned())
             }
         };

@@ -6,6 +6,8 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::broker::MemberMark;
+use crate::coordinator::producers::NAMED_BIT;
+use crate::coordinator::{QueueOffset, is_named, owner_of_producer, stamp};
 
 /// A coordinator over a store of its own.
 struct Fixture {
@@ -35,7 +37,7 @@ impl Fixture {
 
     fn apply(&mut self, command: CoordinatorCommand) -> CoordinatorReply {
         let body = postcard::to_stdvec(&command).unwrap();
-        postcard::from_bytes(&self.apply_bytes(&body.into())).unwrap()
+        postcard::from_bytes(&self.apply_bytes(&stamp(0, &body))).unwrap()
     }
 
     /// Another life of the same replica, before it has restored anything.
@@ -205,7 +207,7 @@ proptest! {
         let mut log = Vec::new();
         let mut checkpoint = (0, None);
         for (command, event) in commands {
-            let body = Bytes::from(postcard::to_stdvec(&command).unwrap());
+            let body = stamp(log.len() as u64, &postcard::to_stdvec(&command).unwrap());
             prop_assert_eq!(steady.apply_bytes(&body), shaken.apply_bytes(&body));
             log.push(body);
             let last = LogId::new(1, shaken.applied);
@@ -244,7 +246,7 @@ fn a_lost_store_is_noticed_and_nothing_is_answered_from_it() {
     );
     machine.store.reset("a test").unwrap();
     let command = postcard::to_stdvec(&commit("g", 0, 6, false)).unwrap();
-    assert!(machine.apply_bytes(&command.into()).is_empty());
+    assert!(machine.apply_bytes(&stamp(0, &command)).is_empty());
     assert!(machine.machine.soundness().broken().is_some());
     assert!(machine.machine.view().offsets("g").is_err());
     assert!(machine.machine.checkpoint().is_err());

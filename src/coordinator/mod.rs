@@ -2,11 +2,17 @@
 //! producers. They keep no messages, so only their state matters and their logs are short.
 
 mod command;
+mod group_mode;
 mod machine;
+mod offsets;
+mod producers;
 mod records;
 
-pub use command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, QueueOffset};
-pub use machine::{CoordinatorMachine, is_named, owner_of_producer};
+pub use command::{
+    CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, QueueOffset, stamp,
+};
+pub use machine::CoordinatorMachine;
+pub use producers::{is_named, owner_of_producer};
 pub use records::CoordinatorView;
 
 use xxhash_rust::xxh3::xxh3_64;

@@ -3,16 +3,20 @@
 //! | key | value |
 //! |---|---|
 //! | `o`, consumer group, topic u64, queue u32 | committed offset u64 |
+//! | `g`, consumer group | how it works: [`GroupMode`](super::GroupMode) |
 //! | `p`, name | id, epoch and queues of a named producer |
 //! | `i`, producer id i64 | its name |
 //! | `n` | the last producer number given |
+//! | `t` | the log's time, ms u64 |
 //!
 //! Keys are made of the store's ordered fields, numbers in values are big-endian.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 use quorate_storage::derived::{DerivedGroup, KeyBuilder, KeyReader};
 use quorate_storage::{LogId, StorageError};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::QueueOffset;
@@ -32,14 +36,15 @@ pub(super) struct NamedProducer {
 #[derive(Debug)]
 pub(super) struct Records {
     stored: DerivedGroup,
-    changes: Content,
+    /// None: removed.
+    changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
 }
 
 impl Records {
     pub(super) fn new(stored: DerivedGroup) -> Self {
         Self {
             stored,
-            changes: Content::new(),
+            changes: BTreeMap::new(),
         }
     }
 
@@ -51,20 +56,65 @@ impl Records {
 
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
         if let Some(value) = self.changes.get(key) {
-            return Ok(Some(value.clone()));
+            return Ok(value.clone());
         }
         Ok(self.stored.get(key)?.map(|value| value.to_vec()))
     }
 
     pub(super) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
-        self.changes.insert(key, value);
+        self.changes.insert(key, Some(value));
+    }
+
+    pub(super) fn remove(&mut self, key: Vec<u8>) {
+        self.changes.insert(key, None);
+    }
+
+    /// Up to `limit` records whose key begins with `prefix` and comes after `after`, in order.
+    pub(super) fn scan(
+        &self,
+        prefix: &[u8],
+        after: Option<&[u8]>,
+        limit: usize,
+    ) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StorageError> {
+        let from = after.map_or(Bound::Included(prefix), Bound::Excluded);
+        let changed = self.changes.range::<[u8], _>((from, Bound::Unbounded));
+        let changed = changed.take_while(|(key, _)| key.starts_with(prefix));
+        let changed: BTreeMap<_, _> = changed.collect();
+        // As many more as may have been removed since.
+        let wanted = limit.saturating_add(changed.len());
+        let stored = self.stored.scan_page(prefix, after, wanted)?;
+        let complete = stored.len() < wanted;
+        let last = stored.last().map(|(key, _)| key.clone());
+        let mut found: BTreeMap<Vec<u8>, Vec<u8>> = stored
+            .into_iter()
+            .map(|(key, value)| (key.to_vec(), value.to_vec()))
+            .collect();
+        for (key, value) in changed {
+            match value {
+                // Between the page and this key there may be more.
+                Some(_) if !complete && last.as_ref().is_some_and(|last| key[..] > last[..]) => {}
+                Some(value) => drop(found.insert(key.clone(), value.clone())),
+                None => drop(found.remove(key)),
+            }
+        }
+        Ok(found.into_iter().take(limit).collect())
+    }
+
+    /// A record that is postcard's form of `T`.
+    pub(super) fn read<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StorageError> {
+        let stored = self.get(key)?;
+        Ok(stored.and_then(|bytes| postcard::from_bytes(&bytes).ok()))
+    }
+
+    pub(super) fn store<T: Serialize>(&mut self, key: Vec<u8>, value: &T) {
+        // Plain data into memory: there is no way to fail.
+        self.put(key, postcard::to_stdvec(value).unwrap_or_default());
     }
 
     /// Stores what the command of `log_id` changed, together with its place in the log.
     pub(super) fn commit(&mut self, log_id: LogId) -> Result<(), StorageError> {
         let changes = std::mem::take(&mut self.changes);
-        let writes = changes.into_iter().map(|(key, value)| (key, Some(value)));
-        self.stored.write(writes.collect(), log_id)
+        self.stored.write(changes.into_iter().collect(), log_id)
     }
 
     /// Whether what is stored is the state of `log_id`.
@@ -78,7 +128,8 @@ impl Records {
         log_id: Option<LogId>,
     ) -> Result<(), StorageError> {
         self.stored.clear()?;
-        self.changes = content;
+        let content = content.into_iter();
+        self.changes = content.map(|(key, value)| (key, Some(value))).collect();
         log_id.map_or(Ok(()), |log_id| self.commit(log_id))
     }
 
@@ -121,6 +172,10 @@ pub(super) fn offset_key(group: &str, topic: u64, queue: u32) -> Vec<u8> {
     group_prefix(group).u64(topic).u32(queue).build()
 }
 
+pub(super) fn group_mode_key(group: &str) -> Vec<u8> {
+    KeyBuilder::new().u8(b'g').text(group).build()
+}
+
 pub(super) fn producer_key(name: &str) -> Vec<u8> {
     KeyBuilder::new().u8(b'p').text(name).build()
 }
@@ -129,4 +184,40 @@ pub(super) fn producer_id_key(id: i64) -> Vec<u8> {
     KeyBuilder::new().u8(b'i').i64(id).build()
 }
 
+pub(super) const TIME_KEY: &[u8] = b"t";
 pub(super) const PRODUCER_NUMBER_KEY: &[u8] = b"n";
+
+#[cfg(test)]
+mod tests {
+    use quorate_storage::RaftGroupId;
+    use quorate_storage::derived::DerivedStore;
+
+    use super::*;
+
+    #[test]
+    fn a_scan_sees_what_the_command_has_changed_so_far() {
+        let store = DerivedStore::in_memory();
+        let mut records = Records::new(store.group(RaftGroupId(1)));
+        let key = |n: u8| vec![b'k', n];
+        for n in 0..8 {
+            records.put(key(n), vec![n]);
+        }
+        records.put(b"l".to_vec(), vec![]);
+        records.commit(LogId::new(1, 1)).unwrap();
+        for n in [0, 1, 3] {
+            records.remove(key(n));
+        }
+        records.put(key(2), vec![22]);
+        records.put(key(9), vec![9]);
+        let seen = |after: Option<u8>, limit| -> Vec<u8> {
+            let after = after.map(key);
+            let found = records.scan(b"k", after.as_deref(), limit).unwrap();
+            found.into_iter().map(|(_, value)| value[0]).collect()
+        };
+        assert_eq!(seen(None, 2), [22, 4]);
+        assert_eq!(seen(None, 100), [22, 4, 5, 6, 7, 9]);
+        assert_eq!(seen(Some(5), 100), [6, 7, 9]);
+        assert_eq!(seen(Some(5), 2), [6, 7]);
+        assert_eq!(seen(Some(9), 2), [0u8; 0]);
+    }
+}

@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use quorate::broker::TopicConfig;
-use quorate::broker::queue::entry::{AppendBuilder, fence};
+use quorate::broker::queue::entry::{AppendBuilder, Mark, fence};
 use quorate::broker::queue::{BatchOutcome, QueueLimits, QueueMachine, QueueShared};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
-use quorate::coordinator::{CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset};
+use quorate::coordinator::{
+    CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp,
+};
 use quorate_raft::StateMachine;
 use quorate_storage::batch::{BatchBuilder, RecordInput};
 use quorate_storage::derived::DerivedStore;
@@ -153,7 +155,14 @@ fn entries() {
     let append = |stamp: u64, batches: &[(u8, Bytes)]| {
         let mut builder = AppendBuilder::new(stamp, batches.len(), 0);
         for (key, batch) in batches {
-            assert!(builder.push([*key; 16], u64::from(*key), batch));
+            let mark = match key {
+                0 => Mark::None,
+                key => Mark::Key {
+                    hash: [*key; 16],
+                    fingerprint: u64::from(*key),
+                },
+            };
+            assert!(builder.push(&mark, None, batch));
         }
         builder.finish()
     };
@@ -292,8 +301,8 @@ fn coordinator() {
             },
         ),
     ];
-    for (name, command) in commands {
-        keep("coordinator", name, &written(&command));
+    for (time, (name, command)) in (1_000..).zip(commands) {
+        keep("coordinator", name, &stamp(time, &written(&command)));
     }
 }
 

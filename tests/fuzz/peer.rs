@@ -5,6 +5,7 @@ use std::fs;
 use bytes::Bytes;
 use quorate::broker::StartAt;
 use quorate::broker::queue::BatchOutcome;
+use quorate::broker::queue::entry::Mark;
 use quorate::coordinator::QueueOffset;
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
@@ -45,8 +46,11 @@ fn write_the_corpus() {
     fs::create_dir_all(&dir).expect("directory");
     let keep = |name: &str, bytes: Bytes| fs::write(dir.join(name), bytes).expect("write");
     let batch = NewBatch {
-        key: [7; 16],
-        fingerprint: 9,
+        mark: Mark::Key {
+            hash: [7; 16],
+            fingerprint: 9,
+        },
+        hold: None,
         batch: Bytes::from_static(b"a batch, which is not looked at here"),
     };
     let produce = PeerRequest::Produce {

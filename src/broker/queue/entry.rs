@@ -4,7 +4,7 @@
 //!
 //! | bytes | field |
 //! |---|---|
-//! | 0 | version = 1 |
+//! | 0 | version = 2 |
 //! | 1 | kind: 1 = append, 2 = fence a producer |
 //! | 2..10 | stamp, ms: max(the leader's clock, its last stamp) |
 //!
@@ -13,8 +13,12 @@
 //! | bytes | field |
 //! |---|---|
 //! | 10..12 | number of batches, at least 1 |
-//! | per batch: 16 | hash of the idempotency key, zeroes = none |
-//! | 8 | fingerprint of the whole request, 0 without a key |
+//! | per batch: 1 | mark: 0 = none, 1 = idempotency key, 2 = forwarded |
+//! | mark 1: 16, 8 | hash of the key, fingerprint of the whole request |
+//! | mark 2: 16, 8 | source, sequence in that source |
+//! | 1 | hold: 0 = visible at once, 1 = until a time, 2 = until its transaction ends |
+//! | hold 1: 8 | deliver at, ms |
+//! | hold 2: 16, 4 | transaction id, the batch's number in it |
 //! | 4 | length of the batch |
 //! | … | one RecordBatch v2, stamped, base offset 0 |
 //!
@@ -24,18 +28,44 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use quorate_storage::batch;
+use serde::{Deserialize, Serialize};
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const KIND_APPEND: u8 = 1;
 const KIND_FENCE: u8 = 2;
 const HEADER_BYTES: usize = 10;
-const BATCH_PREFIX_BYTES: usize = 16 + 8 + 4;
+/// Of a batch without mark and hold.
+const MIN_PREFIX_BYTES: usize = 1 + 1 + 4;
+/// Of a batch with the longest mark and hold.
+const MAX_PREFIX_BYTES: usize = MIN_PREFIX_BYTES + 24 + 20;
 
 /// Batches one entry may carry.
 pub const MAX_BATCHES: usize = 4096;
 
-/// The hash of an idempotency key; zeroes mean that there is none.
+/// The hash of an idempotency key.
 pub type KeyHash = [u8; 16];
+
+/// What a repetition of a batch is known by, beside its producer's own numbers.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mark {
+    #[default]
+    None,
+    /// The client's idempotency key, and a fingerprint of the whole request.
+    Key { hash: KeyHash, fingerprint: u64 },
+    /// A forwarder brings what is stored elsewhere. Of one source it comes in the order of
+    /// `sequence`, and what is not above the last one is a repetition, for ever.
+    Forwarded { source: [u8; 16], sequence: u64 },
+}
+
+/// Why a batch is stored without being visible.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hold {
+    Until { deliver_at_ms: u64 },
+    Transaction { id: TransactionId, part: u32 },
+}
+
+/// Of one transaction's life, unique for ever.
+pub type TransactionId = [u8; 16];
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EntryError {
@@ -49,13 +79,18 @@ pub enum EntryError {
     Kind(u8),
     #[error("an entry has 1 to {MAX_BATCHES} batches, this one says {0}")]
     BatchCount(u16),
+    #[error("mark {0} of a batch is not known")]
+    Mark(u8),
+    #[error("hold {0} of a batch is not known")]
+    Hold(u8),
 }
 
-/// One batch of an append with the request's idempotency mark.
+/// One batch of an append.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EntryBatch {
-    pub key: KeyHash,
-    pub fingerprint: u64,
+    pub mark: Mark,
+    /// None: visible at once.
+    pub hold: Option<Hold>,
     pub batch: Bytes,
 }
 
@@ -83,7 +118,7 @@ impl AppendBuilder {
     /// `batch_bytes` is a hint for the sum of the batches to come.
     pub fn new(stamp_ms: u64, batches: usize, batch_bytes: usize) -> Self {
         let mut buffer =
-            BytesMut::with_capacity(HEADER_BYTES + 2 + batches * BATCH_PREFIX_BYTES + batch_bytes);
+            BytesMut::with_capacity(HEADER_BYTES + 2 + batches * MAX_PREFIX_BYTES + batch_bytes);
         put_header(&mut buffer, KIND_APPEND, stamp_ms);
         buffer.put_u16(0);
         Self {
@@ -95,7 +130,7 @@ impl AppendBuilder {
 
     /// Adds a validated batch, giving it the entry's stamp. False, adding nothing, when it is not
     /// exactly one batch or the entry is full.
-    pub fn push(&mut self, key: KeyHash, fingerprint: u64, batch: &[u8]) -> bool {
+    pub fn push(&mut self, mark: &Mark, hold: Option<&Hold>, batch: &[u8]) -> bool {
         let Ok(len) = u32::try_from(batch.len()) else {
             return false;
         };
@@ -103,8 +138,8 @@ impl AppendBuilder {
             return false;
         }
         let start = self.buffer.len();
-        self.buffer.put_slice(&key);
-        self.buffer.put_u64(fingerprint);
+        put_mark(&mut self.buffer, mark);
+        put_hold(&mut self.buffer, hold);
         self.buffer.put_u32(len);
         let body = self.buffer.len();
         self.buffer.put_slice(batch);
@@ -147,6 +182,37 @@ fn put_header(buffer: &mut BytesMut, kind: u8, stamp_ms: u64) {
     buffer.put_u64(stamp_ms);
 }
 
+fn put_mark(buffer: &mut BytesMut, mark: &Mark) {
+    match mark {
+        Mark::None => buffer.put_u8(0),
+        Mark::Key { hash, fingerprint } => {
+            buffer.put_u8(1);
+            buffer.put_slice(hash);
+            buffer.put_u64(*fingerprint);
+        }
+        Mark::Forwarded { source, sequence } => {
+            buffer.put_u8(2);
+            buffer.put_slice(source);
+            buffer.put_u64(*sequence);
+        }
+    }
+}
+
+fn put_hold(buffer: &mut BytesMut, hold: Option<&Hold>) {
+    match hold {
+        None => buffer.put_u8(0),
+        Some(Hold::Until { deliver_at_ms }) => {
+            buffer.put_u8(1);
+            buffer.put_u64(*deliver_at_ms);
+        }
+        Some(Hold::Transaction { id, part }) => {
+            buffer.put_u8(2);
+            buffer.put_slice(id);
+            buffer.put_u32(*part);
+        }
+    }
+}
+
 /// Reads an entry. The batches are slices of `body`; their insides are not looked at.
 pub fn decode(body: &Bytes) -> Result<Entry, EntryError> {
     let mut rest = body.clone();
@@ -187,25 +253,57 @@ fn decode_append(rest: &mut Bytes) -> Result<Vec<EntryBatch>, EntryError> {
         return Err(EntryError::BatchCount(count));
     }
     // Grown as batches are found: a lying count allocates nothing.
-    let mut batches = Vec::with_capacity(usize::from(count).min(rest.len() / BATCH_PREFIX_BYTES));
+    let mut batches = Vec::with_capacity(usize::from(count).min(rest.len() / MIN_PREFIX_BYTES));
     for _ in 0..count {
-        if rest.len() < BATCH_PREFIX_BYTES {
-            return Err(EntryError::Truncated);
-        }
-        let mut key = KeyHash::default();
-        rest.copy_to_slice(&mut key);
-        let fingerprint = rest.get_u64();
-        let len = rest.get_u32() as usize;
-        if rest.len() < len {
-            return Err(EntryError::Truncated);
-        }
-        batches.push(EntryBatch {
-            key,
-            fingerprint,
-            batch: rest.split_to(len),
-        });
+        let mark = decode_mark(rest)?;
+        let hold = decode_hold(rest)?;
+        let len = take(rest, 4)?.get_u32() as usize;
+        let batch = take(rest, len)?;
+        batches.push(EntryBatch { mark, hold, batch });
     }
     Ok(batches)
+}
+
+fn take(rest: &mut Bytes, bytes: usize) -> Result<Bytes, EntryError> {
+    match rest.len() >= bytes {
+        true => Ok(rest.split_to(bytes)),
+        false => Err(EntryError::Truncated),
+    }
+}
+
+fn take_16(rest: &mut Bytes) -> Result<[u8; 16], EntryError> {
+    let mut bytes = [0; 16];
+    take(rest, 16)?.copy_to_slice(&mut bytes);
+    Ok(bytes)
+}
+
+fn decode_mark(rest: &mut Bytes) -> Result<Mark, EntryError> {
+    match take(rest, 1)?.get_u8() {
+        0 => Ok(Mark::None),
+        1 => Ok(Mark::Key {
+            hash: take_16(rest)?,
+            fingerprint: take(rest, 8)?.get_u64(),
+        }),
+        2 => Ok(Mark::Forwarded {
+            source: take_16(rest)?,
+            sequence: take(rest, 8)?.get_u64(),
+        }),
+        other => Err(EntryError::Mark(other)),
+    }
+}
+
+fn decode_hold(rest: &mut Bytes) -> Result<Option<Hold>, EntryError> {
+    match take(rest, 1)?.get_u8() {
+        0 => Ok(None),
+        1 => Ok(Some(Hold::Until {
+            deliver_at_ms: take(rest, 8)?.get_u64(),
+        })),
+        2 => Ok(Some(Hold::Transaction {
+            id: take_16(rest)?,
+            part: take(rest, 4)?.get_u32(),
+        })),
+        other => Err(EntryError::Hold(other)),
+    }
 }
 
 #[cfg(test)]
@@ -223,10 +321,37 @@ mod tests {
         builder.finish()
     }
 
+    /// Every kind of mark and of hold, one after the other.
+    fn prefix(place: u8) -> (Mark, Option<Hold>) {
+        let mark = match place % 3 {
+            0 => Mark::None,
+            1 => Mark::Key {
+                hash: [place; 16],
+                fingerprint: place.into(),
+            },
+            _ => Mark::Forwarded {
+                source: [place; 16],
+                sequence: place.into(),
+            },
+        };
+        let hold = match place / 3 % 3 {
+            0 => None,
+            1 => Some(Hold::Until {
+                deliver_at_ms: place.into(),
+            }),
+            _ => Some(Hold::Transaction {
+                id: [place; 16],
+                part: place.into(),
+            }),
+        };
+        (mark, hold)
+    }
+
     fn append(values: &[&[u8]]) -> Bytes {
         let mut builder = AppendBuilder::new(77, values.len(), 0);
         for (place, value) in values.iter().enumerate() {
-            assert!(builder.push([place as u8; 16], place as u64, &one_batch(value)));
+            let (mark, hold) = prefix(place as u8);
+            assert!(builder.push(&mark, hold.as_ref(), &one_batch(value)));
         }
         builder.finish()
     }
@@ -240,8 +365,7 @@ mod tests {
             panic!("an append");
         };
         assert_eq!(batches.len(), 2);
-        assert_eq!(batches[1].key, [1; 16]);
-        assert_eq!(batches[1].fingerprint, 1);
+        assert_eq!((batches[1].mark, batches[1].hold), prefix(1));
         let view = BatchView::parse(batches[1].batch.clone()).unwrap();
         assert_eq!(view.max_timestamp_ms(), 77);
         let record = view.records().next().unwrap().unwrap();
@@ -250,10 +374,19 @@ mod tests {
     }
 
     #[test]
+    fn every_mark_and_hold_comes_back() {
+        let EntryBody::Append(batches) = decode(&append(&[&b"x"[..]; 9])).unwrap().body else {
+            panic!("an append");
+        };
+        let found: Vec<_> = batches.iter().map(|b| (b.mark, b.hold)).collect();
+        assert_eq!(found, (0..9).map(prefix).collect::<Vec<_>>());
+    }
+
+    #[test]
     fn what_is_no_batch_is_not_taken() {
         let mut builder = AppendBuilder::new(1, 1, 0);
-        assert!(!builder.push([0; 16], 0, b"not a batch"));
-        assert!(builder.push([0; 16], 0, &one_batch(b"x")));
+        assert!(!builder.push(&Mark::None, None, b"not a batch"));
+        assert!(builder.push(&Mark::None, None, &one_batch(b"x")));
         let EntryBody::Append(batches) = decode(&builder.finish()).unwrap().body else {
             panic!("an append");
         };
@@ -274,7 +407,7 @@ mod tests {
 
     #[test]
     fn every_cut_is_noticed() {
-        let body = append(&[b"a", b"bc"]);
+        let body = append(&[&b"a"[..]; 9]);
         for len in 0..body.len() {
             assert!(decode(&body.slice(..len)).is_err(), "cut at {len}");
         }

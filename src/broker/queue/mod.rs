@@ -5,6 +5,7 @@
 
 mod dedupe;
 pub mod entry;
+mod forwarded;
 mod idempotency;
 mod shared;
 mod state;
@@ -45,6 +46,8 @@ pub enum BatchOutcome {
     Fenced {
         current: i16,
     },
+    /// A forwarder's repetition; the message is here.
+    AlreadyForwarded,
     /// The idempotency key was used for another request.
     KeyReused,
     /// Too many idempotency keys are remembered; none is forgotten early.

@@ -15,12 +15,12 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::dedupe::{Producer, ProducerTable, Verdict};
-use super::entry::{self, EntryBatch, EntryBody, KeyHash};
+use super::entry::{self, EntryBatch, EntryBody, Mark};
+use super::forwarded::SourceTable;
 use super::idempotency::{KeyTable, KeyVerdict, RememberedKey};
 use super::{BatchOutcome, Place, QueueBounds, QueueShared};
 
-const CHECKPOINT_VERSION: u8 = 1;
-const NO_KEY: KeyHash = [0; 16];
+const CHECKPOINT_VERSION: u8 = 2;
 
 /// Bounds of the tables. Apply decides by them, so they must be the same on every replica at every
 /// time: the catalog records them when the cluster is made.
@@ -49,6 +49,7 @@ struct State {
     stamp_ms: u64,
     producers: ProducerTable,
     keys: KeyTable,
+    sources: SourceTable,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -59,6 +60,7 @@ struct Checkpoint {
     stamp_ms: u64,
     producers: Vec<(i64, Producer)>,
     keys: Vec<RememberedKey>,
+    sources: SourceTable,
 }
 
 /// One replica's state of one queue.
@@ -88,19 +90,25 @@ impl QueueMachine {
     }
 
     fn append_one(&mut self, log_id: LogId, ordinal: u16, batch: &EntryBatch) -> BatchOutcome {
-        let keyed = batch.key != NO_KEY;
-        if keyed {
-            let max_keys = self.limits.max_keys as usize;
-            match self
-                .state
-                .keys
-                .judge(&batch.key, batch.fingerprint, max_keys)
-            {
-                KeyVerdict::New => {}
-                KeyVerdict::Seen(place) => return BatchOutcome::Duplicate(place),
-                KeyVerdict::Reused => return BatchOutcome::KeyReused,
-                KeyVerdict::Full => return BatchOutcome::KeysFull,
+        match &batch.mark {
+            Mark::None => {}
+            Mark::Key { hash, fingerprint } => {
+                let max_keys = self.limits.max_keys as usize;
+                match self.state.keys.judge(hash, *fingerprint, max_keys) {
+                    KeyVerdict::New => {}
+                    KeyVerdict::Seen(place) => return BatchOutcome::Duplicate(place),
+                    KeyVerdict::Reused => return BatchOutcome::KeyReused,
+                    KeyVerdict::Full => return BatchOutcome::KeysFull,
+                }
             }
+            Mark::Forwarded { source, sequence } => {
+                if self.state.sources.has(source, *sequence) {
+                    return BatchOutcome::AlreadyForwarded;
+                }
+            }
+        }
+        if batch.hold.is_some() {
+            return BatchOutcome::Malformed;
         }
         let Ok(view) = BatchView::parse_trusted(batch.batch.clone()) else {
             return BatchOutcome::Malformed;
@@ -131,9 +139,13 @@ impl QueueMachine {
         if let Some(mark) = producer {
             self.state.producers.record(mark, place, stamp_ms);
         }
-        if keyed {
-            let keys = &mut self.state.keys;
-            keys.record(batch.key, batch.fingerprint, place, stamp_ms);
+        match batch.mark {
+            Mark::None => {}
+            Mark::Key { hash, fingerprint } => {
+                let keys = &mut self.state.keys;
+                keys.record(hash, fingerprint, place, stamp_ms);
+            }
+            Mark::Forwarded { source, sequence } => self.state.sources.record(source, sequence),
         }
         self.extend_index(place);
         self.state.next_offset += u64::from(count);
@@ -175,6 +187,10 @@ impl QueueMachine {
                 true => Vec::new(),
             },
             keys: self.state.keys.content(),
+            sources: match mutation::on(Mutation::SkipDedupeInSnapshots) {
+                false => self.state.sources.clone(),
+                true => SourceTable::default(),
+            },
         };
         // Numbers and lists of known length into memory: there is no way to fail.
         postcard::to_stdvec(&checkpoint).unwrap_or_default()
@@ -200,6 +216,7 @@ impl QueueMachine {
             stamp_ms: found.stamp_ms,
             producers: ProducerTable::from_content(found.producers),
             keys: KeyTable::from_content(found.keys),
+            sources: found.sources,
         })
     }
 }

@@ -102,16 +102,30 @@ fn batch(values: usize, producer: Option<(i64, i16, i32)>) -> Bytes {
     builder.finish()
 }
 
-fn append(stamp_ms: u64, batches: &[(KeyHash, u64, Bytes)]) -> Bytes {
+fn append(stamp_ms: u64, batches: &[(Mark, Bytes)]) -> Bytes {
     let mut builder = AppendBuilder::new(stamp_ms, batches.len(), 0);
-    for (key, fingerprint, batch) in batches {
-        assert!(builder.push(*key, *fingerprint, batch));
+    for (mark, batch) in batches {
+        assert!(builder.push(mark, None, batch));
     }
     builder.finish()
 }
 
+fn forwarded(sequence: u64) -> Mark {
+    Mark::Forwarded {
+        source: [9; 16],
+        sequence,
+    }
+}
+
+fn keyed(key: u8, fingerprint: u64) -> Mark {
+    Mark::Key {
+        hash: [key; 16],
+        fingerprint,
+    }
+}
+
 fn plain(stamp_ms: u64, values: usize) -> Bytes {
-    append(stamp_ms, &[(NO_KEY, 0, batch(values, None))])
+    append(stamp_ms, &[(Mark::None, batch(values, None))])
 }
 
 fn stored(outcome: BatchOutcome) -> (u64, u32) {
@@ -126,7 +140,7 @@ fn offsets_are_dense_over_batches_and_entries() {
     let mut replica = Replica::new();
     let body = append(
         5,
-        &[(NO_KEY, 0, batch(2, None)), (NO_KEY, 0, batch(1, None))],
+        &[(Mark::None, batch(2, None)), (Mark::None, batch(1, None))],
     );
     let outcomes = replica.apply(&body);
     assert_eq!(stored(outcomes[0]), (0, 2));
@@ -153,7 +167,7 @@ fn log_time_never_goes_back() {
 
 #[test]
 fn a_producers_retry_is_stored_once_across_restart_and_install() {
-    let first = append(1, &[(NO_KEY, 0, batch(2, Some((9, 0, 0))))]);
+    let first = append(1, &[(Mark::None, batch(2, Some((9, 0, 0))))]);
     let mut log = vec![first.clone()];
     let mut replica = Replica::new();
     let place = match replica.apply(&first)[0] {
@@ -177,16 +191,16 @@ fn a_producers_retry_is_stored_once_across_restart_and_install() {
 #[test]
 fn a_fence_entry_refuses_the_old_epoch() {
     let mut replica = Replica::new();
-    replica.apply(&append(1, &[(NO_KEY, 0, batch(1, Some((9, 0, 0))))]));
+    replica.apply(&append(1, &[(Mark::None, batch(1, Some((9, 0, 0))))]));
     replica.apply(&entry::fence(2, 9, 1));
-    let old = append(3, &[(NO_KEY, 0, batch(1, Some((9, 0, 1))))]);
+    let old = append(3, &[(Mark::None, batch(1, Some((9, 0, 1))))]);
     assert_eq!(replica.apply(&old), [BatchOutcome::Fenced { current: 1 }]);
 }
 
 #[test]
 fn idempotency_keys_answer_refuse_reuse_and_expire_by_log_time() {
     let mut replica = Replica::new();
-    let request = |stamp, fingerprint| append(stamp, &[([1; 16], fingerprint, batch(1, None))]);
+    let request = |stamp, fingerprint| append(stamp, &[(keyed(1, fingerprint), batch(1, None))]);
     let first = replica.apply(&request(1000, 7))[0];
     let (offset, _) = stored(first);
     assert!(matches!(
@@ -202,9 +216,9 @@ fn idempotency_keys_answer_refuse_reuse_and_expire_by_log_time() {
 fn a_full_key_table_refuses_and_stores_nothing() {
     let mut replica = Replica::new();
     for key in 1..=3 {
-        replica.apply(&append(1, &[([key; 16], 0, batch(1, None))]));
+        replica.apply(&append(1, &[(keyed(key, 0), batch(1, None))]));
     }
-    let fourth = append(1, &[([4; 16], 0, batch(1, None))]);
+    let fourth = append(1, &[(keyed(4, 0), batch(1, None))]);
     assert_eq!(replica.apply(&fourth), [BatchOutcome::KeysFull]);
     assert_eq!(replica.machine.shared.bounds().end, 3);
 }
@@ -244,11 +258,42 @@ fn readers_are_woken_once_per_run_of_applies() {
     assert!(!wake.has_changed().unwrap());
 }
 
+#[test]
+fn what_a_forwarder_brings_again_is_stored_once_however_late() {
+    let mut replica = Replica::new();
+    let bring = |stamp, sequence| append(stamp, &[(forwarded(sequence), batch(1, None))]);
+    assert!(matches!(
+        replica.apply(&bring(1, 0))[..],
+        [BatchOutcome::Stored(_)]
+    ));
+    // Sequences may leave some out: the source decides what goes where.
+    assert!(matches!(
+        replica.apply(&bring(2, 5))[..],
+        [BatchOutcome::Stored(_)]
+    ));
+    let log = [bring(1, 0), bring(2, 5)];
+    replica.take_checkpoint();
+    let mut replica = replica.restart(&log);
+    for sequence in [0, 3, 5] {
+        let late = bring(super::super::dedupe::EXPIRE_AFTER_MS * 9, sequence);
+        assert_eq!(replica.apply(&late), [BatchOutcome::AlreadyForwarded]);
+    }
+    assert_eq!(replica.machine.shared.bounds().end, 2);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Entry(Bytes),
     Checkpoint,
     Restart,
+}
+
+fn any_mark(key: u8, number: u64) -> Mark {
+    match key {
+        0 => Mark::None,
+        4 => forwarded(number),
+        key => keyed(key, number),
+    }
 }
 
 fn any_entry() -> impl Strategy<Value = Bytes> {
@@ -258,7 +303,9 @@ fn any_entry() -> impl Strategy<Value = Bytes> {
         |(stamp_ms, batches)| {
             let each = batches.into_iter();
             let batches: Vec<_> = each
-                .map(|(key, fingerprint, n, producer)| ([key; 16], fingerprint, batch(n, producer)))
+                .map(|(key, fingerprint, n, producer)| {
+                    (any_mark(key, fingerprint), batch(n, producer))
+                })
                 .collect();
             append(stamp_ms, &batches)
         },

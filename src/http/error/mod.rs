@@ -96,6 +96,11 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
         ),
         B::TopicExists { .. } => (S::CONFLICT, "topic_exists", "Topic exists"),
         B::FencedMember { .. } => (S::CONFLICT, "fenced_member", "Member is fenced"),
+        B::GroupModeConflict { .. } => (
+            S::CONFLICT,
+            "group_mode_conflict",
+            "Consumer group works the other way",
+        ),
         B::FencedProducer { .. } => (S::CONFLICT, "fenced_producer", "Producer is fenced"),
         B::OutOfOrderSequence { .. } => (
             S::CONFLICT,
