@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 
+use quorate_raft::Group;
+
 use super::{Broker, BrokerError, BrokerResult, NodeId, ReplicaDescription};
+use crate::catalog::GroupOwner;
 use crate::peer::{GroupView, PeerRequest};
 
 /// A leader that does not answer in this time is described by what others know.
@@ -24,6 +27,33 @@ impl Broker {
             queue,
             node: self.node_id(),
         })?;
+        self.describe_replica(&group).await
+    }
+
+    /// All replicas of this node, by Raft group, with what they hold.
+    pub async fn replicas(&self) -> BrokerResult<Vec<(u64, String, ReplicaDescription)>> {
+        let catalog = self.catalog();
+        let mut groups = self.host.groups();
+        groups.sort_unstable_by_key(|group| group.id());
+        let mut found = Vec::new();
+        for group in groups {
+            let holds = match catalog.owner(group.id()) {
+                Some(GroupOwner::Catalog) => "catalog".to_owned(),
+                Some(GroupOwner::Coordinator(number)) => format!("coordinator {number}"),
+                Some(GroupOwner::Queue { topic, queue }) => {
+                    let topic = catalog.topics.get(&topic);
+                    format!("{}/{queue}", topic.map_or("", |t| t.name.as_str()))
+                }
+                // Deleted a moment ago.
+                None => continue,
+            };
+            let replica = self.describe_replica(&group).await?;
+            found.push((group.id().0, holds, replica));
+        }
+        Ok(found)
+    }
+
+    async fn describe_replica(&self, group: &Group) -> BrokerResult<ReplicaDescription> {
         let hash = group.state_hash().await;
         let (applied, state_hash) = hash.map_err(|_| BrokerError::ShuttingDown)?;
         let mut replicas = group.spec().replicas.iter();

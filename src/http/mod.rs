@@ -110,6 +110,7 @@ fn routes() -> OpenApiRouter<HttpState> {
         .routes(routes!(v1::cluster::events))
         .routes(routes!(v1::cluster::transfer_leader))
         .routes(routes!(v1::replica::describe))
+        .routes(routes!(v1::replica::list))
         .routes(routes!(v1::health::live))
         .routes(routes!(v1::health::ready))
         .routes(routes!(v1::health::metrics))

@@ -1,4 +1,4 @@
-//! One node's own replica of a queue, for whoever compares replicas with each other.
+//! One node's own replicas, for whoever compares replicas with each other.
 
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -55,4 +55,39 @@ pub async fn describe(
     params.none()?;
     let replica = state.broker.replica(&from.topic, from.queue).await?;
     Ok(json(StatusCode::OK, &ReplicaBody::from(&replica)))
+}
+
+/// One replica of the node that answers.
+#[derive(Debug, Serialize, ToSchema)]
+struct HeldBody {
+    /// Raft group.
+    group: u64,
+    /// `catalog`, `coordinator N` or `topic/queue`, internal topics included.
+    holds: String,
+    #[serde(flatten)]
+    replica: ReplicaBody,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ReplicasBody {
+    replicas: Vec<HeldBody>,
+}
+
+/// All replicas of the node that is asked: no other node answers for it.
+#[utoipa::path(get, path = "/v1/cluster/replicas", tag = "cluster", responses(
+    (status = 200, description = "What each holds and how far it is", body = ReplicasBody),
+    (status = "default", description = "Problem", body = Problem, content_type = "application/problem+json"),
+))]
+pub async fn list(State(state): State<HttpState>, params: Params) -> Result<Response, ApiError> {
+    params.none()?;
+    let replicas = state.broker.replicas().await?;
+    let replicas = replicas.iter().map(|(group, holds, replica)| HeldBody {
+        group: *group,
+        holds: holds.clone(),
+        replica: ReplicaBody::from(replica),
+    });
+    let body = ReplicasBody {
+        replicas: replicas.collect(),
+    };
+    Ok(json(StatusCode::OK, &body))
 }

@@ -39,6 +39,28 @@ pub enum Kind {
     CommittedOffset,
     /// A retry that names its producer or its key was refused for good.
     RetryRefused,
+    /// A queue was given to two members in one epoch.
+    OwnedTwice,
+    /// A member committed for a queue that another had been given.
+    NotFenced,
+    /// An acknowledged message that no consumer got to the end of.
+    NotProcessed,
+    /// Delivered again after its acknowledgement.
+    AfterAck,
+    /// Leased to two at once, or counted wrongly.
+    LeasedTwice,
+    /// Dead letters stored twice, or of messages that are not dead.
+    DeadLetter,
+    /// A delayed message before its time, or after it was cancelled.
+    Early,
+    /// A delayed message long after its time in a whole cluster.
+    Late,
+    /// A transaction of which only a part counts.
+    HalfVisible,
+    /// A transaction that was both committed and rolled back.
+    BothEnds,
+    /// In a topic that the exchange's bindings did not choose.
+    Misrouted,
     /// Replicas differ at the same applied index.
     Diverged,
     /// Not healed in time after the last fault.

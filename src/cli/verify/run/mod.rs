@@ -7,7 +7,8 @@
 //! |---|---|
 //! | `plan`, `schedule` | arguments; the seed made into faults |
 //! | `cluster`, `proxy`, `faults` | child processes, the network between them, breaking both |
-//! | `load` | producers and readers |
+//! | `load` | producers and readers of the log |
+//! | `model` | groups, leases, delays, transactions and exchanges, each with its own judge |
 //! | `history`, `watch`, `judge`, `findings` | what was sent and seen, and what contradicts it |
 //! | `settle`, `report` | the end: a whole cluster, all replicas read, the sum of it |
 
@@ -17,6 +18,7 @@ mod findings;
 mod history;
 mod judge;
 mod load;
+mod model;
 mod plan;
 mod proxy;
 mod report;
@@ -42,6 +44,7 @@ use faults::{Done, Faults};
 use findings::Kind;
 use judge::judge;
 use load::Load;
+use model::{Model, Shown};
 use plan::Plan;
 use proxy::{Frames, Network};
 use report::Report;
@@ -112,11 +115,13 @@ async fn on_existing(client: &Client, out: Output, plan: &Plan) -> Result<(), Cl
     let stage = Stage::new(&plan, client, &nodes)?;
     create_topics(client, &stage, &plan).await?;
     let mut load = Load::start(&stage, &plan);
+    let mut model = Model::start(&stage, &plan).await?;
     tokio::time::sleep(plan.duration).await;
-    let settle = finish(&mut load, &stage, &plan).await;
+    let (settle, shown) = finish(&mut load, &mut model, &stage, &plan).await;
     let totals = conclude(settle, &stage).await;
     let command = plan.command(Some(&client.urls().join(",")));
     let faults = (Done::default(), Frames::default());
+    let totals = (totals, shown);
     let report = Report::new(&plan, &mut stage.history.lock(), totals, faults, command);
     report.print(out)?;
     if report.is_clean() {
@@ -149,6 +154,7 @@ async fn on_own(out: Output, plan: &Plan) -> Result<(), CliError> {
     let stage = Stage::new(plan, &client, &nodes)?;
     create_topics(&client, &stage, plan).await?;
     let mut load = Load::start(&stage, plan);
+    let mut model = Model::start(&stage, plan).await?;
     let mut faults = Faults::new(cluster, network, stage.clone(), Client::new(&urls)?, out);
     let broke = faults.run(plan).await;
     faults.end(plan).await;
@@ -157,7 +163,7 @@ async fn on_own(out: Output, plan: &Plan) -> Result<(), CliError> {
         let mut history = stage.history.lock();
         history.findings.say(Kind::NotHealed, error.to_string());
     }
-    let settle = finish(&mut load, &stage, plan).await;
+    let (settle, shown) = finish(&mut load, &mut model, &stage, plan).await;
     let totals = conclude(settle, &stage).await;
     faults.note_failures();
     for panic in faults.cluster.panics() {
@@ -167,7 +173,7 @@ async fn on_own(out: Output, plan: &Plan) -> Result<(), CliError> {
     let mut report = Report::new(
         plan,
         &mut stage.history.lock(),
-        totals,
+        (totals, shown),
         done,
         plan.command(None),
     );
@@ -196,12 +202,19 @@ async fn create_topics(client: &Client, stage: &Stage, plan: &Plan) -> Result<()
 }
 
 /// The faults are over: lets everything come to its end.
-async fn finish(load: &mut Load, stage: &Arc<Stage>, plan: &Plan) -> Settle {
+async fn finish(
+    load: &mut Load,
+    model: &mut Model,
+    stage: &Arc<Stage>,
+    plan: &Plan,
+) -> (Settle, Shown) {
     let settle = Settle::new(stage.clone(), &plan.run);
     settle.writes().await;
     load.stop_producers(stage).await;
     load.stop_readers(stage).await;
-    settle
+    let shown = model.finish().await;
+    settle.went_well();
+    (settle, shown)
 }
 
 async fn conclude(settle: Settle, stage: &Stage) -> judge::Totals {

@@ -42,6 +42,28 @@ impl FaultKind {
     }
 }
 
+/// What of the message model is used beside the log itself, which always is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Workload {
+    /// Members that come, crash and go; offsets committed under their epochs.
+    Groups,
+    /// Messages leased to several consumers, given back, and dead in the end.
+    Leases,
+    /// Delayed messages, some cancelled.
+    Delays,
+    /// Half messages with check-back; read, process and write in one.
+    Transactions,
+    /// A topic exchange over three topics.
+    Exchanges,
+}
+
+impl Workload {
+    fn name(self) -> String {
+        self.to_possible_value()
+            .map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// Make load and faults for this long, then judge everything seen: `30s`, `5m`. Without --url
@@ -60,6 +82,17 @@ pub struct RunArgs {
         requires = "duration"
     )]
     faults: Option<Vec<String>>,
+    /// What of the message model is used too. Without it: all of it. `--cover=` for the log alone.
+    #[arg(
+        long,
+        value_name = "PART,PART",
+        value_delimiter = ',',
+        requires = "duration"
+    )]
+    cover: Option<Vec<String>>,
+    /// A delayed message may be so late once the cluster is whole.
+    #[arg(long, default_value = "1s", value_parser = duration, requires = "duration")]
+    late: Duration,
     /// Nodes of the cluster that is started.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=9), requires = "duration")]
     nodes: u64,
@@ -85,6 +118,8 @@ pub struct Plan {
     pub duration: Duration,
     pub seed: u64,
     pub faults: Vec<FaultKind>,
+    pub cover: Vec<Workload>,
+    pub late: Duration,
     pub nodes: u64,
     pub faulty: u64,
     pub topics: u32,
@@ -99,7 +134,7 @@ impl Plan {
     /// `own` says that the run starts its cluster itself.
     pub fn new(args: RunArgs, duration: Duration, own: bool) -> Result<Self, CliError> {
         let faults = match &args.faults {
-            Some(names) => parse_faults(names)?,
+            Some(names) => parse_list(names, "fault")?,
             None if own => FaultKind::value_variants().to_vec(),
             None => Vec::new(),
         };
@@ -107,6 +142,11 @@ impl Plan {
             duration,
             seed: args.seed.unwrap_or_else(|| rand::random::<u32>().into()),
             faults,
+            cover: match &args.cover {
+                Some(names) => parse_list(names, "part of the message model")?,
+                None => Workload::value_variants().to_vec(),
+            },
+            late: args.late,
             nodes: args.nodes,
             faulty: args.faulty,
             topics: args.topics,
@@ -175,20 +215,23 @@ impl Plan {
         command.push_str(&format!(
             " --topics {topics} --queues {queues} --rate {rate}"
         ));
+        let names: Vec<String> = self.cover.iter().map(|part| part.name()).collect();
+        let late_ms = self.late.as_millis();
+        command.push_str(&format!(" --cover={} --late {late_ms}ms", names.join(",")));
         command
     }
 }
 
-fn parse_faults(names: &[String]) -> Result<Vec<FaultKind>, CliError> {
+fn parse_list<T: ValueEnum + PartialEq>(names: &[String], what: &str) -> Result<Vec<T>, CliError> {
     let mut kinds = Vec::new();
     for name in names.iter().filter(|name| !name.is_empty()) {
-        let kind = FaultKind::from_str(name, false).map_err(|_| {
-            let known: Vec<String> = FaultKind::value_variants()
-                .iter()
-                .map(|kind| kind.name())
+        let kind = T::from_str(name, false).map_err(|_| {
+            let known = T::value_variants().iter();
+            let known: Vec<String> = known
+                .filter_map(|kind| Some(kind.to_possible_value()?.get_name().to_owned()))
                 .collect();
             let known = known.join(", ");
-            CliError::Usage(format!("there is no fault {name:?}; there are {known}"))
+            CliError::Usage(format!("there is no {what} {name:?}; there are {known}"))
         })?;
         if !kinds.contains(&kind) {
             kinds.push(kind);

@@ -8,6 +8,7 @@ use super::faults::Done;
 use super::findings::{Kind, Violation};
 use super::history::{Consumed, History};
 use super::judge::{Totals, longest_gap};
+use super::model::Shown;
 use super::plan::Plan;
 use super::proxy::Frames;
 
@@ -24,6 +25,7 @@ pub struct Report {
     frames: Frames,
     #[serde(flatten)]
     totals: Totals,
+    model: Shown,
     consumed: Consumed,
     committed_offsets: u64,
     resumed_from_committed: u64,
@@ -49,7 +51,7 @@ impl Report {
     pub fn new(
         plan: &Plan,
         history: &mut History,
-        totals: Totals,
+        (totals, model): (Totals, Shown),
         faults: (Done, Frames),
         command: String,
     ) -> Self {
@@ -80,6 +82,7 @@ impl Report {
             faults: faults.0,
             frames: faults.1,
             totals,
+            model,
             consumed,
             committed_offsets: history.commits,
             resumed_from_committed: history.resumed,
@@ -144,6 +147,7 @@ impl Report {
             consumed.stream,
             consumed.stale
         ));
+        lines.extend(self.model.lines());
         if let Some(gap) = &self.longest_unavailable {
             let (ms, queue, from) = (gap.ms, &gap.queue, &gap.from);
             lines.push(format!(
