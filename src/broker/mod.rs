@@ -23,6 +23,7 @@ pub mod queue;
 mod read;
 mod reset;
 mod route;
+pub mod selection;
 mod topics;
 mod types;
 
@@ -38,6 +39,7 @@ mod testing;
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
 pub use message_id::message_id;
+pub use selection::Selection;
 pub use types::*;
 
 use std::collections::HashMap;
