@@ -12,6 +12,7 @@ mod encode;
 mod error;
 mod events;
 mod fetch;
+pub(crate) mod leases;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -54,6 +55,7 @@ use tokio::sync::{broadcast, watch};
 
 use crate::catalog::{CATALOG_GROUP, CatalogState};
 use crate::metrics::Metrics;
+use leases::Turns;
 use local::LocalGroups;
 use producers::AttachCache;
 
@@ -86,6 +88,8 @@ pub struct Broker {
     hints: Mutex<HashMap<u64, NodeId>>,
     attached: AttachCache,
     round_robin: AtomicU32,
+    lease_turns: Turns,
+    redrive_turns: Turns,
 }
 
 impl fmt::Debug for Broker {
@@ -108,8 +112,11 @@ impl Broker {
             hints: Mutex::default(),
             attached: AttachCache::default(),
             round_robin: AtomicU32::new(0),
+            lease_turns: Turns::default(),
+            redrive_turns: Turns::default(),
         });
         events::start(&broker);
+        leases::duty::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -172,7 +172,7 @@ impl Broker {
 
     /// Brings batches to the queue's leader, wherever it is. One outcome for each, or one error for
     /// all.
-    async fn store(
+    pub(super) async fn store(
         &self,
         topic: &Topic,
         queue: u32,

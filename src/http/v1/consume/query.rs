@@ -108,11 +108,11 @@ fn max_messages(value: Option<usize>) -> Result<usize, ApiError> {
     bounded("max_messages", value, 1..=MAX_MESSAGES, DEFAULT_MESSAGES)
 }
 
-fn max_bytes(value: Option<usize>) -> Result<usize, ApiError> {
+pub fn max_bytes(value: Option<usize>) -> Result<usize, ApiError> {
     bounded("max_bytes", value, 1..=MAX_BYTES, DEFAULT_BYTES)
 }
 
-fn wait_ms(value: Option<u64>) -> Result<u64, ApiError> {
+pub fn wait_ms(value: Option<u64>) -> Result<u64, ApiError> {
     bounded("wait_ms", value, 0..=MAX_WAIT_MS, 0)
 }
 
@@ -133,7 +133,7 @@ fn start(params: &Params) -> Result<StartAt, ApiError> {
     }
 }
 
-fn selection(tag: Option<&str>, filter: Option<&str>) -> Result<Selection, ApiError> {
+pub fn selection(tag: Option<&str>, filter: Option<&str>) -> Result<Selection, ApiError> {
     Ok(Selection::parse(tag, filter).map_err(BrokerError::from)?)
 }
 
@@ -147,7 +147,7 @@ fn consistency(text: Option<&str>) -> Result<Consistency, ApiError> {
     }
 }
 
-fn encoding(text: Option<&str>) -> Result<Encoding, ApiError> {
+pub fn encoding(text: Option<&str>) -> Result<Encoding, ApiError> {
     match text {
         None | Some("auto") => Ok(Encoding::Auto),
         Some("base64") => Ok(Encoding::Base64),
