@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
+use crate::broker::leases::ReceiveRequest;
 use crate::broker::{Broker, BrokerError, StartAt};
 use crate::coordinator::QueueOffset;
 
@@ -98,6 +99,22 @@ pub enum PeerRequest {
     TransferLeader {
         group: u64,
         to: NodeId,
+    },
+    /// For the leader of a coordinator: messages for a consumer.
+    Receive {
+        coordinator: u32,
+        request: ReceiveRequest,
+    },
+    /// For the same: dead letters back to where they came from.
+    Redrive {
+        coordinator: u32,
+        consumer_group: String,
+        max_messages: u64,
+    },
+    /// How a consumer group leases, and what it has in flight.
+    LeaseView {
+        coordinator: u32,
+        consumer_group: String,
     },
 }
 
@@ -202,5 +219,22 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
         }
+        PeerRequest::Receive {
+            coordinator,
+            request,
+        } => encode(&broker.receive_here(coordinator, &request).await),
+        PeerRequest::Redrive {
+            coordinator,
+            consumer_group,
+            max_messages,
+        } => {
+            let max_messages = max_messages as usize;
+            let done = broker.redrive_here(coordinator, &consumer_group, max_messages);
+            encode(&done.await)
+        }
+        PeerRequest::LeaseView {
+            coordinator,
+            consumer_group,
+        } => encode(&broker.lease_view_here(coordinator, &consumer_group).await),
     }
 }

@@ -9,9 +9,10 @@ use futures_util::stream::FuturesUnordered;
 use quorate_storage::batch::{self, BatchView, MessageRecord, RecordView};
 use tokio::time::Instant;
 
+use super::selection::Seen;
 use super::{
     Broker, BrokerError, BrokerResult, Consistency, FetchAnswer, FetchRequest, Message,
-    MultiFetchRequest, ProducerMark, RawFetchAnswer, StartAt, message_id,
+    MultiFetchRequest, ProducerMark, QueueFetch, RawFetchAnswer, StartAt, message_id,
 };
 use crate::peer::{PeerRequest, ReadRequest, Slice, StoredBatch};
 
@@ -31,7 +32,7 @@ impl Broker {
         let begun = Instant::now();
         let deadline = begun + Duration::from_millis(request.wait_ms);
         let scan_until = begun + Duration::from_millis(request.wait_ms).max(SCAN_AT_LEAST);
-        let filtered = !request.tags.is_empty();
+        let filtered = !request.selection.is_everything();
         let mut start = request.start;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -79,8 +80,8 @@ impl Broker {
 
     /// The stored batches as they are; the first may begin before the offset asked for.
     pub async fn fetch_raw(&self, request: FetchRequest) -> BrokerResult<RawFetchAnswer> {
-        if !request.tags.is_empty() {
-            let text = "stored batches can't be filtered by tag; fetch messages instead";
+        if !request.selection.is_everything() {
+            let text = "stored batches can't be filtered; fetch messages instead";
             return Err(BrokerError::InvalidRequest(text.to_owned()));
         }
         let (_, group) = self.find_queue(&request.topic, request.queue).await?;
@@ -138,7 +139,12 @@ impl Broker {
         place: usize,
         wait_ms: u64,
     ) -> BrokerResult<FetchAnswer> {
-        let (topic, queue, offset) = request.queues[place].clone();
+        let QueueFetch {
+            topic,
+            queue,
+            offset,
+            selection,
+        } = request.queues[place].clone();
         let one = FetchRequest {
             topic,
             queue,
@@ -146,7 +152,7 @@ impl Broker {
             max_messages: request.max_messages,
             max_bytes: request.max_bytes,
             wait_ms,
-            tags: Vec::new(),
+            selection,
             consistency: request.consistency,
         };
         self.fetch(one).await
@@ -212,7 +218,7 @@ fn share(
         .collect()
 }
 
-fn size_of_message(message: &Message) -> usize {
+pub(super) fn size_of_message(message: &Message) -> usize {
     let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
     let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
     message.value.as_ref().map_or(0, Bytes::len)
@@ -238,7 +244,11 @@ fn messages_of(
             if offset < slice.start {
                 continue;
             }
-            if !passes(&record, &request.tags) {
+            let seen = Seen {
+                offset,
+                timestamp_ms: stored.timestamp_ms,
+            };
+            if !request.selection.takes(&record, seen) {
                 next_offset = offset + 1;
                 continue;
             }
@@ -257,15 +267,7 @@ fn messages_of(
     Ok((messages, next_offset))
 }
 
-fn passes(record: &RecordView, tags: &[String]) -> bool {
-    if tags.is_empty() {
-        return true;
-    }
-    let tag = record.tag();
-    tag.is_some_and(|tag| tags.iter().any(|wanted| wanted.as_bytes() == tag))
-}
-
-fn message(
+pub(super) fn message(
     group: u64,
     queue: u32,
     stored: &StoredBatch,
@@ -295,7 +297,7 @@ fn message(
     })
 }
 
-fn unreadable(error: batch::BatchError) -> BrokerError {
+pub(super) fn unreadable(error: batch::BatchError) -> BrokerError {
     tracing::error!(%error, "a stored batch cannot be read");
     BrokerError::Internal(format!("a stored batch cannot be read: {error}"))
 }

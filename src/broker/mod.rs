@@ -12,6 +12,7 @@ mod encode;
 mod error;
 mod events;
 mod fetch;
+pub(crate) mod leases;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -23,6 +24,7 @@ pub mod queue;
 mod read;
 mod reset;
 mod route;
+pub mod selection;
 mod topics;
 mod types;
 
@@ -38,6 +40,7 @@ mod testing;
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
 pub use message_id::message_id;
+pub use selection::Selection;
 pub use types::*;
 
 use std::collections::HashMap;
@@ -52,6 +55,7 @@ use tokio::sync::{broadcast, watch};
 
 use crate::catalog::{CATALOG_GROUP, CatalogState};
 use crate::metrics::Metrics;
+use leases::Turns;
 use local::LocalGroups;
 use producers::AttachCache;
 
@@ -84,6 +88,8 @@ pub struct Broker {
     hints: Mutex<HashMap<u64, NodeId>>,
     attached: AttachCache,
     round_robin: AtomicU32,
+    lease_turns: Turns,
+    redrive_turns: Turns,
 }
 
 impl fmt::Debug for Broker {
@@ -106,8 +112,11 @@ impl Broker {
             hints: Mutex::default(),
             attached: AttachCache::default(),
             round_robin: AtomicU32::new(0),
+            lease_turns: Turns::default(),
+            redrive_turns: Turns::default(),
         });
         events::start(&broker);
+        leases::duty::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

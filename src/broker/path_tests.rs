@@ -41,7 +41,7 @@ pub(super) fn fetch(topic: &str, queue: u32, start: StartAt) -> FetchRequest {
         max_messages: 100,
         max_bytes: 1 << 20,
         wait_ms: 0,
-        tags: Vec::new(),
+        selection: Selection::default(),
         consistency: Consistency::Linearizable,
     }
 }
@@ -253,7 +253,7 @@ async fn a_long_poll_is_answered_by_the_next_message_and_filters_move_on() {
     broker.create_topic("t", topic(1, 0)).await.unwrap();
     let mut waiting = fetch("t", 0, StartAt::Latest);
     waiting.wait_ms = 30_000;
-    waiting.tags = vec!["wanted".to_owned()];
+    waiting.selection = Selection::parse(Some("wanted"), None).unwrap();
     let poll = tokio::spawn({
         let broker = broker.clone();
         async move { broker.fetch(waiting).await.unwrap() }
@@ -283,7 +283,7 @@ async fn a_long_poll_is_answered_by_the_next_message_and_filters_move_on() {
     assert_eq!(found.messages[0].headers["h"], "v");
 
     let mut nothing = fetch("t", 0, StartAt::Earliest);
-    nothing.tags = vec!["absent".to_owned()];
+    nothing.selection = Selection::parse(Some("absent"), None).unwrap();
     let skipped = broker.fetch(nothing).await.unwrap();
     assert!(skipped.messages.is_empty());
     assert_eq!(skipped.next_offset, skipped.end_offset);
@@ -297,12 +297,14 @@ async fn a_fetch_over_many_queues_waits_for_any_of_them() {
     let (_cluster, node) = single().await;
     let broker: Arc<Broker> = node.broker.clone();
     broker.create_topic("t", topic(2, 0)).await.unwrap();
+    let from = |topic: &str, queue| QueueFetch {
+        topic: topic.to_owned(),
+        queue,
+        offset: 0,
+        selection: Selection::default(),
+    };
     let many = |wait_ms| MultiFetchRequest {
-        queues: vec![
-            ("t".to_owned(), 0, 0),
-            ("t".to_owned(), 1, 0),
-            ("no".to_owned(), 0, 0),
-        ],
+        queues: vec![from("t", 0), from("t", 1), from("no", 0)],
         max_messages: 10,
         max_bytes: 1 << 20,
         wait_ms,

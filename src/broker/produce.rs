@@ -12,6 +12,7 @@ use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_sta
 use super::queue::BatchOutcome;
 use super::queue::entry::{MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
+use super::topics::check_own_name;
 use super::{
     Broker, BrokerError, BrokerResult, Durability, FlushMode, ProduceAnswer, ProduceRequest,
     Stored, message_id,
@@ -29,6 +30,7 @@ impl Broker {
     /// Stores the messages, one batch for each queue they go to.
     pub async fn produce(&self, request: ProduceRequest) -> BrokerResult<ProduceAnswer> {
         check_key(request.idempotency_key.as_deref())?;
+        check_own_name(&request.topic)?;
         let topic = self.find_topic(&request.topic).await?;
         let coordinators = self.catalog().coordinators.len();
         let producer = request.producer.as_ref();
@@ -101,6 +103,7 @@ impl Broker {
         idempotency_key: Option<String>,
     ) -> BrokerResult<ProduceAnswer> {
         check_key(idempotency_key.as_deref())?;
+        check_own_name(topic)?;
         let (topic, group) = self.find_queue(topic, queue).await?;
         let fingerprint = fingerprint_of_batches(&batches);
         let mut new = Vec::new();
@@ -169,7 +172,7 @@ impl Broker {
 
     /// Brings batches to the queue's leader, wherever it is. One outcome for each, or one error for
     /// all.
-    async fn store(
+    pub(super) async fn store(
         &self,
         topic: &Topic,
         queue: u32,

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 pub use quorate_raft::NodeId;
 
+use super::selection::Selection;
+
 /// A topic's configuration. Sizes in bytes, times in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicConfig {
@@ -165,7 +167,7 @@ pub struct ProduceAnswer {
 }
 
 /// A stored message as a reader sees it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Message {
     pub queue: u32,
     pub offset: u64,
@@ -203,8 +205,7 @@ pub struct FetchRequest {
     pub max_messages: usize,
     pub max_bytes: usize,
     pub wait_ms: u64,
-    /// Only messages with one of these tags; empty means all.
-    pub tags: Vec<String>,
+    pub selection: Selection,
     pub consistency: Consistency,
 }
 
@@ -230,10 +231,19 @@ pub struct RawFetchAnswer {
     pub end_offset: u64,
 }
 
+/// One queue's part of a fetch over many.
+#[derive(Debug, Clone)]
+pub struct QueueFetch {
+    pub topic: String,
+    pub queue: u32,
+    pub offset: u64,
+    pub selection: Selection,
+}
+
 /// A fetch over many queues with common bounds.
 #[derive(Debug, Clone)]
 pub struct MultiFetchRequest {
-    pub queues: Vec<(String, u32, u64)>,
+    pub queues: Vec<QueueFetch>,
     pub max_messages: usize,
     pub max_bytes: usize,
     pub wait_ms: u64,

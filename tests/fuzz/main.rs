@@ -7,6 +7,7 @@ mod support;
 #[path = "../../storage/tests/fuzz/mutate.rs"]
 mod mutate;
 
+mod filter;
 mod http;
 mod machines;
 mod peer;

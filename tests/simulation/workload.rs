@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use quorate::broker::{
     Broker, BrokerError, BrokerResult, CommitRequest, Consistency, FetchRequest, NewMessage,
-    OffsetCommit, Outcome, ProduceAnswer, ProduceRequest, ProducerMark, StartAt, TopicConfig,
+    OffsetCommit, Outcome, ProduceAnswer, ProduceRequest, ProducerMark, Selection, StartAt,
+    TopicConfig,
 };
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -554,7 +555,7 @@ pub fn fetch(
         max_messages: 1000,
         max_bytes: 1 << 20,
         wait_ms,
-        tags: Vec::new(),
+        selection: Selection::default(),
         consistency,
     }
 }

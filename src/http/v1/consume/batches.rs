@@ -15,7 +15,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 
 use super::super::produce::BATCHES;
 use crate::broker::{
-    Broker, BrokerError, FetchRequest, MultiFetchRequest, RawFetchAnswer, StartAt,
+    Broker, BrokerError, FetchRequest, MultiFetchRequest, QueueFetch, RawFetchAnswer, StartAt,
 };
 use crate::http::body::{charge, keep_until_sent};
 use crate::http::error::ApiError;
@@ -57,15 +57,15 @@ pub fn response(answer: RawFetchAnswer, budget: &ByteBudget) -> Result<Response,
 
 /// One queue's part of a fetch over many.
 fn part(request: &MultiFetchRequest, i: usize, wait_ms: u64, left: usize) -> FetchRequest {
-    let (topic, queue, offset) = &request.queues[i];
+    let from = &request.queues[i];
     FetchRequest {
-        topic: topic.clone(),
-        queue: *queue,
-        start: StartAt::Offset(*offset),
+        topic: from.topic.clone(),
+        queue: from.queue,
+        start: StartAt::Offset(from.offset),
         max_messages: request.max_messages,
         max_bytes: left.max(1),
         wait_ms,
-        tags: Vec::new(),
+        selection: from.selection.clone(),
         consistency: request.consistency,
     }
 }
@@ -137,7 +137,7 @@ pub fn many_response(
 fn describe(request: &MultiFetchRequest, found: &Found) -> String {
     let mut text = String::new();
     for (i, answer) in found {
-        let (topic, queue, _) = &request.queues[*i];
+        let QueueFetch { topic, queue, .. } = &request.queues[*i];
         let separator = if text.is_empty() { "" } else { ", " };
         let bytes = total_bytes(&answer.batches);
         let RawFetchAnswer {

@@ -1,8 +1,8 @@
 //! Consume: fetch with long poll, live stream, many queues at once, stored batches.
 
 mod batches;
-mod query;
-mod render;
+pub(super) mod query;
+pub(super) mod render;
 mod stream;
 
 use std::sync::Arc;
@@ -31,7 +31,7 @@ use render::FetchOut;
 const LAST_LOOK: Duration = Duration::from_millis(500);
 
 /// Asks with the wait; when the node begins to stop, answers at once with what is there.
-async fn until_shutdown<T, F>(
+pub(super) async fn until_shutdown<T, F>(
     state: &HttpState,
     wait_ms: u64,
     ask: impl Fn(Arc<Broker>, u64) -> F,
@@ -66,6 +66,7 @@ where
         ("max_bytes" = Option<u32>, Query, description = "Default 1 MiB, at most 16 MiB; never hides the first message"),
         ("wait_ms" = Option<u32>, Query, description = "Wait this long for a message, at most 60000"),
         ("tag" = Option<String>, Query, description = "`created||paid`: only messages with one of these tags"),
+        ("filter" = Option<String>, Query, description = "Only messages for which it is true, as in `headers.region = 'eu' and not tag in ('a', 'b')`: fields `headers.NAME`, `key`, `tag`, `offset`, `timestamp_ms`, `value_bytes`; `=`, `<>`, `<`, `<=`, `>`, `>=`, `in`, `between`, `like`, `is null`, `and`, `or`, `not`; at most 4096 bytes"),
         ("consistency" = Option<String>, Query, description = "`linearizable` (default) or `stale`"),
         ("encoding" = Option<String>, Query, description = "`base64` forces value_base64"),
         ("Last-Event-ID" = Option<u64>, Header, description = "Event stream: offset of the last message seen"),
@@ -204,24 +205,23 @@ async fn fetch_many_json(
         .observe_fetch(took, messages as u64, bytes as u64);
     let mut share = BudgetShare::default();
     charge(&state.budget, &mut share, bytes + messages * 192)?;
-    let parts =
-        answers
-            .iter()
-            .zip(&request.queues)
-            .map(|(answer, (topic, queue, _))| match answer {
-                Ok(answer) => Ok(FetchOut {
-                    answer,
-                    encoding: wanted.encoding,
-                    place: true,
-                }),
-                Err(error) => Err((
-                    Place {
-                        topic,
-                        queue: *queue,
-                    },
-                    error.clone(),
-                )),
-            });
+    let parts = answers
+        .iter()
+        .zip(&request.queues)
+        .map(|(answer, from)| match answer {
+            Ok(answer) => Ok(FetchOut {
+                answer,
+                encoding: wanted.encoding,
+                place: true,
+            }),
+            Err(error) => Err((
+                Place {
+                    topic: &from.topic,
+                    queue: from.queue,
+                },
+                error.clone(),
+            )),
+        });
     Ok(keep_until_sent(respond(parts, Nothing {}, false), share))
 }
 

@@ -5,10 +5,12 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::super::produce::BATCHES;
-use crate::broker::{Consistency, FetchRequest, MultiFetchRequest, StartAt};
+use crate::broker::{
+    BrokerError, Consistency, FetchRequest, MultiFetchRequest, QueueFetch, Selection, StartAt,
+};
 use crate::http::error::ApiError;
 use crate::http::object;
-use crate::http::path::{TopicQueue, checked_name};
+use crate::http::path::{TopicQueue, checked_topic};
 use crate::http::query::{Params, bounded};
 
 const DEFAULT_MESSAGES: usize = 100;
@@ -17,7 +19,6 @@ const DEFAULT_BYTES: usize = 1 << 20;
 const MAX_BYTES: usize = 16 << 20;
 const MAX_WAIT_MS: u64 = 60_000;
 const MAX_QUEUES: usize = 1_000;
-const MAX_TAGS: usize = 100;
 
 /// How the client wants its messages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,14 +78,16 @@ impl Fetch {
             "max_bytes",
             "wait_ms",
             "tag",
+            "filter",
             "consistency",
             "encoding",
         ])?;
-        let tags = params.get("tag").map(tags).transpose()?.unwrap_or_default();
+        let selection = selection(params.get("tag"), params.get("filter"))?;
         let encoding = encoding(params.get("encoding"))?;
-        if form == Form::Batches && (!tags.is_empty() || params.get("encoding").is_some()) {
+        if form == Form::Batches && (!selection.is_everything() || params.get("encoding").is_some())
+        {
             return Err(ApiError::invalid(
-                "tag and encoding: stored batches are sent as they are; fetch JSON instead",
+                "tag, filter and encoding: stored batches are sent as they are; fetch JSON instead",
             ));
         }
         let request = FetchRequest {
@@ -94,7 +97,7 @@ impl Fetch {
             max_messages: max_messages(params.number("max_messages")?)?,
             max_bytes: max_bytes(params.number("max_bytes")?)?,
             wait_ms: wait_ms(params.number("wait_ms")?)?,
-            tags,
+            selection,
             consistency: consistency(params.get("consistency"))?,
         };
         Ok(Self { request, encoding })
@@ -105,11 +108,11 @@ fn max_messages(value: Option<usize>) -> Result<usize, ApiError> {
     bounded("max_messages", value, 1..=MAX_MESSAGES, DEFAULT_MESSAGES)
 }
 
-fn max_bytes(value: Option<usize>) -> Result<usize, ApiError> {
+pub fn max_bytes(value: Option<usize>) -> Result<usize, ApiError> {
     bounded("max_bytes", value, 1..=MAX_BYTES, DEFAULT_BYTES)
 }
 
-fn wait_ms(value: Option<u64>) -> Result<u64, ApiError> {
+pub fn wait_ms(value: Option<u64>) -> Result<u64, ApiError> {
     bounded("wait_ms", value, 0..=MAX_WAIT_MS, 0)
 }
 
@@ -130,19 +133,8 @@ fn start(params: &Params) -> Result<StartAt, ApiError> {
     }
 }
 
-fn tags(text: &str) -> Result<Vec<String>, ApiError> {
-    let tags: Vec<String> = text.split("||").map(|tag| tag.trim().to_owned()).collect();
-    if tags.iter().any(String::is_empty) {
-        return Err(ApiError::invalid(
-            "tag has an empty part; it must be one tag or several with || between them",
-        ));
-    }
-    if tags.len() > MAX_TAGS {
-        return Err(ApiError::invalid(format!(
-            "tag names more than {MAX_TAGS} tags"
-        )));
-    }
-    Ok(tags)
+pub fn selection(tag: Option<&str>, filter: Option<&str>) -> Result<Selection, ApiError> {
+    Ok(Selection::parse(tag, filter).map_err(BrokerError::from)?)
 }
 
 fn consistency(text: Option<&str>) -> Result<Consistency, ApiError> {
@@ -155,7 +147,7 @@ fn consistency(text: Option<&str>) -> Result<Consistency, ApiError> {
     }
 }
 
-fn encoding(text: Option<&str>) -> Result<Encoding, ApiError> {
+pub fn encoding(text: Option<&str>) -> Result<Encoding, ApiError> {
     match text {
         None | Some("auto") => Ok(Encoding::Auto),
         Some("base64") => Ok(Encoding::Base64),
@@ -206,6 +198,23 @@ pub struct FromQueue {
     topic: String,
     queue: u32,
     offset: u64,
+    /// `created||paid`: only messages with one of these tags.
+    #[serde(default)]
+    tag: Option<String>,
+    /// Only messages for which it is true, as in a fetch from one queue.
+    #[serde(default)]
+    filter: Option<String>,
+}
+
+impl FromQueue {
+    fn fetch(&self) -> Result<QueueFetch, ApiError> {
+        Ok(QueueFetch {
+            topic: self.topic.clone(),
+            queue: self.queue,
+            offset: self.offset,
+            selection: selection(self.tag.as_deref(), self.filter.as_deref())?,
+        })
+    }
 }
 
 impl FetchManyBody {
@@ -217,14 +226,14 @@ impl FetchManyBody {
             )));
         }
         for from in &self.queues {
-            checked_name("topic name", &from.topic)?;
+            checked_topic(&from.topic)?;
         }
         Ok(MultiFetchRequest {
             queues: self
                 .queues
                 .iter()
-                .map(|q| (q.topic.clone(), q.queue, q.offset))
-                .collect(),
+                .map(FromQueue::fetch)
+                .collect::<Result<_, _>>()?,
             max_messages: max_messages(self.max_messages)?,
             max_bytes: max_bytes(self.max_bytes)?,
             wait_ms: wait_ms(self.wait_ms)?,
@@ -271,7 +280,7 @@ mod tests {
             max_messages: 100,
             max_bytes: 1 << 20,
             wait_ms: 0,
-            tags: vec![],
+            selection: Selection::default(),
             consistency: Consistency::Linearizable,
         };
         assert_eq!(
@@ -297,9 +306,10 @@ mod tests {
 
     #[tokio::test]
     async fn everything_a_fetch_may_say() {
-        let query = "offset=1&max_messages=5&max_bytes=10&wait_ms=60000&tag=a%7C%7Cb&consistency=stale&encoding=base64";
+        let query = "offset=1&max_messages=5&max_bytes=10&wait_ms=60000&tag=a%7C%7Cb&filter=key%20%3D%20%27k%27&consistency=stale&encoding=base64";
         let fetch = parse(query, Form::Json).await.unwrap();
-        assert_eq!(fetch.request.tags, ["a", "b"]);
+        let selection = Selection::parse(Some("a||b"), Some("key = 'k'")).unwrap();
+        assert_eq!(fetch.request.selection, selection);
         assert_eq!(fetch.request.consistency, Consistency::Stale);
         assert_eq!(
             (fetch.request.max_messages, fetch.request.max_bytes),
@@ -320,6 +330,7 @@ mod tests {
             ("wait_ms=60001", "0 to 60000"),
             ("wait_ms=soon", "wait_ms"),
             ("tag=a%7C%7C", "empty part"),
+            ("filter=key+%3D", "character 6"),
             ("consistency=eventual", "linearizable or stale"),
             ("encoding=hex", "base64"),
         ] {
@@ -373,7 +384,9 @@ mod tests {
         };
         let request = parse(r#"{"queues":[{"topic":"t","queue":1,"offset":5}],"wait_ms":10}"#);
         let request = request.unwrap();
-        assert_eq!(request.queues, [("t".to_owned(), 1, 5)]);
+        let from = &request.queues[0];
+        assert_eq!((from.topic.as_str(), from.queue, from.offset), ("t", 1, 5));
+        assert!(from.selection.is_everything());
         assert_eq!((request.max_messages, request.wait_ms), (100, 10));
         for (text, named) in [
             (r#"{"queues":[]}"#, "1 to 1000"),
@@ -384,6 +397,10 @@ mod tests {
             (
                 r#"{"queues":[{"topic":"t","queue":1,"offset":5,"x":1}]}"#,
                 "unknown field `x`",
+            ),
+            (
+                r#"{"queues":[{"topic":"t","queue":1,"offset":5,"filter":"key"}]}"#,
+                "expected =",
             ),
             (
                 r#"{"queues":[{"topic":"t","queue":1,"offset":5}],"max_bytes":0}"#,
