@@ -39,7 +39,7 @@ mod testing;
 
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
-pub use message_id::message_id;
+pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use selection::Selection;
 pub use types::*;
 
