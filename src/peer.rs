@@ -99,6 +99,11 @@ pub enum PeerRequest {
         group: u64,
         to: NodeId,
     },
+    /// Answered when that node knows this version of the catalog, or the time is over.
+    AwaitCatalog {
+        version: u64,
+        timeout_ms: u64,
+    },
 }
 
 /// Why the other node did not do it.
@@ -201,6 +206,14 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         }
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
+        }
+        PeerRequest::AwaitCatalog {
+            version,
+            timeout_ms,
+        } => {
+            let patience = Duration::from_millis(timeout_ms);
+            broker.await_catalog_here(version, patience).await;
+            encode(&PeerResult::Ok(()))
         }
     }
 }

@@ -11,6 +11,7 @@ mod describe;
 mod encode;
 mod error;
 mod events;
+pub(crate) mod exchanges;
 mod fetch;
 pub(crate) mod local;
 mod lost_tails;
@@ -37,6 +38,9 @@ mod testing;
 
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
+pub use exchanges::{
+    BindingDescription, ExchangeDescription, PublishAnswer, PublishRequest, Published,
+};
 pub use message_id::message_id;
 pub use types::*;
 
