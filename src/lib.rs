@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod coordinator;
+pub mod exchange;
 pub mod http;
 pub mod metrics;
 pub mod names;

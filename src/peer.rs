@@ -11,9 +11,9 @@ use quorate_raft::{NodeId, PeerService};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::leases::ReceiveRequest;
 use crate::broker::{Broker, BrokerError, StartAt};
 use crate::coordinator::QueueOffset;
 
@@ -115,6 +115,11 @@ pub enum PeerRequest {
     LeaseView {
         coordinator: u32,
         consumer_group: String,
+    },
+    /// Answered when that node knows this version of the catalog, or the time is over.
+    AwaitCatalog {
+        version: u64,
+        timeout_ms: u64,
     },
 }
 
@@ -236,5 +241,13 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             coordinator,
             consumer_group,
         } => encode(&broker.lease_view_here(coordinator, &consumer_group).await),
+        PeerRequest::AwaitCatalog {
+            version,
+            timeout_ms,
+        } => {
+            let patience = Duration::from_millis(timeout_ms);
+            broker.await_catalog_here(version, patience).await;
+            encode(&PeerResult::Ok(()))
+        }
     }
 }

@@ -219,7 +219,7 @@ fn encode_batch(
 }
 
 /// What the topic's limit counts: key, value, tag and headers.
-fn message_bytes(message: &NewMessage) -> u64 {
+pub(super) fn message_bytes(message: &NewMessage) -> u64 {
     let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
     let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
     let value = message.value.as_ref().map_or(0, Bytes::len);

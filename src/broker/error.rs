@@ -32,6 +32,20 @@ pub enum BrokerError {
         "topic {topic:?} exists with another configuration; change it with PATCH or choose another name"
     )]
     TopicExists { topic: String },
+    #[error("exchange {exchange:?} does not exist; create it with PUT /v1/exchanges/{exchange}")]
+    ExchangeNotFound { exchange: String },
+    #[error("exchange {exchange:?} exists with another kind; delete it or choose another name")]
+    ExchangeExists { exchange: String },
+    #[error("topic {topic:?} is not bound to exchange {exchange:?}")]
+    BindingNotFound { exchange: String, topic: String },
+    #[error(
+        "no topic bound to exchange {exchange:?} takes a message with routing key {routing_key:?} and these headers; bind one with PUT /v1/exchanges/{exchange}/bindings/TOPIC"
+    )]
+    Unroutable {
+        exchange: String,
+        routing_key: String,
+        outcome: Outcome,
+    },
     #[error("consumer group {group:?} is not known")]
     ConsumerGroupNotFound { group: String },
     #[error(
@@ -123,7 +137,9 @@ impl BrokerError {
     /// What is known of the write this error answers.
     pub fn outcome(&self) -> Outcome {
         match self {
-            Self::NoLeader { outcome } | Self::Timeout { outcome } => *outcome,
+            Self::NoLeader { outcome }
+            | Self::Timeout { outcome }
+            | Self::Unroutable { outcome, .. } => *outcome,
             Self::Internal(_) => Outcome::Unknown,
             _ => Outcome::NotCommitted,
         }

@@ -11,6 +11,7 @@ mod describe;
 mod encode;
 mod error;
 mod events;
+pub(crate) mod exchanges;
 mod fetch;
 pub(crate) mod leases;
 pub(crate) mod local;
@@ -39,6 +40,9 @@ mod testing;
 
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
+pub use exchanges::{
+    BindingDescription, ExchangeDescription, PublishAnswer, PublishRequest, Published,
+};
 pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use selection::Selection;
 pub use types::*;

@@ -258,7 +258,7 @@ fn check_reserved(record: &RecordView) -> BrokerResult<()> {
     Ok(())
 }
 
-fn check_key(key: Option<&str>) -> BrokerResult<()> {
+pub(super) fn check_key(key: Option<&str>) -> BrokerResult<()> {
     match key {
         Some(key) if key.is_empty() || key.len() > MAX_KEY_BYTES => {
             let text = format!("an idempotency key has 1 to {MAX_KEY_BYTES} bytes");
@@ -280,7 +280,7 @@ fn answer(topic: &Topic, results: Results) -> ProduceAnswer {
 }
 
 /// What apply's verdict on a batch means for each of its messages.
-fn explain(
+pub(super) fn explain(
     group: u64,
     queue: u32,
     outcome: BatchOutcome,

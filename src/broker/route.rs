@@ -83,7 +83,7 @@ fn frees_space(group: u64, body: &[u8]) -> bool {
     group == CATALOG_GROUP.0
         && matches!(
             postcard::from_bytes(body),
-            Ok(CatalogCommand::DeleteTopic { .. })
+            Ok(CatalogCommand::DeleteTopic { .. } | CatalogCommand::DeleteExchange { .. })
         )
 }
 

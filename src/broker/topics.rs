@@ -154,7 +154,7 @@ impl Broker {
     }
 
     /// Waits until the topic is in the local catalog and every queue has a leader.
-    async fn settle(&self, id: TopicId, deadline: Instant) -> BrokerResult<Arc<Topic>> {
+    pub(super) async fn settle(&self, id: TopicId, deadline: Instant) -> BrokerResult<Arc<Topic>> {
         let late = BrokerError::NoLeader {
             outcome: Outcome::Unknown,
         };
@@ -186,7 +186,7 @@ impl Broker {
     }
 
     /// Has the local catalog catch up, if that is possible soon.
-    async fn freshen(&self) {
+    pub(super) async fn freshen(&self) {
         if let Some(catalog) = self.local_group(CATALOG_GROUP.0)
             && let Err(error) = catalog.read_barrier(FRESHNESS_PATIENCE).await
         {
@@ -194,7 +194,7 @@ impl Broker {
         }
     }
 
-    fn dead_nodes(&self) -> Vec<u64> {
+    pub(super) fn dead_nodes(&self) -> Vec<u64> {
         let nodes = self.catalog();
         nodes
             .nodes

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::{GroupPlacement, TopicId};
 use crate::broker::queue::QueueLimits;
 use crate::broker::{Backlog, FlushMode, Retention, TopicConfig};
+use crate::exchange::{Binding, ExchangeKind};
 
 /// A change of the catalog. All are idempotent: asked twice, the second changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +59,25 @@ pub enum CatalogCommand {
         group: u64,
         replica: ReplicaId,
     },
+    /// An exchange with the internal topic that keeps what is published to it.
+    PutExchange {
+        name: String,
+        kind: ExchangeKind,
+        avoid: Vec<NodeId>,
+    },
+    DeleteExchange {
+        name: String,
+    },
+    /// Takes the place of the binding of this topic that was there.
+    PutBinding {
+        exchange: String,
+        topic: String,
+        binding: Binding,
+    },
+    DeleteBinding {
+        exchange: String,
+        topic: String,
+    },
 }
 
 /// The replicas that a node gives up.
@@ -90,6 +110,8 @@ pub enum CatalogReply {
     /// A topic of that name was there, with another configuration.
     Conflict,
     NotFound,
+    ExchangeNotFound,
+    BindingNotFound,
     NotEnoughNodes {
         available: u32,
         required: u32,

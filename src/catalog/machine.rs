@@ -10,11 +10,13 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{CatalogCommand, CatalogReply, GivenUp, TopicChange};
 use super::damage;
+use super::exchanges;
 use super::placement::place;
 use super::state::{CatalogState, GroupPlacement, NodeEntry, Topic};
 use super::{CATALOG_GROUP, FIRST_COORDINATOR_GROUP, MAX_COORDINATORS};
 use crate::broker::TopicConfig;
 use crate::broker::queue::QueueLimits;
+use crate::exchange::{ExchangeKind, store_of};
 
 const DEFAULT_REPLICAS: u32 = 3;
 /// Queues one topic may have.
@@ -90,6 +92,18 @@ impl CatalogMachine {
             CatalogCommand::Filled { group, replica } => {
                 self.state.version += u64::from(damage::filled(&mut self.state, group, replica));
                 CatalogReply::Done
+            }
+            CatalogCommand::PutExchange { name, kind, avoid } => {
+                self.put_exchange(name, kind, &avoid)
+            }
+            CatalogCommand::DeleteExchange { name } => self.delete_exchange(&name),
+            CatalogCommand::PutBinding {
+                exchange,
+                topic,
+                binding,
+            } => exchanges::bind(&mut self.state, &exchange, &topic, binding),
+            CatalogCommand::DeleteBinding { exchange, topic } => {
+                exchanges::unbind(&mut self.state, &exchange, &topic)
             }
         }
     }
@@ -254,8 +268,31 @@ impl CatalogMachine {
                 self.state.queue_groups.remove(&placement.group);
             }
         }
+        exchanges::forget_topic(&mut self.state, id);
         self.state.version += 1;
         CatalogReply::Done
+    }
+
+    fn put_exchange(&mut self, name: String, kind: ExchangeKind, avoid: &[u64]) -> CatalogReply {
+        if let Some(known) = self.state.exchanges.get(&name) {
+            return match known.kind == kind {
+                true => CatalogReply::Exists(known.store),
+                false => CatalogReply::Conflict,
+            };
+        }
+        let created = self.create(store_of(&name), exchanges::store_config(), avoid);
+        if let CatalogReply::Created(store) = created {
+            exchanges::add(&mut self.state, name, kind, store);
+        }
+        created
+    }
+
+    /// The exchange with what was published to it and not brought to the bound topics yet.
+    fn delete_exchange(&mut self, name: &str) -> CatalogReply {
+        if self.state.exchanges.remove(name).is_none() {
+            return CatalogReply::ExchangeNotFound;
+        }
+        self.delete(&store_of(name))
     }
 
     fn raise_epoch(&mut self, group: u64, from: u64) -> CatalogReply {

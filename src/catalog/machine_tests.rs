@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::exchange::{Binding, Exchange};
 
 fn machine(nodes: u64) -> CatalogMachine {
     let mut machine = CatalogMachine::new(watch::Sender::new(Arc::default()));
@@ -194,6 +195,87 @@ fn unreadable_commands_are_answered() {
     assert!(matches!(reply, CatalogReply::Invalid(_)));
 }
 
+fn put_exchange(machine: &mut CatalogMachine, name: &str, kind: ExchangeKind) -> CatalogReply {
+    machine.put_exchange(name.to_owned(), kind, &[])
+}
+
+fn bind(machine: &mut CatalogMachine, topic: &str, key: Option<&str>) -> CatalogReply {
+    let binding = key.map_or(Binding::Always, |key| {
+        Binding::Keys([key.to_owned()].into())
+    });
+    exchanges::bind(&mut machine.state, "x", topic, binding)
+}
+
+#[test]
+fn an_exchange_lives_with_its_store() {
+    let mut machine = machine(3);
+    let put = put_exchange(&mut machine, "x", ExchangeKind::Direct);
+    assert_eq!(put, CatalogReply::Created(1));
+    let store = machine.state.topic("_exchange.x").unwrap();
+    assert_eq!((store.id, store.queues.len()), (1, 4));
+    assert_eq!(store.config.retention.max_age_ms, None);
+    let again = put_exchange(&mut machine, "x", ExchangeKind::Direct);
+    assert_eq!(again, CatalogReply::Exists(1));
+    let other = put_exchange(&mut machine, "x", ExchangeKind::Topic);
+    assert_eq!(other, CatalogReply::Conflict);
+    assert_eq!(machine.delete_exchange("x"), CatalogReply::Done);
+    assert_eq!(machine.delete_exchange("x"), CatalogReply::ExchangeNotFound);
+    assert!(machine.state.topics.is_empty() && machine.state.queue_groups.is_empty());
+    // Another one of the name has another store.
+    let other = put_exchange(&mut machine, "x", ExchangeKind::Topic);
+    assert_eq!(other, CatalogReply::Created(2));
+}
+
+#[test]
+fn bindings_fit_their_exchange_and_go_with_their_topic() {
+    let mut machine = machine(3);
+    create(&mut machine, "t", 1, 0);
+    assert_eq!(
+        bind(&mut machine, "t", Some("k")),
+        CatalogReply::ExchangeNotFound
+    );
+    put_exchange(&mut machine, "x", ExchangeKind::Direct);
+    assert_eq!(
+        bind(&mut machine, "none", Some("k")),
+        CatalogReply::NotFound
+    );
+    assert!(matches!(
+        bind(&mut machine, "t", None),
+        CatalogReply::Invalid(_)
+    ));
+    let exchange = |machine: &CatalogMachine| Exchange::clone(&machine.state.exchanges["x"]);
+    let routes = |machine: &CatalogMachine, key| exchange(machine).routes(key, &BTreeMap::new());
+
+    assert_eq!(bind(&mut machine, "t", Some("k")), CatalogReply::Created(1));
+    let version = machine.state.version;
+    assert_eq!(bind(&mut machine, "t", Some("k")), CatalogReply::Exists(1));
+    assert_eq!(machine.state.version, version, "nothing new");
+    assert_eq!(
+        (routes(&machine, "k"), routes(&machine, "l")),
+        (vec![1], vec![])
+    );
+    assert!(!exchange(&machine).narrowed);
+    assert_eq!(bind(&mut machine, "t", Some("l")), CatalogReply::Exists(1));
+    assert_eq!(
+        (routes(&machine, "k"), routes(&machine, "l")),
+        (vec![], vec![1])
+    );
+    assert!(exchange(&machine).narrowed);
+
+    assert_eq!(machine.delete("t"), CatalogReply::Done);
+    create(&mut machine, "t", 1, 0);
+    assert!(routes(&machine, "l").is_empty());
+    let unbind = exchanges::unbind(&mut machine.state, "x", "t");
+    assert_eq!(unbind, CatalogReply::BindingNotFound);
+    assert!(matches!(
+        bind(&mut machine, "t", Some("l")),
+        CatalogReply::Created(_)
+    ));
+    let unbind = exchanges::unbind(&mut machine.state, "x", "t");
+    assert_eq!(unbind, CatalogReply::Done);
+    assert!(routes(&machine, "l").is_empty());
+}
+
 fn any_command() -> impl Strategy<Value = CatalogCommand> {
     let name = (0..4u8).prop_map(|n| format!("t{n}"));
     prop_oneof![
@@ -218,7 +300,31 @@ fn any_command() -> impl Strategy<Value = CatalogCommand> {
             },
             avoid: vec![]
         }),
-        name.prop_map(|name| CatalogCommand::DeleteTopic { name }),
+        name.clone()
+            .prop_map(|name| CatalogCommand::DeleteTopic { name }),
+        (name.clone(), any::<bool>()).prop_map(|(name, fanout)| CatalogCommand::PutExchange {
+            name,
+            kind: match fanout {
+                true => ExchangeKind::Fanout,
+                false => ExchangeKind::Direct,
+            },
+            avoid: vec![]
+        }),
+        name.clone()
+            .prop_map(|name| CatalogCommand::DeleteExchange { name }),
+        (name.clone(), name.clone(), 0..3u8).prop_map(|(exchange, topic, key)| {
+            let binding = match key {
+                0 => Binding::Always,
+                key => Binding::Keys([key.to_string()].into()),
+            };
+            CatalogCommand::PutBinding {
+                exchange,
+                topic,
+                binding,
+            }
+        }),
+        (name.clone(), name)
+            .prop_map(|(exchange, topic)| CatalogCommand::DeleteBinding { exchange, topic }),
         (1024..1030u64, 0..2u64)
             .prop_map(|(group, from)| CatalogCommand::RaiseEpoch { group, from }),
     ]

@@ -5,6 +5,7 @@
 
 mod command;
 mod damage;
+mod exchanges;
 mod machine;
 mod placement;
 mod state;

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::{FIRST_COORDINATOR_GROUP, FIRST_QUEUE_GROUP, FIRST_REPLICA};
 use crate::broker::TopicConfig;
 use crate::broker::queue::QueueLimits;
+use crate::exchange::Exchange;
 
 /// Of one topic's life: a topic of the same name made later has another.
 pub type TopicId = u64;
@@ -151,6 +152,8 @@ pub struct CatalogState {
     pub names: BTreeMap<String, TopicId>,
     /// Queue groups by id: the way back from Raft's events.
     pub queue_groups: BTreeMap<u64, (TopicId, u32)>,
+    /// By name.
+    pub exchanges: BTreeMap<String, Arc<Exchange>>,
     pub(super) next_topic: TopicId,
     pub(super) next_group: u64,
     pub(super) next_replica: ReplicaId,
@@ -168,6 +171,7 @@ impl Default for CatalogState {
             topics: BTreeMap::new(),
             names: BTreeMap::new(),
             queue_groups: BTreeMap::new(),
+            exchanges: BTreeMap::new(),
             next_topic: 1,
             next_group: FIRST_QUEUE_GROUP,
             next_replica: FIRST_REPLICA,
@@ -203,6 +207,11 @@ impl CatalogState {
     /// The id that the next queue's group gets; every lower one was given.
     pub fn next_queue_group(&self) -> u64 {
         self.next_group
+    }
+
+    /// Whether a topic ever had this id, as far as this copy of the catalog knows.
+    pub fn knew_topic(&self, id: TopicId) -> bool {
+        id < self.next_topic
     }
 
     /// Where a group lives.

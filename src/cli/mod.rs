@@ -8,6 +8,7 @@ mod client;
 mod cluster;
 mod consume;
 mod error;
+mod exchange;
 mod group;
 mod out;
 mod produce;
@@ -86,6 +87,9 @@ enum Command {
     /// Look at and move what consumer groups have committed.
     #[command(subcommand)]
     Group(group::GroupCommand),
+    /// Exchanges: create, bind topics to them, publish through them.
+    #[command(subcommand)]
+    Exchange(exchange::ExchangeCommand),
     /// Nodes, leaders, and elections as they happen.
     #[command(subcommand)]
     Cluster(cluster::ClusterCommand),
@@ -129,6 +133,7 @@ async fn run_client(cli: Cli) -> Result<(), CliError> {
         Command::Produce(command) => produce::run(&client, out, command).await,
         Command::Consume(command) => consume::run(&client, out, command).await,
         Command::Group(command) => group::run(&client, out, command).await,
+        Command::Exchange(command) => exchange::run(&client, out, command).await,
         Command::Cluster(command) => cluster::run(&client, out, command).await,
         Command::Bench(command) => bench::run(&client, out, command).await,
         Command::Verify(command) => {

@@ -117,6 +117,19 @@ fn routes() -> OpenApiRouter<HttpState> {
         ))
         .routes(routes!(v1::leases::in_flight))
         .routes(routes!(v1::leases::redrive))
+        .routes(routes!(v1::exchanges::list))
+        .routes(routes!(
+            v1::exchanges::put,
+            v1::exchanges::get,
+            v1::exchanges::delete
+        ))
+        .routes(routes!(v1::exchanges::bindings))
+        .routes(routes!(
+            v1::exchanges::put_binding,
+            v1::exchanges::get_binding,
+            v1::exchanges::delete_binding
+        ))
+        .routes(routes!(v1::exchanges::publish))
         .routes(routes!(v1::cluster::describe))
         .routes(routes!(v1::cluster::events))
         .routes(routes!(v1::cluster::transfer_leader))
@@ -162,6 +175,8 @@ mod tests {
             .collect();
         found.sort();
         let expected = [
+            "DELETE /v1/exchanges/{exchange}",
+            "DELETE /v1/exchanges/{exchange}/bindings/{topic}",
             "DELETE /v1/topics/{topic}",
             "GET /health/live",
             "GET /health/ready",
@@ -171,6 +186,10 @@ mod tests {
             "GET /v1/cluster/events",
             "GET /v1/groups/{group}/in_flight",
             "GET /v1/groups/{group}/messages",
+            "GET /v1/exchanges",
+            "GET /v1/exchanges/{exchange}",
+            "GET /v1/exchanges/{exchange}/bindings",
+            "GET /v1/exchanges/{exchange}/bindings/{topic}",
             "GET /v1/groups/{group}/offsets",
             "GET /v1/groups/{group}/retry_policy",
             "GET /v1/topics",
@@ -179,6 +198,7 @@ mod tests {
             "GET /v1/topics/{topic}/queues/{queue}/offset",
             "GET /v1/topics/{topic}/queues/{queue}/replica",
             "PATCH /v1/topics/{topic}",
+            "POST /v1/exchanges/{exchange}/messages",
             "POST /v1/fetch",
             "POST /v1/groups/{group}/ack",
             "POST /v1/groups/{group}/dlq/redrive",
@@ -190,6 +210,8 @@ mod tests {
             "POST /v1/topics",
             "POST /v1/topics/{topic}/messages",
             "POST /v1/topics/{topic}/queues/{queue}/leader",
+            "PUT /v1/exchanges/{exchange}",
+            "PUT /v1/exchanges/{exchange}/bindings/{topic}",
             "PUT /v1/groups/{group}/offsets",
             "PUT /v1/groups/{group}/retry_policy",
         ];

@@ -21,6 +21,17 @@ pub struct TopicQueue {
 #[derive(Debug)]
 pub struct GroupName(pub String);
 
+/// `{exchange}` of the path.
+#[derive(Debug)]
+pub struct ExchangeName(pub String);
+
+/// `{exchange}` and `{topic}` of the path.
+#[derive(Debug)]
+pub struct ExchangeTopic {
+    pub exchange: String,
+    pub topic: String,
+}
+
 /// `name` if it follows the rule, which the error repeats; `what` is the kind of thing it names.
 pub fn checked_name(what: &str, name: &str) -> Result<(), ApiError> {
     if is_valid_name(name) {
@@ -91,5 +102,31 @@ impl<S: Send + Sync> FromRequestParts<S> for GroupName {
         let name = find(&params, "group");
         checked_name("consumer group", name)?;
         Ok(Self(name.to_owned()))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ExchangeName {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let params = params(parts, state).await?;
+        let name = find(&params, "exchange");
+        checked_name("exchange name", name)?;
+        Ok(Self(name.to_owned()))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ExchangeTopic {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let params = params(parts, state).await?;
+        let (exchange, topic) = (find(&params, "exchange"), find(&params, "topic"));
+        checked_name("exchange name", exchange)?;
+        checked_name("topic name", topic)?;
+        Ok(Self {
+            exchange: exchange.to_owned(),
+            topic: topic.to_owned(),
+        })
     }
 }

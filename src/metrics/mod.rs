@@ -49,6 +49,13 @@ struct GroupLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ForwarderLabels {
+    exchange: String,
+    topic: String,
+    queue: u32,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct EventLabels {
     event: &'static str,
 }
@@ -85,6 +92,11 @@ pub struct Metrics {
     events: Family<EventLabels, Counter>,
     group_lag: Family<GroupLabels, Gauge>,
     group_lag_series: Mutex<usize>,
+    published_messages: Counter,
+    routed_messages: Counter,
+    forwarded_messages: Counter,
+    forward_skipped_messages: Counter,
+    forward_lag: Family<ForwarderLabels, Gauge>,
     connections: Gauge,
     connections_refused: Counter,
     inflight_body_bytes: Gauge,
@@ -120,6 +132,11 @@ impl Metrics {
             events: Family::default(),
             group_lag: Family::default(),
             group_lag_series: Mutex::new(0),
+            published_messages: Counter::default(),
+            routed_messages: Counter::default(),
+            forwarded_messages: Counter::default(),
+            forward_skipped_messages: Counter::default(),
+            forward_lag: Family::default(),
             connections: Gauge::default(),
             connections_refused: Counter::default(),
             inflight_body_bytes: Gauge::default(),
@@ -202,6 +219,31 @@ impl Metrics {
             "group_lag_messages",
             "Messages a consumer group has not consumed, as last asked for",
             self.group_lag.clone(),
+        );
+        r.register(
+            "exchange_published_messages",
+            "Messages published to exchanges through this node",
+            self.published_messages.clone(),
+        );
+        r.register(
+            "exchange_routed_messages",
+            "Copies of those that are to be brought to topics",
+            self.routed_messages.clone(),
+        );
+        r.register(
+            "exchange_forwarded_messages",
+            "Copies brought to topics by this node's forwarders, repetitions included",
+            self.forwarded_messages.clone(),
+        );
+        r.register(
+            "exchange_skipped_messages",
+            "Copies not brought anywhere, since their topic was deleted or they were removed before",
+            self.forward_skipped_messages.clone(),
+        );
+        r.register(
+            "exchange_forward_lag_messages",
+            "Published messages that a forwarder of this node has not looked at for a topic, per queue of the exchange",
+            self.forward_lag.clone(),
         );
         r.register(
             "http_connections",
@@ -299,6 +341,38 @@ impl Metrics {
         if *series < MAX_LAG_SERIES {
             *series += 1;
             self.group_lag.get_or_create(&labels).set(lag);
+        }
+    }
+
+    /// Messages were published to an exchange; together they go to topics `routed` times.
+    pub fn count_published(&self, messages: u64, routed: u64) {
+        self.published_messages.inc_by(messages);
+        self.routed_messages.inc_by(routed);
+    }
+
+    /// A forwarder brought messages to a topic.
+    pub fn count_forwarded(&self, messages: u64) {
+        self.forwarded_messages.inc_by(messages);
+    }
+
+    /// A forwarder will never bring messages to where they were to go.
+    pub fn count_forward_skipped(&self, messages: u64) {
+        self.forward_skipped_messages.inc_by(messages);
+    }
+
+    /// How far a forwarder here is behind, for one topic; none when it is no longer its business.
+    pub fn set_forward_lag(&self, exchange: &str, topic: &str, queue: u32, lag: Option<u64>) {
+        let labels = ForwarderLabels {
+            exchange: exchange.to_owned(),
+            topic: topic.to_owned(),
+            queue,
+        };
+        match lag {
+            Some(lag) => {
+                let gauge = self.forward_lag.get_or_create(&labels);
+                gauge.set(i64::try_from(lag).unwrap_or(i64::MAX));
+            }
+            None => drop(self.forward_lag.remove(&labels)),
         }
     }
 

@@ -6,6 +6,7 @@ mod support;
 mod api;
 mod cluster;
 mod consume;
+mod exchanges;
 mod filters;
 mod idempotence;
 mod live;

@@ -155,7 +155,11 @@ impl Broker {
         let now_ms = now_ms().max(local.view.log_time_ms().map_err(fail)?);
         let mut held = Vec::new();
         for receipt in &request.held {
-            if local.view.is_held(&request.group, receipt, now_ms).map_err(fail)? {
+            if local
+                .view
+                .is_held(&request.group, receipt, now_ms)
+                .map_err(fail)?
+            {
                 held.push(*receipt);
             }
         }
@@ -180,7 +184,10 @@ impl Broker {
         };
         let lease = Lease {
             token,
-            consumer: request.consumer.as_ref().map_or(token, |name| xxh3_64(name.as_bytes())),
+            consumer: request
+                .consumer
+                .as_ref()
+                .map_or(token, |name| xxh3_64(name.as_bytes())),
             lease_ms: request.lease_ms,
             ordered: request.ordered,
             max: wanted as u32,
@@ -217,8 +224,7 @@ impl Broker {
     ) -> PeerResult<Vec<LeasedMessage>> {
         let mut messages = Vec::with_capacity(granted.leases.len());
         for grant in &granted.leases {
-            let of_grant =
-                |s: &&Source| s.topic.id == grant.topic && s.queue == grant.queue;
+            let of_grant = |s: &&Source| s.topic.id == grant.topic && s.queue == grant.queue;
             let Some(source) = sources.iter().find(of_grant) else {
                 continue;
             };

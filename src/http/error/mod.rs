@@ -89,6 +89,10 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
         B::TopicNotFound { .. } => (S::NOT_FOUND, "topic_not_found", "Topic not found"),
         B::QueueNotFound { .. } => (S::NOT_FOUND, "queue_not_found", "Queue not found"),
         B::ReplicaNotFound { .. } => (S::NOT_FOUND, "replica_not_found", "Replica not found"),
+        B::ExchangeNotFound { .. } => (S::NOT_FOUND, "exchange_not_found", "Exchange not found"),
+        B::ExchangeExists { .. } => (S::CONFLICT, "exchange_exists", "Exchange exists"),
+        B::BindingNotFound { .. } => (S::NOT_FOUND, "binding_not_found", "Binding not found"),
+        B::Unroutable { .. } => (S::NOT_FOUND, "unroutable", "No binding takes the message"),
         B::ConsumerGroupNotFound { .. } => (
             S::NOT_FOUND,
             "consumer_group_not_found",

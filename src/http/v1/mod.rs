@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod consume;
+pub mod exchanges;
 pub mod health;
 pub mod leases;
 pub mod offsets;

@@ -2,7 +2,7 @@
 
 mod answer;
 mod lines;
-mod wire;
+pub(super) mod wire;
 
 use std::time::Instant;
 
@@ -52,7 +52,7 @@ fn form(headers: &HeaderMap) -> Result<Form, ApiError> {
 }
 
 /// The `Idempotency-Key` header: 1 to 255 visible ASCII characters.
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     let mut given = headers.get_all("idempotency-key").iter();
     let (Some(value), None) = (given.next(), given.next()) else {
         return match headers.contains_key("idempotency-key") {

@@ -114,6 +114,9 @@ pub struct MessageBody<'a> {
     pub deliver_at_ms: Option<u64>,
     #[serde(default)]
     pub ttl_ms: Option<u64>,
+    /// Only of a message that is published to an exchange.
+    #[serde(default)]
+    pub routing_key: Option<String>,
 }
 
 /// A list that stops being read at [`MAX_MESSAGES`].
@@ -181,6 +184,25 @@ impl<'de> Deserialize<'de> for Headers {
 }
 
 impl ProduceBody<'_> {
+    /// The same of a request to an exchange: each message with its routing key.
+    #[expect(clippy::type_complexity)]
+    pub fn into_routed(
+        mut self,
+        body: &Bytes,
+    ) -> Result<(Vec<(NewMessage, String)>, Option<ProducerMark>), ApiError> {
+        let mut keys = Vec::with_capacity(self.messages.0.len());
+        for (i, message) in self.messages.0.iter_mut().enumerate() {
+            if message.queue.is_some() {
+                return Err(ApiError::invalid(format!(
+                    "messages[{i}]: an exchange chooses the queues itself; leave queue out"
+                )));
+            }
+            keys.push(message.routing_key.take().unwrap_or_default());
+        }
+        let (messages, producer) = self.into_messages(body)?;
+        Ok((messages.into_iter().zip(keys).collect(), producer))
+    }
+
     /// The messages and the producer's mark; `body` is what this was parsed from.
     pub fn into_messages(
         self,
@@ -220,6 +242,9 @@ impl MessageBody<'_> {
     /// The message, or why it can't be one.
     pub fn into_message(self, body: &Bytes) -> Result<NewMessage, String> {
         refuse_later_fields(self.delay_ms, self.deliver_at_ms, self.ttl_ms)?;
+        if self.routing_key.is_some() {
+            return Err("routing_key: a topic has none; publish to an exchange".to_owned());
+        }
         if let Some(tag) = &self.tag {
             check_tag(tag)?;
         }
