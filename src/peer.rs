@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
+use crate::broker::groups::GroupQuestion;
 use crate::broker::{Broker, BrokerError, StartAt};
 use crate::coordinator::QueueOffset;
 
@@ -98,6 +99,12 @@ pub enum PeerRequest {
     TransferLeader {
         group: u64,
         to: NodeId,
+    },
+    /// Something about a consumer group that only the leader of its coordinator knows.
+    Group {
+        coordinator: u32,
+        question: GroupQuestion,
+        timeout_ms: u64,
     },
 }
 
@@ -201,6 +208,15 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         }
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
+        }
+        PeerRequest::Group {
+            coordinator,
+            question,
+            timeout_ms,
+        } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            let answer = broker.group_here(coordinator, question, timeout).await;
+            encode(&answer)
         }
     }
 }

@@ -12,6 +12,7 @@ mod encode;
 mod error;
 mod events;
 mod fetch;
+pub mod groups;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -83,6 +84,7 @@ pub struct Broker {
     /// Who was last seen to lead a group that has no replica here.
     hints: Mutex<HashMap<u64, NodeId>>,
     attached: AttachCache,
+    sessions: Arc<groups::Sessions>,
     round_robin: AtomicU32,
 }
 
@@ -105,9 +107,11 @@ impl Broker {
             events: broadcast::Sender::new(EVENT_BACKLOG),
             hints: Mutex::default(),
             attached: AttachCache::default(),
+            sessions: Arc::default(),
             round_robin: AtomicU32::new(0),
         });
         events::start(&broker);
+        groups::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -76,7 +76,7 @@ impl Broker {
         }
     }
 
-    fn coordinator_of(&self, group: &str) -> u32 {
+    pub(super) fn coordinator_of(&self, group: &str) -> u32 {
         owner_of_name(group, self.catalog().coordinators.len())
     }
 
@@ -167,7 +167,7 @@ impl Broker {
     }
 
     /// The queue's proved end, how many messages are left, and how old the next one is.
-    async fn lag(&self, id: u64, offset: Option<u64>) -> BrokerResult<(u64, u64, u64)> {
+    pub(super) async fn lag(&self, id: u64, offset: Option<u64>) -> BrokerResult<(u64, u64, u64)> {
         let bounds = self.proved_bounds(id).await?;
         let next = offset.unwrap_or(0).max(bounds.earliest);
         let lag = bounds.end.saturating_sub(next);

@@ -96,7 +96,13 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
         ),
         B::TopicExists { .. } => (S::CONFLICT, "topic_exists", "Topic exists"),
         B::FencedMember { .. } => (S::CONFLICT, "fenced_member", "Member is fenced"),
-        B::GroupModeConflict { .. } => (
+        B::MemberNotFound { .. } => (S::NOT_FOUND, "member_not_found", "Member not found"),
+        B::GroupHasMembers { .. } => (
+            S::CONFLICT,
+            "group_has_members",
+            "Consumer group has members",
+        ),
+        B::GroupModeConflict { .. } | B::GroupDeliveryConflict { .. } => (
             S::CONFLICT,
             "group_mode_conflict",
             "Consumer group works the other way",
