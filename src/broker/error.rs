@@ -35,9 +35,13 @@ pub enum BrokerError {
     #[error("consumer group {group:?} is not known")]
     ConsumerGroupNotFound { group: String },
     #[error(
-        "member {member:?} of consumer group {group:?} is not known or its epoch is over; join again"
+        "member {member:?} of consumer group {group:?} is not one, its epoch is over, or the queue is another member's; send a heartbeat, and join again if that is refused"
     )]
     FencedMember { group: String, member: String },
+    #[error(
+        "consumer group {group:?} has live members, so offsets are committed by the member that has the queue; pass \"member\", or use offsets/reset with \"force\": true"
+    )]
+    NotAMember { group: String },
     #[error(
         "consumer group {group:?} has no member {member:?}: it never joined, has left, or was not heard of within its session timeout; join again"
     )]

@@ -154,7 +154,11 @@ mod tests {
 
     use super::*;
 
-    const ALL: [AssignStrategy; 3] = [AssignStrategy::Sticky, AssignStrategy::Range, AssignStrategy::RoundRobin];
+    const ALL: [AssignStrategy; 3] = [
+        AssignStrategy::Sticky,
+        AssignStrategy::Range,
+        AssignStrategy::RoundRobin,
+    ];
 
     fn topic(subscribers: &[usize], queues: usize) -> TopicShare {
         TopicShare {
@@ -206,10 +210,12 @@ mod tests {
             );
             let topics = proptest::collection::vec(one, 0..4);
             topics.prop_map(move |topics| {
-                let topics = topics.into_iter().map(|(subscribers, previous)| TopicShare {
-                    subscribers: subscribers.into_iter().collect(),
-                    previous,
-                });
+                let topics = topics
+                    .into_iter()
+                    .map(|(subscribers, previous)| TopicShare {
+                        subscribers: subscribers.into_iter().collect(),
+                        previous,
+                    });
                 (members, topics.collect())
             })
         })

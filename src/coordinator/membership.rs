@@ -329,13 +329,15 @@ impl Membership {
         for (queue, target) in targets {
             let old = self.queues.get(&queue).filter(|t| !t.owner.is_empty());
             let turn = match old {
-                Some(old) if old.target == target => old.clone(),
-                // To be given up, or to be kept after all.
-                Some(old) => Turn {
-                    target,
-                    told: epoch,
-                    ..old.clone()
-                },
+                Some(old) => {
+                    // Its owner is told whether it keeps the queue, not who is to have it else.
+                    let is_news = (old.target == old.owner) != (target == old.owner);
+                    Turn {
+                        target,
+                        told: if is_news { epoch } else { old.told },
+                        ..old.clone()
+                    }
+                }
                 None => Turn {
                     owner: target.clone(),
                     target,

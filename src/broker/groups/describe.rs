@@ -120,6 +120,17 @@ impl Broker {
         })
     }
 
+    /// Where a group is in every queue that it has committed in or has members for.
+    pub(in crate::broker) async fn all_offsets(
+        &self,
+        group: &str,
+    ) -> BrokerResult<Vec<GroupOffset>> {
+        let state = self.group_state(group).await?;
+        let places = self.group_places(group, &state).await?.into_iter();
+        let common = places.filter(|place| place.instance.is_none());
+        Ok(common.map(|place| place.offset).collect())
+    }
+
     /// Every queue in which the group has committed or has an owner, with the lag there.
     async fn group_places(&self, group: &str, state: &GroupState) -> BrokerResult<Vec<QueueOwner>> {
         let membership = &state.membership;

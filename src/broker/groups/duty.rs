@@ -21,6 +21,8 @@ use crate::peer::{PeerError, PeerResult};
 
 /// How long one step may wait for a majority.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Attempts at the first proof of a new leadership.
+const TRIES: u32 = 5;
 /// A process that wakes this much later than it wanted to was stopped, and heard nobody meanwhile.
 const OVERSLEPT: Duration = Duration::from_secs(1);
 /// Between two looks at everything, should an event ever have been missed.
@@ -47,6 +49,7 @@ pub(in crate::broker) fn start(broker: &Arc<Broker>) {
             let over = async {
                 match due {
                     Some(due) => {
+                        let due = due.max(Instant::now());
                         sleep_until(due).await;
                         News::Due(due)
                     }
@@ -119,8 +122,14 @@ impl Broker {
 
     /// Begins the sessions of all members that are not watched yet.
     async fn take_over(&self, number: u32) {
-        let Ok(local) = self.led_coordinator(number, PATIENCE).await else {
-            return;
+        let mut tries = 0..TRIES;
+        let local = loop {
+            match self.led_coordinator(number, PATIENCE).await {
+                Ok(local) => break local,
+                // A leader that has just begun may need a moment to prove it.
+                Err(PeerError::NotLeader { leader: None }) if tries.next().is_some() => {}
+                Err(_) => return,
+            }
         };
         let Ok(groups) = read(&local, |view| view.memberships()) else {
             return;

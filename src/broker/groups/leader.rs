@@ -76,7 +76,9 @@ impl Broker {
         timeout: Duration,
     ) -> PeerResult<GroupAnswer> {
         let deadline = Instant::now() + timeout;
-        let local = self.led_coordinator(coordinator, timeout.min(PROOF)).await?;
+        let local = self
+            .led_coordinator(coordinator, timeout.min(PROOF))
+            .await?;
         let left = deadline.saturating_duration_since(Instant::now());
         match question {
             GroupQuestion::Join { group, newcomer } => {
@@ -106,7 +108,9 @@ impl Broker {
                 )))
             }
             GroupQuestion::List { after } => {
-                let groups = read(&local, |view| view.groups(after.as_deref(), GROUPS_PER_PAGE))?;
+                let groups = read(&local, |view| {
+                    view.groups(after.as_deref(), GROUPS_PER_PAGE)
+                })?;
                 Ok(GroupAnswer::Groups(groups))
             }
         }
@@ -152,12 +156,12 @@ impl Broker {
         };
         match self.propose_group(local, &command, timeout).await? {
             CoordinatorReply::Joined(id) => self.seat(coordinator, local, &group, &id),
-            CoordinatorReply::GroupFull => Err(PeerError::Broker(BrokerError::QuotaExceeded(
-                format!(
+            CoordinatorReply::GroupFull => {
+                Err(PeerError::Broker(BrokerError::QuotaExceeded(format!(
                     "consumer group {group:?} has {} members, which is the most; let some leave or use another group",
                     crate::coordinator::MAX_MEMBERS
-                ),
-            ))),
+                ))))
+            }
             CoordinatorReply::OtherDelivery(other) => {
                 Err(PeerError::Broker(BrokerError::GroupDeliveryConflict {
                     group,
@@ -256,9 +260,8 @@ impl Broker {
             None => view.offsets(group),
         })?;
         let committed = |queue: &QueueId| {
-            let place = committed.binary_search_by_key(&(queue.topic, queue.queue), |o| {
-                (o.topic, o.queue)
-            });
+            let place =
+                committed.binary_search_by_key(&(queue.topic, queue.queue), |o| (o.topic, o.queue));
             place.ok().map(|place| committed[place].offset)
         };
         let queues = membership.assignment(id).into_iter();

@@ -59,8 +59,8 @@ pub struct MemberAnswer {
     pub assignment: Vec<AssignedQueue>,
     pub session_timeout_ms: u64,
     pub tag: Option<String>,
-    /// Set in a broadcast group: offsets are its own.
-    pub instance: Option<String>,
+    /// Subscribed topics that don't exist; told to who joins.
+    pub missing_topics: Vec<String>,
 }
 
 impl MemberAnswer {
@@ -88,11 +88,19 @@ impl Broker {
             strategy: request.strategy,
         };
         let group = request.group.clone();
+        let topics = newcomer.topics.clone();
         let question = GroupQuestion::Join { group, newcomer };
         let seat = self.ask_for_seat(&request.group, question).await?;
         // It has joined: that its offsets are not known yet must not sound as if it had not.
         let answer = self.answer_member(&request.group, seat).await;
-        answer.map_err(|error| if error.retryable() { UNKNOWN } else { error })
+        let mut answer = answer.map_err(|error| match error.retryable() {
+            true => UNKNOWN,
+            false => error,
+        })?;
+        let shapes = self.topic_shapes(&topics).await.into_iter();
+        let missing = shapes.filter(|(_, shape)| shape.found.is_none());
+        answer.missing_topics = missing.map(|(name, _)| name).collect();
+        Ok(answer)
     }
 
     /// A member's sign of life. `owned`: the queues it still consumes.
@@ -116,6 +124,28 @@ impl Broker {
         };
         let seat = self.ask_for_seat(group, question).await?;
         self.answer_member(group, seat).await
+    }
+
+    /// What was committed in a member's queues: by the group, or in a broadcast group by itself.
+    pub async fn member_offsets(
+        &self,
+        group: &str,
+        member: &str,
+    ) -> BrokerResult<Vec<(String, u32, u64)>> {
+        let state = self.group_state(group).await?;
+        let known = state.membership.members.get(member);
+        let instance = known.and_then(|m| m.instance_id.as_ref());
+        let own = instance.and_then(|instance| state.instance_offsets.get(instance));
+        let offsets = match state.membership.delivery {
+            Delivery::Broadcast => own.map_or(&[][..], |own| own),
+            Delivery::Cluster => &state.offsets,
+        };
+        let catalog = self.catalog();
+        let named = offsets.iter().filter_map(|offset| {
+            let topic = catalog.topics.get(&offset.topic)?;
+            Some((topic.name.clone(), offset.queue, offset.offset))
+        });
+        Ok(named.collect())
     }
 
     /// Ends a membership at once. With an epoch: only if it is of the member's present life.
@@ -142,7 +172,10 @@ impl Broker {
             group: group.to_owned(),
             members: vec![(member.to_owned(), known.joined)],
         };
-        match self.coordinate(self.coordinator_of(group), &command).await? {
+        match self
+            .coordinate(self.coordinator_of(group), &command)
+            .await?
+        {
             CoordinatorReply::MembersChanged => Ok(()),
             other => Err(unexpected(&other)),
         }

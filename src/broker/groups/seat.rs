@@ -75,7 +75,7 @@ impl Broker {
             assignment,
             session_timeout_ms: seat.session_timeout_ms,
             tag: seat.tag,
-            instance: seat.instance,
+            missing_topics: Vec::new(),
         })
     }
 
@@ -162,7 +162,10 @@ impl Broker {
             instance: seat.instance.clone(),
             offsets,
         };
-        match self.coordinate(self.coordinator_of(group), &command).await? {
+        match self
+            .coordinate(self.coordinator_of(group), &command)
+            .await?
+        {
             CoordinatorReply::Begun(offsets) => Ok(ids.into_iter().zip(offsets).collect()),
             CoordinatorReply::UnknownGroup => Ok(Vec::new()),
             other => Err(super::unexpected(&other)),

@@ -158,9 +158,7 @@ impl Sessions {
         let group = watched.groups.get(&(coordinator, group.to_owned()));
         let sessions = group.into_iter().flat_map(|g| &g.sessions);
         let age = |heard: Instant| heard.elapsed().as_millis() as u64;
-        sessions
-            .map(|(id, s)| (id.clone(), age(s.heard)))
-            .collect()
+        sessions.map(|(id, s)| (id.clone(), age(s.heard))).collect()
     }
 
     /// Groups with members, their members, and changes of assignments seen so far.

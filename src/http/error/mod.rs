@@ -95,7 +95,9 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "Consumer group not found",
         ),
         B::TopicExists { .. } => (S::CONFLICT, "topic_exists", "Topic exists"),
-        B::FencedMember { .. } => (S::CONFLICT, "fenced_member", "Member is fenced"),
+        B::FencedMember { .. } | B::NotAMember { .. } => {
+            (S::CONFLICT, "fenced_member", "Member is fenced")
+        }
         B::MemberNotFound { .. } => (S::NOT_FOUND, "member_not_found", "Member not found"),
         B::GroupHasMembers { .. } => (
             S::CONFLICT,
