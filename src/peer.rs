@@ -11,6 +11,7 @@ use quorate_raft::{NodeId, PeerService};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::broker::groups::GroupQuestion;
 use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
@@ -119,6 +120,12 @@ pub enum PeerRequest {
     /// Answered when that node knows this version of the catalog, or the time is over.
     AwaitCatalog {
         version: u64,
+        timeout_ms: u64,
+    },
+    /// Something about a consumer group that only the leader of its coordinator knows.
+    Group {
+        coordinator: u32,
+        question: GroupQuestion,
         timeout_ms: u64,
     },
 }
@@ -248,6 +255,15 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let patience = Duration::from_millis(timeout_ms);
             broker.await_catalog_here(version, patience).await;
             encode(&PeerResult::Ok(()))
+        }
+        PeerRequest::Group {
+            coordinator,
+            question,
+            timeout_ms,
+        } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            let answer = broker.group_here(coordinator, question, timeout).await;
+            encode(&answer)
         }
     }
 }

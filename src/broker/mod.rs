@@ -13,6 +13,7 @@ mod error;
 mod events;
 pub(crate) mod exchanges;
 mod fetch;
+pub mod groups;
 pub(crate) mod leases;
 pub(crate) mod local;
 mod lost_tails;
@@ -91,6 +92,7 @@ pub struct Broker {
     /// Who was last seen to lead a group that has no replica here.
     hints: Mutex<HashMap<u64, NodeId>>,
     attached: AttachCache,
+    sessions: Arc<groups::Sessions>,
     round_robin: AtomicU32,
     lease_turns: Turns,
     redrive_turns: Turns,
@@ -115,12 +117,14 @@ impl Broker {
             events: broadcast::Sender::new(EVENT_BACKLOG),
             hints: Mutex::default(),
             attached: AttachCache::default(),
+            sessions: Arc::default(),
             round_robin: AtomicU32::new(0),
             lease_turns: Turns::default(),
             redrive_turns: Turns::default(),
         });
         events::start(&broker);
         leases::duty::start(&broker);
+        groups::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -10,12 +10,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quorate_raft::StateMachine;
 use quorate_storage::derived::DerivedGroup;
-use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::{LogId, StorageError};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
+use super::command::{CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
 use super::leases::{LeaseSignals, News};
 use super::records::{Content, CoordinatorView, Records, TIME_KEY};
 use crate::names::MAX_NAME_CHARS;
@@ -68,14 +67,8 @@ impl CoordinatorMachine {
                 if let Some(other) = self.claim_mode(&group, GroupMode::Offsets)? {
                     return Ok(CoordinatorReply::OtherMode(other));
                 }
-                let fenced = member.is_some() && !mutation::on(Mutation::NoMemberCheck);
-                let each = offsets.iter();
-                let verdicts = each.map(|offset| match fenced {
-                    // There are no members to be one of, yet.
-                    true => Ok(CommitVerdict::Fenced),
-                    false => self.commit(&group, *offset, allow_rewind),
-                });
-                CoordinatorReply::Committed(verdicts.collect::<Result<_, _>>()?)
+                let verdicts = self.commit_all(&group, &offsets, allow_rewind, member.as_ref())?;
+                CoordinatorReply::Committed(verdicts)
             }
             CoordinatorCommand::RegisterProducer { name: None } => CoordinatorReply::Producer {
                 id: self.next_producer(false)?,
@@ -89,6 +82,32 @@ impl CoordinatorMachine {
                 queue_group,
             } => self.attach(id, epoch, queue_group)?,
             CoordinatorCommand::Leases { group, command } => self.leases(&group, command)?,
+            CoordinatorCommand::Join {
+                group,
+                newcomer,
+                topics,
+            } => self.join(&group, newcomer, &topics)?,
+            CoordinatorCommand::Heartbeat {
+                group,
+                member,
+                epoch,
+                owned,
+            } => self.heartbeat(&group, &member, epoch, owned.as_deref())?,
+            CoordinatorCommand::RemoveMembers { group, members } => {
+                self.change_members(&group, |membership| membership.remove(&members))?
+            }
+            CoordinatorCommand::SeeTopics { group, topics } => self.see_topics(&group, &topics)?,
+            CoordinatorCommand::Reset {
+                group,
+                offsets,
+                force,
+            } => self.reset(&group, &offsets, force)?,
+            CoordinatorCommand::Begin {
+                group,
+                instance,
+                offsets,
+            } => self.begin(&group, instance.as_deref(), &offsets)?,
+            CoordinatorCommand::DeleteGroup { group } => self.delete_group(&group)?,
         })
     }
 

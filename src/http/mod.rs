@@ -130,6 +130,12 @@ fn routes() -> OpenApiRouter<HttpState> {
             v1::exchanges::delete_binding
         ))
         .routes(routes!(v1::exchanges::publish))
+        .routes(routes!(v1::groups::list))
+        .routes(routes!(v1::groups::describe, v1::groups::delete))
+        .routes(routes!(v1::groups::join))
+        .routes(routes!(v1::groups::leave))
+        .routes(routes!(v1::groups::heartbeat))
+        .routes(routes!(v1::groups::messages))
         .routes(routes!(v1::cluster::describe))
         .routes(routes!(v1::cluster::events))
         .routes(routes!(v1::cluster::transfer_leader))
@@ -177,6 +183,8 @@ mod tests {
         let expected = [
             "DELETE /v1/exchanges/{exchange}",
             "DELETE /v1/exchanges/{exchange}/bindings/{topic}",
+            "DELETE /v1/groups/{group}",
+            "DELETE /v1/groups/{group}/members/{member}",
             "DELETE /v1/topics/{topic}",
             "GET /health/live",
             "GET /health/ready",
@@ -190,6 +198,9 @@ mod tests {
             "GET /v1/exchanges/{exchange}",
             "GET /v1/exchanges/{exchange}/bindings",
             "GET /v1/exchanges/{exchange}/bindings/{topic}",
+            "GET /v1/groups",
+            "GET /v1/groups/{group}",
+            "GET /v1/groups/{group}/members/{member}/messages",
             "GET /v1/groups/{group}/offsets",
             "GET /v1/groups/{group}/retry_policy",
             "GET /v1/topics",
@@ -204,6 +215,8 @@ mod tests {
             "POST /v1/groups/{group}/dlq/redrive",
             "POST /v1/groups/{group}/extend",
             "POST /v1/groups/{group}/nack",
+            "POST /v1/groups/{group}/members",
+            "POST /v1/groups/{group}/members/{member}/heartbeat",
             "POST /v1/groups/{group}/offsets/reset",
             "POST /v1/groups/{group}/receive",
             "POST /v1/producers",

@@ -104,7 +104,7 @@ impl Broker {
     }
 
     /// This node's replica of a coordinator that it leads.
-    fn led_coordinator(&self, number: u32) -> PeerResult<Arc<LocalCoordinator>> {
+    pub(super) fn led_coordinator(&self, number: u32) -> PeerResult<Arc<LocalCoordinator>> {
         let local = self.local.coordinator(number).ok_or(PeerError::NotHere)?;
         if local.soundness.broken().is_some() {
             return Err(PeerError::NotHere);

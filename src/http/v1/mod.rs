@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod consume;
 pub mod exchanges;
+pub mod groups;
 pub mod health;
 pub mod leases;
 pub mod offsets;

@@ -9,6 +9,8 @@ fn plan(nodes: u64, faulty: u64, seed: u64) -> Plan {
         duration: Duration::from_secs(60),
         seed,
         faults: FaultKind::value_variants().to_vec(),
+        cover: Vec::new(),
+        late: Duration::from_secs(1),
         nodes,
         faulty,
         topics: 1,
