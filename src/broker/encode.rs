@@ -198,9 +198,9 @@ fn encode_batch(
                 max_bytes: max_batch_bytes as u64,
             });
         }
-        // One more for the tag.
-        if message.headers.len() >= MAX_RECORD_HEADERS {
-            let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 1);
+        // Two more for the tag and the time to live.
+        if message.headers.len() > MAX_RECORD_HEADERS - 2 {
+            let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 2);
             return Err(BrokerError::InvalidRequest(text));
         }
         let headers = message.headers.iter();
@@ -208,6 +208,7 @@ fn encode_batch(
             key: message.key.clone(),
             value: message.value.clone(),
             tag: message.tag.clone(),
+            ttl_ms: message.ttl_ms,
             headers: headers
                 .map(|(name, value)| (name.clone(), Bytes::copy_from_slice(value.as_bytes())))
                 .collect(),

@@ -24,6 +24,7 @@ mod read;
 mod reset;
 mod route;
 mod topics;
+pub(crate) mod ttl;
 mod types;
 
 #[cfg(test)]
@@ -38,6 +39,7 @@ mod testing;
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
 pub use message_id::message_id;
+pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
 use std::collections::HashMap;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, split};
+use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, TTL_HEADER, parse_ttl, split};
 
 use super::batcher::{SubmitError, submit};
 use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp};
@@ -13,7 +13,7 @@ use super::queue::BatchOutcome;
 use super::queue::entry::{MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::{
-    Broker, BrokerError, BrokerResult, Durability, FlushMode, ProduceAnswer, ProduceRequest,
+    Broker, BrokerError, BrokerResult, Durability, FlushMode, MAX_TTL_MS, ProduceAnswer, ProduceRequest,
     Stored, message_id,
 };
 use crate::catalog::Topic;
@@ -234,13 +234,18 @@ impl Broker {
     }
 }
 
-/// What begins with the reserved prefix is ours, and of that a client may bring a tag.
+/// What begins with the reserved prefix is ours, and of that a client may bring a tag and a time to
+/// live.
 fn check_reserved(record: &RecordView) -> BrokerResult<()> {
     for header in &record.headers {
         let refused = if header.key == TAG_HEADER.as_bytes() {
             let tag = header.value.as_deref();
             let tag = tag.and_then(|value| std::str::from_utf8(value).ok());
             check_tag(tag.unwrap_or_default()).err()
+        } else if header.key == TTL_HEADER.as_bytes() {
+            let ttl = header.value.as_deref().and_then(parse_ttl);
+            let fits = ttl.is_some_and(|ms| ms <= MAX_TTL_MS);
+            (!fits).then(|| format!("header {TTL_HEADER:?} must be 1 to {MAX_TTL_MS}, in digits"))
         } else if header.key.starts_with(RESERVED_HEADER_PREFIX.as_bytes()) {
             Some(format!(
                 "headers that begin with {RESERVED_HEADER_PREFIX:?} are reserved"

@@ -89,6 +89,7 @@ impl Broker {
                 retention: patch.retention,
                 max_message_bytes: patch.max_message_bytes,
                 backlog: patch.backlog,
+                quota: patch.quota,
                 ttl_ms: patch.ttl_ms,
                 flush: patch.flush,
                 hash_queues: patch.hash_queues,

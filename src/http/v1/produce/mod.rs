@@ -22,7 +22,7 @@ use crate::http::path::{TopicName, checked_name};
 use crate::http::query::Params;
 use crate::metrics::Metrics;
 use crate::names::check_tag;
-use wire::{ProduceBody, refuse_later_fields};
+use wire::{ProduceBody, check_ttl, refuse_later_fields};
 
 /// Stored RecordBatch v2 bytes, one batch after the other.
 pub const BATCHES: &str = "application/vnd.quorate.batches";
@@ -103,6 +103,7 @@ async fn measured(
         ("tag" = Option<String>, Query, description = "octet-stream only"),
         ("queue" = Option<u32>, Query, description = "octet-stream and batches only"),
         ("delay_ms" = Option<u64>, Query, description = "octet-stream only"),
+        ("ttl_ms" = Option<u64>, Query, description = "octet-stream only: how long it is delivered once it is visible"),
         ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key and topic within 10 minutes gets the first answer"),
     ),
     request_body(content(
@@ -215,12 +216,9 @@ async fn produce_batches(
 fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
     let params = params.only(&["key", "tag", "queue", "delay_ms", "deliver_at_ms", "ttl_ms"])?;
     let later = |name| params.number::<u64>(name);
-    refuse_later_fields(
-        later("delay_ms")?,
-        later("deliver_at_ms")?,
-        later("ttl_ms")?,
-    )
-    .map_err(ApiError::invalid)?;
+    refuse_later_fields(later("delay_ms")?, later("deliver_at_ms")?).map_err(ApiError::invalid)?;
+    let ttl_ms = params.number("ttl_ms")?;
+    check_ttl(ttl_ms).map_err(ApiError::invalid)?;
     let tag = params.get("tag").map(str::to_owned);
     if let Some(tag) = &tag {
         check_tag(tag).map_err(ApiError::invalid)?;
@@ -229,6 +227,7 @@ fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
     Ok(NewMessage {
         key,
         tag,
+        ttl_ms,
         queue: params.number("queue")?,
         ..NewMessage::default()
     })
