@@ -80,6 +80,13 @@ pub enum BrokerError {
     #[error("{0}")]
     QuotaExceeded(String),
     #[error(
+        "queue {queue} of topic {topic:?} holds as much as its consumers may leave unread; try again when they have consumed more"
+    )]
+    BacklogFull { topic: String, queue: u32 },
+    /// Not an error to the producer, but nothing was stored.
+    #[error("queue {queue} of topic {topic:?} is full, and the topic drops what comes then")]
+    Dropped { topic: String, queue: u32 },
+    #[error(
         "the queue has no leader at the moment; an election is under way or a majority of its replicas is down"
     )]
     NoLeader { outcome: Outcome },
@@ -130,6 +137,7 @@ impl BrokerError {
                 | Self::Quarantined
                 | Self::Timeout { .. }
                 | Self::QuotaExceeded(_)
+                | Self::BacklogFull { .. }
                 | Self::ShuttingDown
         )
     }

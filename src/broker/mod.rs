@@ -4,6 +4,7 @@
 //! what needs a leader goes to its node (`route`), and is tried again only where nobody can have
 //! taken it.
 
+mod backlog;
 mod batcher;
 mod cluster;
 mod config;
@@ -54,6 +55,7 @@ use tokio::sync::{broadcast, watch};
 
 use crate::catalog::{CATALOG_GROUP, CatalogState};
 use crate::metrics::Metrics;
+use backlog::Positions;
 use local::LocalGroups;
 use producers::AttachCache;
 
@@ -86,6 +88,7 @@ pub struct Broker {
     hints: Mutex<HashMap<u64, NodeId>>,
     attached: AttachCache,
     round_robin: AtomicU32,
+    positions: Positions,
 }
 
 impl fmt::Debug for Broker {
@@ -108,6 +111,7 @@ impl Broker {
             hints: Mutex::default(),
             attached: AttachCache::default(),
             round_robin: AtomicU32::new(0),
+            positions: Positions::default(),
         });
         events::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {

@@ -215,12 +215,18 @@ impl Broker {
             return Err(PeerError::NotLeader { leader });
         }
         self.refuse_without_room().map_err(PeerError::Broker)?;
+        let Some((topic, number)) = self.queue_of(group) else {
+            return Err(PeerError::NotHere);
+        };
+        let admitted = self.admit(&queue, &topic, number, &batches).await;
+        let admitted = admitted.map_err(PeerError::Broker)?;
         let submitted = submit(
             &queue,
             &self.local,
             &self.config,
             &self.metrics,
             batches,
+            admitted,
             timeout,
         );
         submitted.await.map_err(|error| match error {

@@ -4,6 +4,7 @@
 mod support;
 
 mod api;
+mod backlog;
 mod cluster;
 mod consume;
 mod idempotence;

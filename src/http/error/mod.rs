@@ -124,6 +124,9 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "Request too large",
         ),
         B::QuotaExceeded(_) => (S::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded"),
+        B::BacklogFull { .. } | B::Dropped { .. } => {
+            (S::TOO_MANY_REQUESTS, "backlog_full", "Backlog full")
+        }
         B::NoLeader { .. } => (S::SERVICE_UNAVAILABLE, "no_leader", "No leader"),
         B::NotEnoughReplicas { .. } => (
             S::SERVICE_UNAVAILABLE,
