@@ -25,6 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::backlog::Admission;
 use super::config::BrokerConfig;
+use super::encode::records_in;
 use super::local::{LocalGroups, LocalQueue};
 use super::queue::entry::{AppendBuilder, MAX_BATCHES};
 use super::queue::{BatchOutcome, decode_outcomes};
@@ -284,7 +285,7 @@ impl Batcher {
                 // Batches were validated where they came in; what is none would be left out, and
                 // its waiter told so by the number of outcomes.
                 entry.push(&new.mark, new.hold.as_ref(), &new.batch);
-                messages += u64::from(record_count(&new.batch));
+                messages += u64::from(records_in(&new.batch));
             }
             let places = usize::from(from)..usize::from(entry.count());
             let expected = submission.batches.len();
@@ -324,12 +325,6 @@ impl Batcher {
 /// Of a batch that has been validated.
 pub(super) fn producer_of(batch: &Bytes) -> Option<ProducerStamp> {
     BatchView::parse_trusted(batch.clone()).ok()?.producer()
-}
-
-/// Of a batch that has been validated.
-pub(super) fn record_count(batch: &[u8]) -> u32 {
-    let field = batch.get(57..61).and_then(|f| f.try_into().ok());
-    field.map_or(0, u32::from_be_bytes)
 }
 
 /// Milliseconds since 1970 by this node's clock.

@@ -79,6 +79,8 @@ pub enum BrokerError {
     RequestTooLarge { max_bytes: u64 },
     #[error("{0}")]
     QuotaExceeded(String),
+    #[error("{whose} is at its quota; try again in {retry_after_ms} ms")]
+    RateExceeded { whose: String, retry_after_ms: u64 },
     #[error(
         "queue {queue} of topic {topic:?} holds as much as its consumers may leave unread; try again when they have consumed more"
     )]
@@ -137,6 +139,7 @@ impl BrokerError {
                 | Self::Quarantined
                 | Self::Timeout { .. }
                 | Self::QuotaExceeded(_)
+                | Self::RateExceeded { .. }
                 | Self::BacklogFull { .. }
                 | Self::ShuttingDown
         )

@@ -17,10 +17,12 @@ pub(crate) mod local;
 mod lost_tails;
 mod message_id;
 mod offsets;
+mod one_way;
 mod partition;
 mod produce;
 mod producers;
 pub mod queue;
+pub mod quota;
 mod read;
 mod reset;
 mod route;
@@ -38,6 +40,7 @@ mod state_path_tests;
 mod testing;
 
 pub use config::BrokerConfig;
+pub use encode::records_in;
 pub use error::{BrokerError, Outcome};
 pub use message_id::message_id;
 pub use ttl::MAX_TTL_MS;
@@ -51,13 +54,14 @@ use std::sync::atomic::AtomicU32;
 use parking_lot::Mutex;
 use quorate_raft::RaftHost;
 use quorate_storage::commit_log::CommitLog;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Semaphore, broadcast, watch};
 
 use crate::catalog::{CATALOG_GROUP, CatalogState};
 use crate::metrics::Metrics;
 use backlog::Positions;
 use local::LocalGroups;
 use producers::AttachCache;
+use quota::TopicQuotas;
 
 pub type BrokerResult<T> = Result<T, BrokerError>;
 
@@ -89,6 +93,9 @@ pub struct Broker {
     attached: AttachCache,
     round_robin: AtomicU32,
     positions: Positions,
+    quotas: TopicQuotas,
+    /// One-way requests under way.
+    one_way: Arc<Semaphore>,
 }
 
 impl fmt::Debug for Broker {
@@ -112,6 +119,8 @@ impl Broker {
             attached: AttachCache::default(),
             round_robin: AtomicU32::new(0),
             positions: Positions::default(),
+            quotas: TopicQuotas::default(),
+            one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
         });
         events::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {

@@ -1,5 +1,6 @@
 //! Storing messages: encode, find the leader, wait for the majority, say where they are.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -8,7 +9,9 @@ use futures_util::future::join_all;
 use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, TTL_HEADER, parse_ttl, split};
 
 use super::batcher::{SubmitError, submit};
-use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp};
+use super::encode::{
+    Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in,
+};
 use super::queue::BatchOutcome;
 use super::queue::entry::{MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
@@ -25,9 +28,24 @@ const MAX_KEY_BYTES: usize = 256;
 /// What is stored, or isn't, of each message of a batch.
 type Results = Vec<Result<Stored, BrokerError>>;
 
+/// A request that was checked: one batch for each queue.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    topic: Arc<Topic>,
+    pub parts: Vec<Part>,
+    producer: Option<ProducerStamp>,
+    pub count: usize,
+}
+
 impl Broker {
     /// Stores the messages, one batch for each queue they go to.
     pub async fn produce(&self, request: ProduceRequest) -> BrokerResult<ProduceAnswer> {
+        let prepared = self.prepare(request).await?;
+        Ok(self.store_prepared(prepared).await)
+    }
+
+    /// Checks a request and makes it ready to be stored.
+    pub(super) async fn prepare(&self, request: ProduceRequest) -> BrokerResult<Prepared> {
         check_key(request.idempotency_key.as_deref())?;
         let topic = self.find_topic(&request.topic).await?;
         let coordinators = self.catalog().coordinators.len();
@@ -44,8 +62,21 @@ impl Broker {
             turn,
             self.config.max_batch_bytes,
         )?;
-        drop(request);
+        Ok(Prepared {
+            topic,
+            parts,
+            producer,
+            count,
+        })
+    }
 
+    pub(super) async fn store_prepared(&self, prepared: Prepared) -> ProduceAnswer {
+        let Prepared {
+            topic,
+            parts,
+            producer,
+            count,
+        } = prepared;
         let mut results: Vec<Option<Result<Stored, BrokerError>>> = vec![None; count];
         let stored = parts
             .into_iter()
@@ -67,7 +98,7 @@ impl Broker {
             .into_iter()
             .map(|r| r.unwrap_or_else(lost))
             .collect();
-        Ok(answer(&topic, results))
+        answer(&topic, results)
     }
 
     async fn produce_part(
@@ -220,6 +251,12 @@ impl Broker {
         };
         let admitted = self.admit(&queue, &topic, number, &batches).await;
         let admitted = admitted.map_err(PeerError::Broker)?;
+        if topic.config.quota.is_set() {
+            let messages = batches.iter().map(|b| u64::from(records_in(&b.batch)));
+            let bytes = batches.iter().map(|b| b.batch.len() as u64);
+            self.take_quota(&topic, messages.sum(), bytes.sum())
+                .map_err(PeerError::Broker)?;
+        }
         let submitted = submit(
             &queue,
             &self.local,

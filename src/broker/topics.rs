@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::partition::queue_of_key;
 use super::route::{Backoff, NO_LEADER};
 use super::{
     Broker, BrokerError, BrokerResult, Outcome, QueueDescription, TopicConfig, TopicDescription,
@@ -68,6 +69,12 @@ impl Broker {
         self.freshen().await;
         let topic = self.find_topic(name).await?;
         Ok(self.describe_topic(&topic).await)
+    }
+
+    /// The queue that messages with this key go to.
+    pub async fn queue_of_key(&self, name: &str, key: &str) -> BrokerResult<u32> {
+        let topic = self.find_topic(name).await?;
+        Ok(queue_of_key(key.as_bytes(), topic.config.hash_queues))
     }
 
     /// Changes a topic; returns when new queues have leaders.

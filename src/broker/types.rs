@@ -132,6 +132,16 @@ pub struct NewMessage {
     pub queue: Option<u32>,
 }
 
+impl NewMessage {
+    /// What a topic's limit counts: key, value, tag and headers.
+    pub fn size_bytes(&self) -> u64 {
+        let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
+        let headers = self.headers.iter().map(|(n, v)| n.len() + v.len());
+        let value = self.value.as_ref().map_or(0, Bytes::len);
+        (value + text(&self.key) + text(&self.tag) + headers.sum::<usize>()) as u64
+    }
+}
+
 /// The idempotent producer's mark on a request; `sequence` is that of its first message.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProducerMark {

@@ -22,7 +22,8 @@ use quorate_storage::RaftGroupId;
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
-use super::batcher::{now_ms, producer_of, record_count};
+use super::batcher::{now_ms, producer_of};
+use super::encode::records_in;
 use super::local::LocalQueue;
 use super::read::unreadable;
 use super::{Backlog, Broker, BrokerError, BrokerResult, OnFull};
@@ -48,7 +49,7 @@ struct Load {
 impl Load {
     fn of(batches: &[NewBatch]) -> Self {
         // What is held back is judged here as well, and counts from the day it is visible.
-        let messages = batches.iter().map(|b| u64::from(record_count(&b.batch)));
+        let messages = batches.iter().map(|b| u64::from(records_in(&b.batch)));
         let bytes = batches.iter().map(|b| b.batch.len() as u64);
         Self {
             messages: messages.sum(),
