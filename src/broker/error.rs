@@ -81,10 +81,8 @@ pub enum BrokerError {
     QuotaExceeded(String),
     #[error("{whose} is at its quota; try again in {retry_after_ms} ms")]
     RateExceeded { whose: String, retry_after_ms: u64 },
-    #[error(
-        "queue {queue} of topic {topic:?} holds as much as its consumers may leave unread; try again when they have consumed more"
-    )]
-    BacklogFull { topic: String, queue: u32 },
+    #[error("{0}")]
+    BacklogFull(String),
     /// Not an error to the producer, but nothing was stored.
     #[error("queue {queue} of topic {topic:?} is full, and the topic drops what comes then")]
     Dropped { topic: String, queue: u32 },
@@ -140,7 +138,7 @@ impl BrokerError {
                 | Self::Timeout { .. }
                 | Self::QuotaExceeded(_)
                 | Self::RateExceeded { .. }
-                | Self::BacklogFull { .. }
+                | Self::BacklogFull(_)
                 | Self::ShuttingDown
         )
     }

@@ -182,10 +182,6 @@ impl Broker {
             if verdict == Verdict::InFlight && timeout_at(patience, released).await.is_ok() {
                 continue;
             }
-            let refused = BrokerError::BacklogFull {
-                topic: topic.name.clone(),
-                queue: number,
-            };
             // A message left out would be a gap in its producer's sequence.
             let may_drop = |b: &NewBatch| producer_of(&b.batch).is_none();
             return Err(match limits.on_full {
@@ -193,7 +189,11 @@ impl Broker {
                     topic: topic.name.clone(),
                     queue: number,
                 },
-                _ => refused,
+                _ => BrokerError::BacklogFull(format!(
+                    "queue {number} of topic {:?} holds as much as its consumers may leave \
+                     unread; try again when they have consumed more",
+                    topic.name
+                )),
             });
         }
     }

@@ -126,7 +126,7 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
         B::QuotaExceeded(_) | B::RateExceeded { .. } => {
             (S::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded")
         }
-        B::BacklogFull { .. } | B::Dropped { .. } => {
+        B::BacklogFull(_) | B::Dropped { .. } => {
             (S::TOO_MANY_REQUESTS, "backlog_full", "Backlog full")
         }
         B::NoLeader { .. } => (S::SERVICE_UNAVAILABLE, "no_leader", "No leader"),
