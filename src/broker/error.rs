@@ -86,6 +86,10 @@ pub enum BrokerError {
     /// Not an error to the producer, but nothing was stored.
     #[error("queue {queue} of topic {topic:?} is full, and the topic drops what comes then")]
     Dropped { topic: String, queue: u32 },
+    #[error("topic {topic:?} has no message {message_id:?}")]
+    MessageNotFound { topic: String, message_id: String },
+    #[error("message {message_id:?} was delivered before; what is visible stays so")]
+    AlreadyDelivered { message_id: String },
     #[error(
         "the queue has no leader at the moment; an election is under way or a majority of its replicas is down"
     )]
