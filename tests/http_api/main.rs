@@ -12,6 +12,7 @@ mod live;
 mod no_room;
 mod offsets;
 mod one_way;
+mod overtaking;
 mod produce;
 mod quotas;
 mod strict;
