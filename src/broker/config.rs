@@ -23,6 +23,10 @@ pub struct BrokerConfig {
     /// Bytes waiting to be proposed, per queue and over all queues of this node.
     pub max_queued_bytes_per_queue: usize,
     pub max_queued_bytes: usize,
+    /// How long a request of an idempotent producer waits for those that it overtook, and how many
+    /// bytes wait so in one queue.
+    pub early_wait: Duration,
+    pub max_early_bytes: usize,
     /// A queue's batcher ends after this long without work.
     pub batcher_idle: Duration,
 }
@@ -39,6 +43,8 @@ impl Default for BrokerConfig {
             max_entries_in_flight: 16,
             max_queued_bytes_per_queue: 64 << 20,
             max_queued_bytes: 256 << 20,
+            early_wait: Duration::from_millis(300),
+            max_early_bytes: 16 << 20,
             batcher_idle: Duration::from_secs(30),
         }
     }

@@ -71,7 +71,16 @@ impl Broker {
             name: name.map(str::to_owned),
         };
         match self.coordinate(coordinator, &command).await? {
-            CoordinatorReply::Producer { id, epoch, fence } => {
+            CoordinatorReply::Producer {
+                id,
+                epoch,
+                retired,
+                fence,
+            } => {
+                if let Some(retired) = retired {
+                    self.fence_everywhere(retired, i16::MAX, fence.clone())
+                        .await?;
+                }
                 self.fence_everywhere(id, epoch, fence).await?;
                 Ok(ProducerIdentity {
                     id: id.to_string(),

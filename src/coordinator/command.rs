@@ -106,6 +106,8 @@ pub enum CoordinatorReply {
     Producer {
         id: i64,
         epoch: i16,
+        /// Its id before its epochs ran out: all of that id's epochs are over.
+        retired: Option<i64>,
         fence: Vec<u64>,
     },
     Attached,

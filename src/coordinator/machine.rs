@@ -73,6 +73,7 @@ impl CoordinatorMachine {
             CoordinatorCommand::RegisterProducer { name: None } => CoordinatorReply::Producer {
                 id: self.next_producer(false)?,
                 epoch: 0,
+                retired: None,
                 fence: Vec::new(),
             },
             CoordinatorCommand::RegisterProducer { name: Some(name) } => self.register(&name)?,

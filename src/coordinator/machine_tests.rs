@@ -8,6 +8,7 @@ use super::*;
 use crate::broker::MemberMark;
 use crate::coordinator::membership::{Delivery, GroupStart, Newcomer, QueueId, TopicShape};
 use crate::coordinator::producers::NAMED_BIT;
+use crate::coordinator::records::{NamedProducer, producer_key};
 use crate::coordinator::{
     AssignStrategy, CommitVerdict, NotAMember, QueueOffset, is_named, owner_of_producer, stamp,
 };
@@ -77,7 +78,9 @@ fn verdict(machine: &mut Fixture, command: CoordinatorCommand) -> CommitVerdict 
 fn register(machine: &mut Fixture, name: Option<&str>) -> (i64, i16, Vec<u64>) {
     let name = name.map(str::to_owned);
     match machine.apply(CoordinatorCommand::RegisterProducer { name }) {
-        CoordinatorReply::Producer { id, epoch, fence } => (id, epoch, fence),
+        CoordinatorReply::Producer {
+            id, epoch, fence, ..
+        } => (id, epoch, fence),
         other => panic!("{other:?}"),
     }
 }
@@ -154,6 +157,55 @@ fn producer_ids_are_unique_over_coordinators_and_names_raise_the_epoch() {
     assert_eq!(owner_of_producer(ids[2]), 2);
     assert!(is_named(ids[2]) && !is_named(ids[0]));
     assert_eq!(register(&mut two, Some("a")), (ids[2], 1, vec![]));
+}
+
+#[test]
+fn a_name_whose_epochs_are_used_up_goes_on_under_another_id() {
+    let mut machine = Fixture::new(0);
+    let (old, _, _) = register(&mut machine, Some("p"));
+    let mut known: NamedProducer = {
+        let records = &machine.machine.records;
+        records.read(&producer_key("p")).unwrap().unwrap()
+    };
+    known.epoch = i16::MAX - 2;
+    known.queues = [5, 9].into();
+    machine.machine.records.store(producer_key("p"), &known);
+    // The last epoch leaves room for one that refuses it.
+    let last = register(&mut machine, Some("p"));
+    assert_eq!(last, (old, i16::MAX - 1, vec![5, 9]));
+    let renew = |machine: &mut Fixture| {
+        machine.apply(CoordinatorCommand::RegisterProducer {
+            name: Some("p".to_owned()),
+        })
+    };
+    let CoordinatorReply::Producer {
+        id,
+        epoch,
+        retired,
+        fence,
+    } = renew(&mut machine)
+    else {
+        panic!("not registered");
+    };
+    assert!(id != old && is_named(id));
+    assert_eq!((epoch, retired, fence), (0, Some(old), vec![5, 9]));
+    let attach = |machine: &mut Fixture, id, epoch| {
+        machine.apply(CoordinatorCommand::AttachProducer {
+            id,
+            epoch,
+            queue_group: 5,
+        })
+    };
+    let refused = CoordinatorReply::Fenced { current: i16::MAX };
+    assert_eq!(attach(&mut machine, old, i16::MAX - 1), refused);
+    assert_eq!(attach(&mut machine, old, 0), refused);
+    assert_eq!(attach(&mut machine, id, 0), CoordinatorReply::Attached);
+    // Whoever could not put up all the fences does it with the next registration.
+    let again = renew(&mut machine);
+    assert!(matches!(
+        again,
+        CoordinatorReply::Producer { epoch: 1, retired: Some(r), .. } if r == old
+    ));
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod machine;
 mod members;
 mod membership;
 mod offsets;
+mod positions;
 mod producers;
 mod records;
 

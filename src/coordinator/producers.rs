@@ -8,6 +8,8 @@ use super::records::{NamedProducer, PRODUCER_NUMBER_KEY, producer_id_key, produc
 
 /// A producer id is: coordinator number, one bit for "has a name", the coordinator's own count.
 const COORDINATOR_SHIFT: u32 = 40;
+/// The last epoch that is given out; the one above it refuses them all.
+const LAST_EPOCH: i16 = i16::MAX - 1;
 pub(super) const NAMED_BIT: i64 = 1 << 39;
 
 /// The coordinator that gave a producer id.
@@ -37,14 +39,17 @@ impl CoordinatorMachine {
             None => NamedProducer {
                 id: self.next_producer(true)?,
                 epoch: 0,
+                retired: None,
                 queues: Default::default(),
             },
-            Some(known) if known.epoch == i16::MAX => {
-                return Ok(CoordinatorReply::Invalid(format!(
-                    "producer {name:?} was registered {} times; choose another name",
-                    i16::MAX
-                )));
-            }
+            // Its epochs are used up. It goes on under another id, and the old one is refused for
+            // ever: here, and in every queue it wrote to.
+            Some(known) if known.epoch >= LAST_EPOCH => NamedProducer {
+                id: self.next_producer(true)?,
+                epoch: 0,
+                retired: Some(known.id),
+                queues: known.queues,
+            },
             Some(known) => NamedProducer {
                 epoch: known.epoch + 1,
                 ..known
@@ -56,6 +61,7 @@ impl CoordinatorMachine {
         Ok(CoordinatorReply::Producer {
             id: producer.id,
             epoch: producer.epoch,
+            retired: producer.retired,
             fence: producer.queues.into_iter().collect(),
         })
     }
@@ -73,6 +79,9 @@ impl CoordinatorMachine {
         let Some(mut producer) = self.named(&name)? else {
             return Ok(CoordinatorReply::UnknownProducer);
         };
+        if id != producer.id {
+            return Ok(CoordinatorReply::Fenced { current: i16::MAX });
+        }
         if epoch < producer.epoch {
             return Ok(CoordinatorReply::Fenced {
                 current: producer.epoch,

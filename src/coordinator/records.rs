@@ -33,6 +33,8 @@ pub(super) type Content = BTreeMap<Vec<u8>, Vec<u8>>;
 pub(super) struct NamedProducer {
     pub id: i64,
     pub epoch: i16,
+    /// The id it had before its epochs ran out; to be refused wherever that one wrote.
+    pub retired: Option<i64>,
     /// Groups of the queues it has announced to write to, ever.
     pub queues: std::collections::BTreeSet<u64>,
 }

@@ -142,7 +142,7 @@ async fn nothing_of_a_request_that_does_not_fit_is_stored() {
         (json!({"value_base64": "not base64!"}), "value_base64"),
         (json!({"delay_ms": 5000}), "can't delay messages yet"),
         (json!({"deliver_at_ms": 1}), "can't delay messages yet"),
-        (json!({"ttl_ms": 1}), "can't expire messages by ttl yet"),
+        (json!({"ttl_ms": 0}), "ttl_ms is 0"),
         (json!({"partition": 1}), "unknown field `partition`"),
         (json!({"tag": "a||b"}), "||"),
     ] {

@@ -52,7 +52,7 @@ pub(super) struct ProducerTable {
 }
 
 /// Sequences count from 0 to `i32::MAX` and begin again at 0.
-fn advance(sequence: i32, count: u32) -> i32 {
+pub(in crate::broker) fn advance(sequence: i32, count: u32) -> i32 {
     ((i64::from(sequence) + i64::from(count)) & i64::from(i32::MAX)) as i32
 }
 

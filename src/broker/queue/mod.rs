@@ -11,6 +11,7 @@ mod reply;
 mod shared;
 mod state;
 
+pub(in crate::broker) use dedupe::advance;
 pub use reply::{BatchOutcome, CancelVerdict, QueueReply, Settled};
 pub(crate) use reply::{decode_cancelled, decode_outcomes, decode_settled};
 pub use shared::{QueueBounds, QueueShared};
