@@ -118,6 +118,7 @@ fn node_config(config: &ServerConfig) -> NodeConfig {
         checkpoint_every: config.raft.checkpoint_every,
         broker: BrokerConfig {
             write_timeout: ms(config.limits.write_timeout_ms),
+            retention_check: ms(config.log.retention_check_ms),
             ..BrokerConfig::default()
         },
     }

@@ -73,6 +73,8 @@ section! {
         write_batch_bytes: u64 = 8 * MIB, "log-write-batch-bytes", "QUORATE_LOG_WRITE_BATCH_BYTES";
         /// Longest time an `async` topic's write waits for its fsync.
         async_flush_interval_ms: u64 = 500, "log-async-flush-interval-ms", "QUORATE_LOG_ASYNC_FLUSH_INTERVAL_MS";
+        /// Pause between two looks for messages that their topic's retention keeps no longer.
+        retention_check_ms: u64 = 30_000, "log-retention-check-ms", "QUORATE_LOG_RETENTION_CHECK_MS";
     }
 }
 

@@ -215,6 +215,12 @@ impl ServerConfig {
             1,
             60_000,
         )?;
+        in_range(
+            "log.retention_check_ms",
+            log.retention_check_ms,
+            10,
+            86_400_000,
+        )?;
         let message = ("limits.max_message_bytes", self.limits.max_message_bytes);
         let request = ("http.max_request_bytes", self.http.max_request_bytes);
         at_least(("log.segment_bytes", log.segment_bytes), 2, request)?;

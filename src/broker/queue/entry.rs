@@ -5,7 +5,7 @@
 //! | bytes | field |
 //! |---|---|
 //! | 0 | version = 2 |
-//! | 1 | kind: 1 = append, 2 = fence a producer |
+//! | 1 | kind: 1 = append, 2 = fence a producer, 7 = trim |
 //! | 2..10 | stamp, ms: max(the leader's clock, its last stamp) |
 //!
 //! An append goes on with:
@@ -22,7 +22,8 @@
 //! | 4 | length of the batch |
 //! | … | one RecordBatch v2, stamped, base offset 0 |
 //!
-//! A fence goes on with the producer id (8) and the epoch (2) below which it is refused.
+//! A fence goes on with the producer id (8) and the epoch (2) below which it is refused. A trim goes
+//! on with the offset (8) below which messages are gone.
 //!
 //! Invariant: nothing here trusts a length or a count; hostile bytes give an [`EntryError`].
 
@@ -33,6 +34,7 @@ use serde::{Deserialize, Serialize};
 const VERSION: u8 = 2;
 const KIND_APPEND: u8 = 1;
 const KIND_FENCE: u8 = 2;
+const KIND_TRIM: u8 = 7;
 const HEADER_BYTES: usize = 10;
 /// Of a batch without mark and hold.
 const MIN_PREFIX_BYTES: usize = 1 + 1 + 4;
@@ -98,6 +100,7 @@ pub struct EntryBatch {
 pub enum EntryBody {
     Append(Vec<EntryBatch>),
     Fence { producer: i64, epoch: i16 },
+    Trim { earliest_offset: u64 },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,6 +179,19 @@ pub fn fence(stamp_ms: u64, producer: i64, epoch: i16) -> Bytes {
     buffer.freeze()
 }
 
+/// The entry that lets go of the messages below an offset.
+pub fn trim(stamp_ms: u64, earliest_offset: u64) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 8);
+    put_header(&mut buffer, KIND_TRIM, stamp_ms);
+    buffer.put_u64(earliest_offset);
+    buffer.freeze()
+}
+
+/// Whether a body is one that [`trim`] made. It frees space, so a full disk is no reason against it.
+pub fn is_trim(body: &[u8]) -> bool {
+    body.first_chunk() == Some(&[VERSION, KIND_TRIM]) && body.len() == HEADER_BYTES + 8
+}
+
 fn put_header(buffer: &mut BytesMut, kind: u8, stamp_ms: u64) {
     buffer.put_u8(VERSION);
     buffer.put_u8(kind);
@@ -236,6 +252,9 @@ pub fn decode(body: &Bytes) -> Result<Entry, EntryError> {
                 epoch: rest.get_i16(),
             }
         }
+        KIND_TRIM => EntryBody::Trim {
+            earliest_offset: take(&mut rest, 8)?.get_u64(),
+        },
         other => return Err(EntryError::Kind(other)),
     };
     if rest.has_remaining() {
@@ -403,6 +422,20 @@ mod tests {
                 epoch: 3
             }
         );
+    }
+
+    #[test]
+    fn a_trim_comes_back_and_is_known_for_one() {
+        let body = trim(5, 1 << 40);
+        let earliest_offset = 1 << 40;
+        assert_eq!(
+            decode(&body).unwrap().body,
+            EntryBody::Trim { earliest_offset }
+        );
+        assert!(is_trim(&body));
+        for other in [fence(5, 1, 1), append(&[b"a"]), body.slice(..17)] {
+            assert!(!is_trim(&other));
+        }
     }
 
     #[test]

@@ -8,9 +8,11 @@ pub mod entry;
 mod forwarded;
 mod idempotency;
 mod shared;
+mod sizes;
 mod state;
 
 pub use shared::{QueueBounds, QueueShared};
+pub use sizes::SizeTable;
 pub(crate) use state::decode_outcomes;
 pub use state::{QueueLimits, QueueMachine};
 

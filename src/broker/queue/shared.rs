@@ -3,9 +3,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use parking_lot::Mutex;
 use quorate_storage::queue_index::QueueIndex;
 use tokio::sync::{Notify, watch};
 
+use super::SizeTable;
 use crate::soundness::Soundness;
 
 /// The offsets a queue holds on this node: `earliest..end`.
@@ -24,6 +26,7 @@ pub struct QueueShared {
     earliest: AtomicU64,
     end: AtomicU64,
     last_stamp_ms: AtomicU64,
+    sizes: Mutex<SizeTable>,
     wake: watch::Sender<u64>,
     closed: AtomicBool,
     soundness: Soundness,
@@ -37,6 +40,7 @@ impl QueueShared {
             earliest: AtomicU64::new(0),
             end: AtomicU64::new(0),
             last_stamp_ms: AtomicU64::new(0),
+            sizes: Mutex::default(),
             wake: watch::Sender::new(0),
             closed: AtomicBool::new(false),
             soundness: Soundness::new(repair),
@@ -57,6 +61,15 @@ impl QueueShared {
     /// The log's time after the last applied entry.
     pub fn last_stamp_ms(&self) -> u64 {
         self.last_stamp_ms.load(Ordering::Acquire)
+    }
+
+    /// The bytes its messages take. As new as the last point in it, so a step too low at most.
+    pub fn sizes(&self) -> SizeTable {
+        self.sizes.lock().clone()
+    }
+
+    pub(super) fn set_sizes(&self, sizes: &SizeTable) {
+        self.sizes.lock().clone_from(sizes);
     }
 
     /// Changes after every run of applies that moved the end.

@@ -18,9 +18,9 @@ use super::dedupe::{Producer, ProducerTable, Verdict};
 use super::entry::{self, EntryBatch, EntryBody, Mark};
 use super::forwarded::SourceTable;
 use super::idempotency::{KeyTable, KeyVerdict, RememberedKey};
-use super::{BatchOutcome, Place, QueueBounds, QueueShared};
+use super::{BatchOutcome, Place, QueueBounds, QueueShared, SizeTable};
 
-const CHECKPOINT_VERSION: u8 = 2;
+const CHECKPOINT_VERSION: u8 = 3;
 
 /// Bounds of the tables. Apply decides by them, so they must be the same on every replica at every
 /// time: the catalog records them when the cluster is made.
@@ -47,6 +47,7 @@ struct State {
     next_offset: u64,
     earliest_offset: u64,
     stamp_ms: u64,
+    sizes: SizeTable,
     producers: ProducerTable,
     keys: KeyTable,
     sources: SourceTable,
@@ -58,6 +59,7 @@ struct Checkpoint {
     next_offset: u64,
     earliest_offset: u64,
     stamp_ms: u64,
+    sizes: SizeTable,
     producers: Vec<(i64, Producer)>,
     keys: Vec<RememberedKey>,
     sources: SourceTable,
@@ -70,6 +72,8 @@ pub struct QueueMachine {
     limits: QueueLimits,
     index: Arc<QueueIndex>,
     shared: Arc<QueueShared>,
+    /// A trim was applied, and no checkpoint taken since.
+    trimmed: bool,
 }
 
 impl QueueMachine {
@@ -79,6 +83,7 @@ impl QueueMachine {
             limits,
             index,
             shared,
+            trimmed: false,
         }
     }
 
@@ -148,6 +153,10 @@ impl QueueMachine {
             Mark::Forwarded { source, sequence } => self.state.sources.record(source, sequence),
         }
         self.extend_index(place);
+        let bytes = batch.batch.len() as u64;
+        if self.state.sizes.add(place.base_offset, bytes) {
+            self.shared.set_sizes(&self.state.sizes);
+        }
         self.state.next_offset += u64::from(count);
         BatchOutcome::Stored(place)
     }
@@ -168,6 +177,24 @@ impl QueueMachine {
         }
     }
 
+    /// Lets go of the messages below `to`. The beginning never goes back, nor beyond the end.
+    fn trim(&mut self, to: u64) {
+        let to = to.min(self.state.next_offset);
+        if to <= self.state.earliest_offset {
+            return;
+        }
+        self.state.earliest_offset = to;
+        self.state.sizes.trim(to);
+        self.shared.set_sizes(&self.state.sizes);
+        self.trimmed = true;
+        // Readers first: one who finds the index trimmed must find out why.
+        self.publish();
+        if let Err(error) = self.index.trim_front(to) {
+            tracing::error!(path = %self.index.path().display(), %error, "queue index failed");
+            self.shared.soundness().set_broken(error);
+        }
+    }
+
     fn publish(&self) {
         let bounds = QueueBounds {
             earliest: self.state.earliest_offset.max(self.index.first_offset()),
@@ -182,6 +209,7 @@ impl QueueMachine {
             next_offset: self.state.next_offset,
             earliest_offset: self.state.earliest_offset,
             stamp_ms: self.state.stamp_ms,
+            sizes: self.state.sizes.clone(),
             producers: match mutation::on(Mutation::SkipDedupeInSnapshots) {
                 false => self.state.producers.content(),
                 true => Vec::new(),
@@ -214,6 +242,7 @@ impl QueueMachine {
             next_offset: found.next_offset,
             earliest_offset: found.earliest_offset,
             stamp_ms: found.stamp_ms,
+            sizes: found.sizes,
             producers: ProducerTable::from_content(found.producers),
             keys: KeyTable::from_content(found.keys),
             sources: found.sources,
@@ -242,6 +271,10 @@ impl StateMachine for QueueMachine {
                         self.state.producers.fence(producer, epoch, stamp_ms);
                         Vec::new()
                     }
+                    EntryBody::Trim { earliest_offset } => {
+                        self.trim(earliest_offset);
+                        Vec::new()
+                    }
                 }
             }
             Err(error) => {
@@ -255,6 +288,21 @@ impl StateMachine for QueueMachine {
 
     fn applied_batch(&mut self, _applied: LogId) {
         self.shared.wake();
+    }
+
+    /// What a trim lets go of can be purged up to a checkpoint, and a quiet queue may never come to
+    /// the next regular one.
+    fn wants_checkpoint(&mut self) -> bool {
+        std::mem::take(&mut self.trimmed)
+    }
+
+    fn oldest_needed(&mut self) -> Result<u64, StorageError> {
+        if self.state.earliest_offset >= self.state.next_offset {
+            return Ok(u64::MAX);
+        }
+        let first = self.index.find_from(self.state.earliest_offset, 1)?;
+        // An index that was begun anew at a later offset still lacks what is to be applied again.
+        Ok(first.first().map_or(0, |record| record.log_index))
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError> {
@@ -272,6 +320,7 @@ impl StateMachine for QueueMachine {
             None => {
                 self.index.reset_to(0)?;
                 self.state = State::default();
+                self.shared.set_sizes(&self.state.sizes);
             }
             Some(state) => {
                 let state = self.decode(state)?;
@@ -287,6 +336,7 @@ impl StateMachine for QueueMachine {
                     });
                 }
                 self.state = state;
+                self.shared.set_sizes(&self.state.sizes);
             }
         }
         self.publish();
@@ -298,6 +348,7 @@ impl StateMachine for QueueMachine {
         let state = self.decode(state)?;
         self.index.reset_to(state.next_offset)?;
         self.state = state;
+        self.shared.set_sizes(&self.state.sizes);
         self.publish();
         self.shared.wake();
         Ok(())
