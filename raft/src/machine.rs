@@ -427,7 +427,11 @@ fn require_boundary(
     group: RaftGroupId,
     purged: LogId,
 ) -> Result<(), StorageError> {
-    for id in snapshots.list(group)?.into_iter().filter(|id| *id >= purged) {
+    for id in snapshots
+        .list(group)?
+        .into_iter()
+        .filter(|id| *id >= purged)
+    {
         match snapshots.read(group, id) {
             Ok((header, _)) if header.kind == SnapshotKind::Boundary => return Ok(()),
             Ok(_) | Err(StorageError::Damaged { .. }) => {}

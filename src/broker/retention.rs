@@ -99,9 +99,7 @@ impl Broker {
                 Err(error) => tracing::debug!(group, ?error, "queue not trimmed yet"),
             }
         };
-        stream::iter(trims)
-            .for_each_concurrent(AT_ONCE, trim)
-            .await;
+        stream::iter(trims).for_each_concurrent(AT_ONCE, trim).await;
     }
 }
 
@@ -119,7 +117,10 @@ fn look(
     let index = queue.shared.index();
     let mut for_age = None;
     if let Some(max_age_ms) = policy.max_age_ms {
-        if look.oldest.is_none_or(|(offset, _)| offset != bounds.earliest) {
+        if look
+            .oldest
+            .is_none_or(|(offset, _)| offset != bounds.earliest)
+        {
             let stored_ms = index.timestamp_of(bounds.earliest)?;
             look.oldest = stored_ms.map(|ms| (bounds.earliest, ms));
         }

@@ -15,7 +15,8 @@ use super::batcher::now_ms;
 use super::queue::entry;
 use super::{Broker, BrokerError, BrokerResult, NodeId, Outcome};
 use crate::catalog::{
-    CATALOG_GROUP, CatalogCommand, CatalogState, FIRST_QUEUE_GROUP, GroupOwner, GroupPlacement, Topic,
+    CATALOG_GROUP, CatalogCommand, CatalogState, FIRST_QUEUE_GROUP, GroupOwner, GroupPlacement,
+    Topic,
 };
 use crate::coordinator::stamp;
 use crate::peer::{PeerError, PeerRequest, PeerResult, decode, encode};

@@ -11,5 +11,6 @@ mod live;
 mod no_room;
 mod offsets;
 mod produce;
+mod retention;
 mod strict;
 mod topics;

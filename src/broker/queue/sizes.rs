@@ -82,7 +82,10 @@ impl SizeTable {
         }
         let after = self.points.partition_point(|p| p.offset <= earliest);
         let from = after.checked_sub(1).and_then(|at| self.points.get(at));
-        self.total - from.or(self.points.first()).map_or(self.total, |p| p.before)
+        self.total
+            - from
+                .or(self.points.first())
+                .map_or(self.total, |p| p.before)
     }
 
     /// The lowest point from which on at most `max_bytes` are retained. The last point where none
