@@ -264,6 +264,15 @@ impl WriterCore {
                 let (group, below) = (group.clone(), *below);
                 return self.encode_carried(&group, below, batch);
             }
+            Action::Relocate {
+                group,
+                segment,
+                entries,
+                next,
+            } => {
+                let (group, segment) = (group.clone(), segment.clone());
+                return self.encode_relocated(&group, &segment, entries, next, batch);
+            }
             Action::Barrier => {
                 batch.sync = true;
                 return Ok(Fit::Whole);
@@ -352,6 +361,48 @@ impl WriterCore {
             {
                 return Ok(Fit::SegmentFull);
             }
+        }
+        Ok(Fit::Whole)
+    }
+
+    /// An entry may have been cut, purged or removed since it was read: only the writer knows whether
+    /// its old place is the one that counts at this point of the stream.
+    fn encode_relocated(
+        &mut self,
+        group: &Arc<Group>,
+        segment: &Segment,
+        entries: &[Entry],
+        next: &mut usize,
+        batch: &mut Batch,
+    ) -> Result<Fit, StorageError> {
+        while let Some(entry) = entries.get(*next) {
+            if self.buf.len() >= self.shared.config.write_batch_bytes {
+                return Ok(Fit::BatchFull);
+            }
+            let index = entry.log_id.index;
+            let counts = group.inner.lock().written.begins_run_in(segment, index);
+            if counts {
+                let content = Content::Relocated {
+                    log_id: entry.log_id,
+                    kind: entry.kind,
+                };
+                let Some(position) = self.push(group.id, &content, &entry.body) else {
+                    return Ok(Fit::SegmentFull);
+                };
+                batch.frames += 1;
+                let length = entry.body.len() as u32;
+                let mut inner = group.inner.lock();
+                // Whoever has looked up the old place may not find its file any more.
+                inner.version += 1;
+                let applied = inner
+                    .written
+                    .apply(&content, &self.segment, position, length);
+                if applied.map_err(|why| self.impossible(group, why))? {
+                    self.touched.push(group.clone());
+                }
+            }
+            batch.cost += entry_cost(entry);
+            *next += 1;
         }
         Ok(Fit::Whole)
     }
