@@ -57,6 +57,16 @@ struct Move {
     last: u64,
 }
 
+impl Move {
+    /// The next entry that is still there: what was left may have been cut or purged meanwhile.
+    fn next_live(&self) -> Option<u64> {
+        let inner = self.group.inner.lock();
+        let runs = inner.written.runs_in(&self.segment).into_iter();
+        let rest = runs.filter(|(first, last)| *first <= self.last && *last >= self.next);
+        rest.map(|(first, _)| first.max(self.next)).min()
+    }
+}
+
 /// A round of cleaning.
 pub(super) struct Cleaning<'a> {
     shared: &'a Shared,
@@ -87,14 +97,15 @@ impl Cleaning<'_> {
     /// Queues the next piece of what must be at the head. False: all of it was.
     pub fn queue_next(&mut self) -> Result<bool, StorageError> {
         while let Some(run) = self.plan.moves.front_mut() {
+            let Some(start) = run.next_live() else {
+                self.plan.moves.pop_front();
+                continue;
+            };
             let (group, segment) = (run.group.clone(), run.segment.clone());
-            let read = reader::read_in(self.shared, &group, &segment, run.next, PIECE_BYTES);
+            let read = reader::read_in(self.shared, &group, &segment, start, PIECE_BYTES);
             let entries = self.shared.damage.watch(group.id, read)?;
-            match entries.last() {
-                Some(last) if last.log_id.index < run.last => run.next = last.log_id.index + 1,
-                // The rest was cut or purged meanwhile.
-                _ => drop(self.plan.moves.pop_front()),
-            }
+            // Without any, it was cut or purged in between.
+            run.next = entries.last().map_or(start, |last| last.log_id.index) + 1;
             if entries.is_empty() {
                 continue;
             }

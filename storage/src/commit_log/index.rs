@@ -167,6 +167,13 @@ impl Written {
         Ok(())
     }
 
+    /// Whether the place that counts for an entry is in this sealed segment.
+    pub fn has_in(&self, segment: &Segment, index: u64) -> bool {
+        let after = self.spans.partition_point(|span| span.first <= index);
+        let span = after.checked_sub(1).and_then(|place| self.spans.get(place));
+        span.is_some_and(|span| index <= span.last && span.segment.base == segment.base)
+    }
+
     /// Whether the entry is the first one left of a run in this segment.
     pub fn begins_run_in(&self, segment: &Segment, index: u64) -> bool {
         let place = self.spans.partition_point(|span| span.first < index);
