@@ -112,6 +112,75 @@ async fn by_bytes_the_newest_messages_stay() {
     until_earliest(&api, 280).await;
 }
 
+/// Bytes of the segments in a node's log.
+fn log_bytes(cluster: &Cluster) -> Result<u64> {
+    let mut bytes = 0;
+    for file in std::fs::read_dir(cluster.data_dir(1).join("log"))? {
+        let path = file?.path();
+        if path.extension().is_some_and(|ending| ending == "log") {
+            // It may have been removed meanwhile.
+            bytes += std::fs::metadata(path).map_or(0, |file| file.len());
+        }
+    }
+    Ok(bytes)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_disk_gets_its_space_back_although_quiet_queues_keep_theirs() -> Result<()> {
+    let small = EAGER.replace("33554432", "2097152");
+    let small = format!("{small}\n[limits]\nmax_message_bytes = 65536\n");
+    let mut cluster = Cluster::start_small_segments(1, &small).await?;
+    let client = cluster.client();
+    for name in ["quiet", "t"] {
+        create(&client, name, 1).await?;
+    }
+    let told = json!({"messages": [{"value": "still here", "queue": 0}]});
+    let (status, answer) = client
+        .request(Method::POST, "/v1/topics/quiet/messages", Some(&told))
+        .await?;
+    ensure!(status == 200, "{answer}");
+    let value = "x".repeat(50_000);
+    let many = vec![json!({"value": value, "queue": 0}); 10];
+    for _ in 0..40 {
+        let body = json!({ "messages": many });
+        let (status, answer) = client
+            .request(Method::POST, "/v1/topics/t/messages", Some(&body))
+            .await?;
+        ensure!(status == 200, "{answer}");
+    }
+    let full = log_bytes(&cluster)?;
+    ensure!(full > 20_000_000, "{full} bytes");
+    keep_bytes(&client, Some(1_000_000)).await?;
+    let left = eventually("segments are removed", || async {
+        let left = log_bytes(&cluster)?;
+        ensure!(left <= 10_000_000, "{left} bytes");
+        Ok(left)
+    })
+    .await?;
+    ensure!(left > 0);
+    let earliest = trimmed(&client, 300).await?;
+    for round in ["before a restart", "after it"] {
+        let quiet = client
+            .get("/v1/topics/quiet/queues/0/messages?offset=0")
+            .await?;
+        ensure!(
+            quiet["messages"][0]["value"] == "still here",
+            "{round}: {quiet}"
+        );
+        let path = format!("{MESSAGES}?offset={earliest}&max_bytes=16000000");
+        let kept = client.get(&path).await?;
+        ensure!(
+            kept["next_offset"] == 400,
+            "{round}: {}",
+            kept["next_offset"]
+        );
+        cluster.node(1).kill();
+        cluster.node(1).spawn()?;
+        cluster.wait_ready().await?;
+    }
+    Ok(())
+}
+
 /// Of every node: what it holds of the queue, equal and purged.
 async fn replicas_agree(cluster: &Cluster, earliest: u64, end: u64) -> Result<Vec<u64>> {
     eventually("all replicas are the same and purged", || async {
@@ -142,6 +211,14 @@ async fn replicas_agree(cluster: &Cluster, earliest: u64, end: u64) -> Result<Ve
         Ok(ids)
     })
     .await
+}
+
+/// A topic of one queue that keeps everything for now.
+async fn create(client: &Client, name: &str, replicas: u64) -> Result<()> {
+    let topic = json!({"name": name, "queues": 1, "replicas": replicas, "max_message_bytes": 60_000,
+        "retention": {"max_age_ms": null, "max_bytes": null}});
+    let what = format!("topic {name} is made");
+    eventually(&what, || client.create_topic_with(topic.clone())).await
 }
 
 async fn store(client: &Client, from: u64, count: u64) -> Result<()> {
@@ -180,10 +257,7 @@ async fn keep_bytes(client: &Client, max_bytes: Option<u64>) -> Result<()> {
 async fn a_follower_that_was_away_gets_the_boundary_and_every_retained_message() -> Result<()> {
     let mut cluster = Cluster::start_with(3, EAGER).await?;
     let client = cluster.client();
-    client
-        .create_topic_with(json!({"name": "t", "queues": 1, "replicas": 3,
-            "retention": {"max_age_ms": null, "max_bytes": null}}))
-        .await?;
+    create(&client, "t", 3).await?;
     store(&client, 0, 50).await?;
     let leader = client.leader("t", 0).await?;
     let away = if leader == 3 { 2 } else { 3 };
@@ -228,10 +302,7 @@ async fn purged(url: &str) -> Result<()> {
 async fn a_replica_without_its_boundary_is_filled_anew() -> Result<()> {
     let mut cluster = Cluster::start_with(3, EAGER).await?;
     let client = cluster.client();
-    client
-        .create_topic_with(json!({"name": "t", "queues": 1, "replicas": 3,
-            "retention": {"max_age_ms": null, "max_bytes": null}}))
-        .await?;
+    create(&client, "t", 3).await?;
     store(&client, 0, 400).await?;
     keep_bytes(&client, Some(150_000)).await?;
     let earliest = trimmed(&client, 200).await?;
