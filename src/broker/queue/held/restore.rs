@@ -1,0 +1,348 @@
+//! Bringing the records back to a checkpoint, and carrying them to a replica that has none.
+
+use quorate_storage::{LogId, StorageError};
+use serde::{Deserialize, Serialize};
+
+use super::garbage::Floor;
+use super::records::{HeldBatch, PartSpot, SettledRecord, Until, keys};
+use super::{DueKey, Held, Summary, TransactionId, hash};
+
+/// Records read or written at a time.
+const PAGE: usize = 1000;
+
+/// All that a boundary snapshot has of the held batches: those that are pending there, and what is
+/// remembered of cancelled ones and of transactions that ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::broker::queue) struct Content {
+    batches: Vec<(u64, u16, HeldBatch)>,
+    settled: Vec<(TransactionId, SettledRecord)>,
+}
+
+impl Held {
+    /// Back to nothing.
+    pub(in crate::broker::queue) fn reset(&mut self) -> Result<(), StorageError> {
+        self.changes.clear();
+        // A clearing costs writes, and most queues never hold anything.
+        if self.stored.applied()?.is_some() {
+            self.stored.clear()?;
+        }
+        self.summary = Summary::default();
+        self.next_due_ms = None;
+        self.forget_checkpoints(0, 0);
+        Ok(())
+    }
+
+    /// Back to a checkpoint at `last`, when the log's time was `stamp_ms`.
+    ///
+    /// # Errors
+    /// [`StorageError::Damaged`] when the records are older than the checkpoint, when something it
+    /// needs was removed, and when they are not what it says.
+    pub(in crate::broker::queue) fn restore(
+        &mut self,
+        last: LogId,
+        stamp_ms: u64,
+        summary: Summary,
+    ) -> Result<(), StorageError> {
+        self.changes.clear();
+        let applied = self.stored.applied()?;
+        let have = applied.map_or(0, |id| id.index);
+        if have < summary.changed_at {
+            let wanted = summary.changed_at;
+            return Err(self.damaged(format!("they end at {have}, the checkpoint at {wanted}")));
+        }
+        if let Some(floor) = self.read::<Floor>(keys::FLOOR)?
+            && floor.index > last.index
+        {
+            let floor = floor.index;
+            return Err(self.damaged(format!("{last} needs what was removed at {floor}")));
+        }
+        if let Some(applied) = applied
+            && applied.index > last.index
+        {
+            self.undo(last, applied)?;
+        }
+        self.summary = summary;
+        self.compare()?;
+        self.forget_checkpoints(last.index, stamp_ms);
+        self.find_next_due()
+    }
+
+    /// Takes back what entries after `last` did.
+    fn undo(&mut self, last: LogId, applied: LogId) -> Result<(), StorageError> {
+        while self.undo_settled(last.index)? {
+            self.write_page(applied)?;
+        }
+        while self.undo_cancelled(last.index)? {
+            self.write_page(applied)?;
+        }
+        while self.undo_held(last.index)? {
+            self.write_page(applied)?;
+        }
+        self.stored.rewind(Vec::new(), last)
+    }
+
+    fn write_page(&mut self, applied: LogId) -> Result<(), StorageError> {
+        let changes = std::mem::take(&mut self.changes);
+        self.stored.rewind(changes.into_iter().collect(), applied)
+    }
+
+    /// Whether there was anything to undo.
+    fn undo_settled(&mut self, last: u64) -> Result<bool, StorageError> {
+        let after = keys::up_to(keys::SETTLED_AT, last);
+        let page = self
+            .stored
+            .scan_page(&[keys::SETTLED_AT], Some(&after), PAGE)?;
+        for (key, value) in &page {
+            let at = keys::at(key).ok_or_else(|| self.unreadable(key))?;
+            let id = self.decode(key, value)?;
+            self.remove(keys::settled(&id, at));
+            self.remove(keys::ended_at(at));
+            self.remove(key.to_vec());
+        }
+        Ok(!page.is_empty())
+    }
+
+    fn undo_cancelled(&mut self, last: u64) -> Result<bool, StorageError> {
+        let after = keys::up_to(keys::CANCELLED, last);
+        let page = self
+            .stored
+            .scan_page(&[keys::CANCELLED], Some(&after), PAGE)?;
+        for (key, value) in &page {
+            let (index, ordinal) = self.decode(key, value)?;
+            self.remove(key.to_vec());
+            let found: Option<HeldBatch> = self.read(&keys::batch(index, ordinal))?;
+            let mut batch = found.ok_or_else(|| self.unreadable(key))?;
+            if let Until::Due { cancelled, .. } = &mut batch.until {
+                *cancelled = None;
+            }
+            self.put(index, ordinal, &batch);
+        }
+        Ok(!page.is_empty())
+    }
+
+    fn undo_held(&mut self, last: u64) -> Result<bool, StorageError> {
+        let after = keys::up_to(keys::BATCH, last);
+        let page = self.stored.scan_page(&[keys::BATCH], Some(&after), PAGE)?;
+        for (key, value) in &page {
+            let (index, ordinal) = keys::spot(key).ok_or_else(|| self.unreadable(key))?;
+            let batch: HeldBatch = self.decode(key, value)?;
+            match batch.until {
+                Until::Due { due_ms, .. } => self.remove(
+                    DueKey {
+                        due_ms,
+                        index,
+                        batch: ordinal,
+                    }
+                    .encode(),
+                ),
+                Until::End { id, part } => {
+                    let key = keys::part(&id, part);
+                    let spot: Option<PartSpot> = self.read(&key)?;
+                    if spot.is_some_and(|spot| spot.index == index) {
+                        self.remove(key);
+                    }
+                }
+            }
+            self.remove(key.to_vec());
+        }
+        Ok(!page.is_empty())
+    }
+
+    /// Whether the records are what the summary says.
+    fn compare(&self) -> Result<(), StorageError> {
+        let (mut count, mut sum) = (0, 0u64);
+        self.visit(|index, ordinal, batch| {
+            if self.is_pending(index, ordinal, batch)? {
+                count += 1;
+                sum = sum.wrapping_add(hash(index, ordinal, batch));
+            }
+            Ok(true)
+        })?;
+        if (count, sum) != (self.summary.count, self.summary.sum) {
+            let wanted = self.summary.count;
+            let reason = format!("{count} batches are pending, not the {wanted} of the checkpoint");
+            return Err(self.damaged(reason));
+        }
+        Ok(())
+    }
+
+    /// Shows every batch in the order of the log, until `visit` has enough.
+    fn visit(
+        &self,
+        mut visit: impl FnMut(u64, u16, &HeldBatch) -> Result<bool, StorageError>,
+    ) -> Result<(), StorageError> {
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self
+                .stored
+                .scan_page(&[keys::BATCH], after.as_deref(), PAGE)?;
+            for (key, value) in &page {
+                let (index, ordinal) = keys::spot(key).ok_or_else(|| self.unreadable(key))?;
+                if !visit(index, ordinal, &self.decode(key, value)?)? {
+                    return Ok(());
+                }
+            }
+            match page.last() {
+                Some((last, _)) if page.len() == PAGE => after = Some(last.to_vec()),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn is_pending(
+        &self,
+        index: u64,
+        ordinal: u16,
+        batch: &HeldBatch,
+    ) -> Result<bool, StorageError> {
+        Ok(match &batch.until {
+            Until::Due {
+                cancelled: Some(_), ..
+            } => false,
+            Until::Due { due_ms, .. } => {
+                let key = DueKey {
+                    due_ms: *due_ms,
+                    index,
+                    batch: ordinal,
+                };
+                self.summary.delivered.is_none_or(|last| key > last)
+            }
+            Until::End { id, .. } => self.last_settled(id)?.is_none_or(|s| index > s.at),
+        })
+    }
+
+    /// The smallest index of an entry with a pending batch.
+    pub(in crate::broker::queue) fn oldest_index(&self) -> Result<Option<u64>, StorageError> {
+        let mut oldest = None;
+        if self.summary.count > 0 {
+            self.visit(|index, ordinal, batch| {
+                let pending = self.is_pending(index, ordinal, batch)?;
+                oldest = pending.then_some(index);
+                Ok(!pending)
+            })?;
+        }
+        Ok(oldest)
+    }
+
+    /// What the records were at a checkpoint: as `restore` would bring them back, with nothing changed
+    /// here. All of it is in memory then, some 60 bytes a batch.
+    pub(in crate::broker::queue) fn content_at(
+        &self,
+        last: LogId,
+        summary: &Summary,
+    ) -> Result<Content, StorageError> {
+        let floor: Option<Floor> = self.read(keys::FLOOR)?;
+        if floor.is_some_and(|floor| floor.index > last.index) {
+            return Err(self.damaged(format!("what was pending at {last} was removed")));
+        }
+        let mut content = Content::default();
+        let (mut count, mut sum) = (0, 0u64);
+        self.visit(|index, ordinal, batch| {
+            if index > last.index {
+                return Ok(false);
+            }
+            let mut batch = batch.clone();
+            let pending = match &mut batch.until {
+                Until::Due { due_ms, cancelled } => {
+                    if cancelled.is_some_and(|c| c.at > last.index) {
+                        *cancelled = None;
+                    }
+                    let due = DueKey {
+                        due_ms: *due_ms,
+                        index,
+                        batch: ordinal,
+                    };
+                    match (&cancelled, summary.delivered) {
+                        (Some(_), _) => false,
+                        (None, Some(delivered)) if due <= delivered => return Ok(true),
+                        (None, _) => true,
+                    }
+                }
+                Until::End { id, .. } => {
+                    let ends = self.stored.scan(&keys::settlements(id))?;
+                    for (key, value) in &ends {
+                        let at = self.decode::<SettledRecord>(key, value)?.at;
+                        if index < at && at <= last.index {
+                            return Ok(true);
+                        }
+                    }
+                    true
+                }
+            };
+            if pending {
+                count += 1;
+                sum = sum.wrapping_add(hash(index, ordinal, &batch));
+            }
+            content.batches.push((index, ordinal, batch));
+            Ok(true)
+        })?;
+        if (count, sum) != (summary.count, summary.sum) {
+            return Err(self.damaged(format!("what was pending at {last} is not here any more")));
+        }
+        self.add_settled(last.index, &mut content)?;
+        Ok(content)
+    }
+
+    fn add_settled(&self, last: u64, content: &mut Content) -> Result<(), StorageError> {
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self
+                .stored
+                .scan_page(&[keys::SETTLED_AT], after.as_deref(), PAGE)?;
+            for (key, value) in &page {
+                let at = keys::at(key).ok_or_else(|| self.unreadable(key))?;
+                if at > last {
+                    return Ok(());
+                }
+                let id = self.decode(key, value)?;
+                let record = self.read(&keys::settled(&id, at))?;
+                let record = record.ok_or_else(|| self.unreadable(key))?;
+                content.settled.push((id, record));
+            }
+            match page.last() {
+                Some((last, _)) if page.len() == PAGE => after = Some(last.to_vec()),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    /// Becomes what another replica's records were at `last`.
+    pub(in crate::broker::queue) fn install(
+        &mut self,
+        last: LogId,
+        stamp_ms: u64,
+        summary: Summary,
+        content: Option<Content>,
+    ) -> Result<(), StorageError> {
+        self.reset()?;
+        let content = content.unwrap_or_default();
+        for chunk in content.batches.chunks(PAGE) {
+            for (index, ordinal, batch) in chunk {
+                self.put(*index, *ordinal, batch);
+            }
+            self.write_page(last)?;
+        }
+        for chunk in content.settled.chunks(PAGE) {
+            for (id, record) in chunk {
+                self.store(keys::settled(id, record.at), record);
+                self.store(keys::settled_at(record.at), id);
+            }
+            self.write_page(last)?;
+        }
+        // The state before this index is nowhere.
+        self.store(keys::FLOOR.to_vec(), &Floor { index: last.index });
+        self.write_page(last)?;
+        self.summary = summary;
+        self.compare()?;
+        self.forget_checkpoints(last.index, stamp_ms);
+        self.find_next_due()
+    }
+
+    /// Makes what is stored survive a killed process, as a checkpoint wants it.
+    pub(in crate::broker::queue) fn sync(&self) -> Result<(), StorageError> {
+        match self.summary.changed_at {
+            0 => Ok(()),
+            _ => self.stored.flush(),
+        }
+    }
+}
