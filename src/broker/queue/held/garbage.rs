@@ -148,6 +148,7 @@ impl Held {
                 break;
             }
             self.remove(settled);
+            self.remembered = self.remembered.saturating_sub(1);
             self.remove(key.to_vec());
             dropped += 1;
         }

@@ -23,12 +23,12 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
+use super::Place;
 use super::entry::{Hold, TransactionId};
 use super::reply::{CancelVerdict, Settled};
-use super::Place;
 use garbage::Garbage;
-pub(super) use records::{DueKey, HeldBatch, PartSpot};
 use records::{Cancelled, SettledRecord, Until, keys};
+pub(super) use records::{DueKey, HeldBatch, PartSpot};
 pub(super) use restore::Content;
 
 /// How long a settled transaction and a cancelled batch are remembered, in log time: a coordinator
@@ -48,6 +48,13 @@ pub(super) struct Summary {
     changed_at: u64,
 }
 
+impl Summary {
+    /// Nothing was ever held.
+    pub(super) fn is_untouched(&self) -> bool {
+        self.changed_at == 0
+    }
+}
+
 /// The held batches of one replica of a queue.
 #[derive(Debug)]
 pub(super) struct Held {
@@ -57,6 +64,10 @@ pub(super) struct Held {
     summary: Summary,
     /// When the next delayed batch is due.
     next_due_ms: Option<u64>,
+    /// Settled transactions that are still remembered, on this replica.
+    remembered: u64,
+    /// Whether something was written since the last flush.
+    dirty: bool,
     garbage: Garbage,
 }
 
@@ -67,6 +78,8 @@ impl Held {
             changes: BTreeMap::new(),
             summary: Summary::default(),
             next_due_ms: None,
+            remembered: 0,
+            dirty: false,
             garbage: Garbage::default(),
         }
     }
@@ -97,7 +110,11 @@ impl Held {
     }
 
     /// Where a part of a transaction is held.
-    pub(super) fn part(&self, id: &TransactionId, part: u32) -> Result<Option<Place>, StorageError> {
+    pub(super) fn part(
+        &self,
+        id: &TransactionId,
+        part: u32,
+    ) -> Result<Option<Place>, StorageError> {
         let Some(spot) = self.read::<PartSpot>(&keys::part(id, part))? else {
             return Ok(None);
         };
@@ -106,7 +123,7 @@ impl Held {
     }
 
     /// Adds a batch. One that is to be delivered before the log's time is due at once.
-    pub(super) fn hold(&mut self, place: Place, hold: &Hold, now_ms: u64) {
+    pub(super) fn hold(&mut self, place: Place, bytes: u32, hold: &Hold, now_ms: u64) {
         let until = match *hold {
             Hold::Until { deliver_at_ms } => Until::Due {
                 due_ms: deliver_at_ms.max(now_ms),
@@ -117,6 +134,7 @@ impl Held {
         let batch = HeldBatch {
             term: place.term,
             count: place.count,
+            bytes,
             until,
         };
         self.put(place.index, place.batch, &batch);
@@ -138,7 +156,7 @@ impl Held {
                     index,
                     batch: ordinal,
                 };
-                self.store(key.encode(), &(batch.term, batch.count));
+                self.store(key.encode(), &(batch.term, batch.count, batch.bytes));
                 let next = self.next_due_ms.map_or(*due_ms, |next| next.min(*due_ms));
                 self.next_due_ms = Some(next);
             }
@@ -148,6 +166,7 @@ impl Held {
                     batch: ordinal,
                     term: batch.term,
                     count: batch.count,
+                    bytes: batch.bytes,
                 };
                 self.store(keys::part(id, *part), &spot);
             }
@@ -180,12 +199,18 @@ impl Held {
             .scan_page(&[keys::DUE], after.as_deref(), limit)?;
         let each = stored.iter().map(|(key, value)| {
             let key = DueKey::decode(key).ok_or_else(|| self.unreadable(key))?;
-            let (term, count) = self.decode(&key.encode(), value)?;
+            let (term, count, bytes) = self.decode(&key.encode(), value)?;
             let until = Until::Due {
                 due_ms: key.due_ms,
                 cancelled: None,
             };
-            Ok((key, HeldBatch { term, count, until }))
+            let batch = HeldBatch {
+                term,
+                count,
+                bytes,
+                until,
+            };
+            Ok((key, batch))
         });
         each.collect()
     }
@@ -263,7 +288,13 @@ impl Held {
     }
 
     /// Remembers how a transaction ended.
-    pub(super) fn settle(&mut self, log_id: LogId, id: &TransactionId, settled: Settled, now_ms: u64) {
+    pub(super) fn settle(
+        &mut self,
+        log_id: LogId,
+        id: &TransactionId,
+        settled: Settled,
+        now_ms: u64,
+    ) {
         let record = SettledRecord {
             at: log_id.index,
             stamp_ms: now_ms,
@@ -272,6 +303,7 @@ impl Held {
         self.store(keys::settled(id, log_id.index), &record);
         self.store(keys::settled_at(log_id.index), id);
         self.store(keys::ended_at(log_id.index), id);
+        self.remembered += 1;
         self.summary.changed_at = log_id.index;
     }
 
@@ -285,8 +317,21 @@ impl Held {
         if self.changes.is_empty() {
             return Ok(());
         }
+        self.dirty = true;
         let changes = std::mem::take(&mut self.changes);
         self.stored.write(changes.into_iter().collect(), log_id)
+    }
+
+    /// How many records there are to carry to another replica, about.
+    pub(super) fn records(&self) -> u64 {
+        self.summary.count + self.remembered
+    }
+
+    /// Looks up when the next delayed batch is due.
+    fn find_next_due(&mut self) -> Result<(), StorageError> {
+        let next = self.due_page(1)?;
+        self.next_due_ms = next.first().map(|(key, _)| key.due_ms);
+        Ok(())
     }
 
     fn count_in(&mut self, index: u64, ordinal: u16, batch: &HeldBatch) {
@@ -338,6 +383,3 @@ impl Held {
 fn hash(index: u64, ordinal: u16, batch: &HeldBatch) -> u64 {
     xxh3_64(&postcard::to_stdvec(&(index, ordinal, batch)).unwrap_or_default())
 }
-
-#[cfg(test)]
-mod tests;

@@ -3,7 +3,7 @@
 //! | key | value |
 //! |---|---|
 //! | `b`, index u64, batch u32 | [`HeldBatch`]: all that were held, until they are garbage |
-//! | `d`, due ms u64, index u64, batch u32 | term, count: the order of delivery, without what was cancelled |
+//! | `d`, due ms u64, index u64, batch u32 | term, count, bytes: the order of delivery, without what was cancelled |
 //! | `p`, transaction (16 bytes), part u32 | [`PartSpot`] |
 //! | `s`, transaction (16 bytes), index u64 of its settlement | [`SettledRecord`] |
 //! | `c`, index u64 of a cancellation | index, batch of what it took back |
@@ -23,6 +23,8 @@ use super::super::reply::Settled;
 pub(in crate::broker::queue) struct HeldBatch {
     pub term: u64,
     pub count: u32,
+    /// Its size in the log.
+    pub bytes: u32,
     pub until: Until,
 }
 
@@ -61,6 +63,7 @@ pub(in crate::broker::queue) struct PartSpot {
     pub batch: u16,
     pub term: u64,
     pub count: u32,
+    pub bytes: u32,
 }
 
 impl PartSpot {
@@ -78,6 +81,7 @@ impl PartSpot {
         HeldBatch {
             term: self.term,
             count: self.count,
+            bytes: self.bytes,
             until: Until::End { id, part },
         }
     }

@@ -28,6 +28,7 @@ impl Held {
         }
         self.summary = Summary::default();
         self.next_due_ms = None;
+        self.remembered = 0;
         self.forget_checkpoints(0, 0);
         Ok(())
     }
@@ -61,10 +62,14 @@ impl Held {
         {
             self.undo(last, applied)?;
         }
-        self.summary = summary;
-        self.compare()?;
-        self.forget_checkpoints(last.index, stamp_ms);
-        self.find_next_due()
+        if summary.changed_at == 0 {
+            // Nothing was ever held: there is nothing to look at.
+            self.summary = summary;
+            self.next_due_ms = None;
+            self.forget_checkpoints(last.index, stamp_ms);
+            return Ok(());
+        }
+        self.resume(last, stamp_ms, summary)
     }
 
     /// Takes back what entries after `last` did.
@@ -224,66 +229,29 @@ impl Held {
         Ok(oldest)
     }
 
-    /// What the records were at a checkpoint: as `restore` would bring them back, with nothing changed
-    /// here. All of it is in memory then, some 60 bytes a batch.
-    pub(in crate::broker::queue) fn content_at(
-        &self,
-        last: LogId,
-        summary: &Summary,
-    ) -> Result<Content, StorageError> {
-        let floor: Option<Floor> = self.read(keys::FLOOR)?;
-        if floor.is_some_and(|floor| floor.index > last.index) {
-            return Err(self.damaged(format!("what was pending at {last} was removed")));
-        }
+    /// What another replica needs to go on from here. All of it is in memory then, some 60 bytes a
+    /// record.
+    pub(in crate::broker::queue) fn content(&self) -> Result<Content, StorageError> {
         let mut content = Content::default();
-        let (mut count, mut sum) = (0, 0u64);
         self.visit(|index, ordinal, batch| {
-            if index > last.index {
-                return Ok(false);
+            if batch.cancelled().is_some() || self.is_pending(index, ordinal, batch)? {
+                content.batches.push((index, ordinal, batch.clone()));
             }
-            let mut batch = batch.clone();
-            let pending = match &mut batch.until {
-                Until::Due { due_ms, cancelled } => {
-                    if cancelled.is_some_and(|c| c.at > last.index) {
-                        *cancelled = None;
-                    }
-                    let due = DueKey {
-                        due_ms: *due_ms,
-                        index,
-                        batch: ordinal,
-                    };
-                    match (&cancelled, summary.delivered) {
-                        (Some(_), _) => false,
-                        (None, Some(delivered)) if due <= delivered => return Ok(true),
-                        (None, _) => true,
-                    }
-                }
-                Until::End { id, .. } => {
-                    let ends = self.stored.scan(&keys::settlements(id))?;
-                    for (key, value) in &ends {
-                        let at = self.decode::<SettledRecord>(key, value)?.at;
-                        if index < at && at <= last.index {
-                            return Ok(true);
-                        }
-                    }
-                    true
-                }
-            };
-            if pending {
-                count += 1;
-                sum = sum.wrapping_add(hash(index, ordinal, &batch));
-            }
-            content.batches.push((index, ordinal, batch));
             Ok(true)
         })?;
-        if (count, sum) != (summary.count, summary.sum) {
-            return Err(self.damaged(format!("what was pending at {last} is not here any more")));
-        }
-        self.add_settled(last.index, &mut content)?;
+        self.visit_settled(|id, at| {
+            let record = self.read(&keys::settled(&id, at))?;
+            let record = record.ok_or_else(|| self.unreadable(&keys::settled(&id, at)))?;
+            content.settled.push((id, record));
+            Ok(())
+        })?;
         Ok(content)
     }
 
-    fn add_settled(&self, last: u64, content: &mut Content) -> Result<(), StorageError> {
+    fn visit_settled(
+        &self,
+        mut visit: impl FnMut(TransactionId, u64) -> Result<(), StorageError>,
+    ) -> Result<(), StorageError> {
         let mut after: Option<Vec<u8>> = None;
         loop {
             let page = self
@@ -291,19 +259,28 @@ impl Held {
                 .scan_page(&[keys::SETTLED_AT], after.as_deref(), PAGE)?;
             for (key, value) in &page {
                 let at = keys::at(key).ok_or_else(|| self.unreadable(key))?;
-                if at > last {
-                    return Ok(());
-                }
-                let id = self.decode(key, value)?;
-                let record = self.read(&keys::settled(&id, at))?;
-                let record = record.ok_or_else(|| self.unreadable(key))?;
-                content.settled.push((id, record));
+                visit(self.decode(key, value)?, at)?;
             }
             match page.last() {
                 Some((last, _)) if page.len() == PAGE => after = Some(last.to_vec()),
                 _ => return Ok(()),
             }
         }
+    }
+
+    /// Takes up at `last`, where the log's time was `stamp_ms`, with records that are in place.
+    fn resume(&mut self, last: LogId, stamp_ms: u64, summary: Summary) -> Result<(), StorageError> {
+        self.summary = summary;
+        self.compare()?;
+        let mut remembered = 0;
+        self.visit_settled(|_, _| {
+            remembered += 1;
+            Ok(())
+        })?;
+        self.remembered = remembered;
+        self.dirty = true;
+        self.forget_checkpoints(last.index, stamp_ms);
+        self.find_next_due()
     }
 
     /// Becomes what another replica's records were at `last`.
@@ -315,7 +292,12 @@ impl Held {
         content: Option<Content>,
     ) -> Result<(), StorageError> {
         self.reset()?;
-        let content = content.unwrap_or_default();
+        let Some(content) = content else {
+            return match summary.changed_at {
+                0 => Ok(()),
+                _ => Err(self.damaged("the snapshot says nothing of them".to_owned())),
+            };
+        };
         for chunk in content.batches.chunks(PAGE) {
             for (index, ordinal, batch) in chunk {
                 self.put(*index, *ordinal, batch);
@@ -332,17 +314,14 @@ impl Held {
         // The state before this index is nowhere.
         self.store(keys::FLOOR.to_vec(), &Floor { index: last.index });
         self.write_page(last)?;
-        self.summary = summary;
-        self.compare()?;
-        self.forget_checkpoints(last.index, stamp_ms);
-        self.find_next_due()
+        self.resume(last, stamp_ms, summary)
     }
 
     /// Makes what is stored survive a killed process, as a checkpoint wants it.
-    pub(in crate::broker::queue) fn sync(&self) -> Result<(), StorageError> {
-        match self.summary.changed_at {
-            0 => Ok(()),
-            _ => self.stored.flush(),
+    pub(in crate::broker::queue) fn sync(&mut self) -> Result<(), StorageError> {
+        if std::mem::take(&mut self.dirty) {
+            self.stored.flush()?;
         }
+        Ok(())
     }
 }
