@@ -7,6 +7,7 @@
 mod batcher;
 mod cluster;
 mod config;
+mod deliver;
 mod describe;
 mod encode;
 mod error;
@@ -109,6 +110,7 @@ impl Broker {
             round_robin: AtomicU32::new(0),
         });
         events::start(&broker);
+        deliver::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);
