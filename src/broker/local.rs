@@ -10,6 +10,7 @@ use quorate_raft::{Group, ReadError};
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::NodeId;
+use super::backlog::BacklogGate;
 use super::batcher::Submission;
 use super::queue::QueueShared;
 use crate::coordinator::CoordinatorView;
@@ -30,6 +31,7 @@ pub struct LocalQueue {
     pub(super) queued_bytes: AtomicUsize,
     /// What is due is being delivered.
     pub(super) delivering: AtomicBool,
+    pub(super) backlog: BacklogGate,
     /// The running batcher, if there is one.
     pub(super) batcher: Mutex<Option<mpsc::UnboundedSender<Submission>>>,
 }
@@ -42,6 +44,7 @@ impl LocalQueue {
             recovered_index,
             queued_bytes: AtomicUsize::new(0),
             delivering: AtomicBool::new(false),
+            backlog: BacklogGate::default(),
             batcher: Mutex::new(None),
         })
     }
