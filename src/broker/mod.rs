@@ -44,7 +44,7 @@ mod testing;
 pub use config::BrokerConfig;
 pub use encode::records_in;
 pub use error::{BrokerError, Outcome};
-pub use message_id::message_id;
+pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
