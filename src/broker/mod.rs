@@ -6,8 +6,11 @@
 
 mod backlog;
 mod batcher;
+
+mod cancel;
 mod cluster;
 mod config;
+mod delay;
 mod deliver;
 mod describe;
 mod encode;
@@ -41,7 +44,9 @@ mod state_path_tests;
 #[cfg(test)]
 mod testing;
 
+pub use cancel::Cancelled;
 pub use config::BrokerConfig;
+pub use delay::Delay;
 pub use encode::records_in;
 pub use error::{BrokerError, Outcome};
 pub use message_id::{MessagePlace, message_id, parse_message_id};

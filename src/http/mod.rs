@@ -106,6 +106,7 @@ fn routes() -> OpenApiRouter<HttpState> {
         ))
         .routes(routes!(v1::topics::queue_of_key))
         .routes(routes!(v1::produce::produce))
+        .routes(routes!(v1::cancel::cancel_message))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
         .routes(routes!(v1::consume::fetch_many))
@@ -157,6 +158,7 @@ mod tests {
         found.sort();
         let expected = [
             "DELETE /v1/topics/{topic}",
+            "DELETE /v1/topics/{topic}/messages/{message_id}",
             "GET /health/live",
             "GET /health/ready",
             "GET /metrics",

@@ -14,9 +14,13 @@ use quorate_storage::batch::split;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::broker::{records_in, Broker, BrokerError, NewMessage, ProduceAnswer, ProduceRequest};
+use crate::broker::{
+    Broker, BrokerError, Delay, NewMessage, ProduceAnswer, ProduceRequest, records_in,
+};
 use crate::http::HttpState;
-use crate::http::body::{BodyReader, JsonBody, WholeBody, is_json, media_type, parse_json, wrong_media_type};
+use crate::http::body::{
+    BodyReader, JsonBody, WholeBody, is_json, media_type, parse_json, wrong_media_type,
+};
 use crate::http::clients::ClientAddress;
 use crate::http::error::{ApiError, Problem};
 use crate::http::multi::json;
@@ -24,7 +28,7 @@ use crate::http::path::{TopicName, checked_name};
 use crate::http::query::Params;
 use crate::metrics::Metrics;
 use crate::names::check_tag;
-use wire::{ProduceBody, check_ttl, refuse_later_fields};
+use wire::{ProduceBody, check_ttl};
 
 /// Stored RecordBatch v2 bytes, one batch after the other.
 pub const BATCHES: &str = "application/vnd.quorate.batches";
@@ -171,7 +175,8 @@ async fn measured(
         ("key" = Option<String>, Query, description = "octet-stream only"),
         ("tag" = Option<String>, Query, description = "octet-stream only"),
         ("queue" = Option<u32>, Query, description = "octet-stream and batches only"),
-        ("delay_ms" = Option<u64>, Query, description = "octet-stream only"),
+        ("delay_ms" = Option<u64>, Query, description = "octet-stream only: becomes visible so much later, at most a year"),
+        ("deliver_at_ms" = Option<u64>, Query, description = "octet-stream only: becomes visible then, in ms since 1970; at once if that is past"),
         ("ttl_ms" = Option<u64>, Query, description = "octet-stream only: how long it is delivered once it is visible"),
         ("ack" = Option<String>, Query, description = "`all` (default): answered when a majority has the messages. `none`: answered 202 at once, unacknowledged; JSON and octet-stream only"),
         ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key and topic within 10 minutes gets the first answer"),
@@ -238,20 +243,19 @@ pub async fn produce(
         }
         Form::Batches => {
             producing.only_majority(BATCHES)?;
-            let queue = params.only(&["ack", "queue"])?.number("queue")?.ok_or_else(|| {
-                ApiError::invalid("batches go to one queue; name it with ?queue=")
-            })?;
+            let queue = params
+                .only(&["ack", "queue"])?
+                .number("queue")?
+                .ok_or_else(|| {
+                    ApiError::invalid("batches go to one queue; name it with ?queue=")
+                })?;
             let whole = read(&state, &headers, body).await?;
             produce_batches(&producing, &topic, queue, whole.bytes, idempotency_key).await
         }
     }
 }
 
-async fn read(
-    state: &HttpState,
-    headers: &HeaderMap,
-    body: Body,
-) -> Result<WholeBody, ApiError> {
+async fn read(state: &HttpState, headers: &HeaderMap, body: Body) -> Result<WholeBody, ApiError> {
     BodyReader::new(headers, body, &state.limits)?
         .read_all(&state.budget)
         .await
@@ -304,8 +308,8 @@ fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
         "deliver_at_ms",
         "ttl_ms",
     ])?;
-    let later = |name| params.number::<u64>(name);
-    refuse_later_fields(later("delay_ms")?, later("deliver_at_ms")?).map_err(ApiError::invalid)?;
+    let delay = Delay::new(params.number("delay_ms")?, params.number("deliver_at_ms")?);
+    let delay = delay.map_err(ApiError::invalid)?;
     let ttl_ms = params.number("ttl_ms")?;
     check_ttl(ttl_ms).map_err(ApiError::invalid)?;
     let tag = params.get("tag").map(str::to_owned);
@@ -317,6 +321,7 @@ fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
         key,
         tag,
         ttl_ms,
+        delay,
         queue: params.number("queue")?,
         ..NewMessage::default()
     })
