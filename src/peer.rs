@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, StartAt};
+use crate::broker::{Broker, BrokerError, MessagePlace, StartAt};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -98,6 +98,18 @@ pub enum PeerRequest {
     TransferLeader {
         group: u64,
         to: NodeId,
+    },
+    /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
+    /// with proof that no commit is missing, if asked for.
+    LowestOffsets {
+        coordinator: u32,
+        topics: Vec<u64>,
+        prove: bool,
+    },
+    /// Take a delayed message back, in a queue that the other node leads.
+    Cancel {
+        place: MessagePlace,
+        timeout_ms: u64,
     },
 }
 
@@ -199,8 +211,17 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
                 .await;
             encode(&answer)
         }
+        PeerRequest::LowestOffsets {
+            coordinator,
+            topics,
+            prove,
+        } => encode(&broker.positions_here(coordinator, &topics, prove).await),
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
+        }
+        PeerRequest::Cancel { place, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            encode(&broker.cancel_here(place, timeout).await)
         }
     }
 }

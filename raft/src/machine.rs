@@ -5,6 +5,7 @@
 //! log never builds a snapshot of "now" while it has a checkpoint: what a newcomer installs is the
 //! oldest one kept, and every retained entry after it reaches the newcomer by ordinary replication.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -65,6 +66,8 @@ pub(crate) struct Machine {
     log: Box<dyn Log>,
     retention: LogRetention,
     checkpoint_every: u64,
+    /// Checkpoints that are good for a restart alone.
+    partial: BTreeSet<LogId>,
     /// Bytes of commands applied since the last checkpoint.
     applied_bytes: u64,
     applied: Option<LogId>,
@@ -166,6 +169,7 @@ impl Machine {
             log,
             retention: spec.retention,
             checkpoint_every: spec.checkpoint_every.max(1),
+            partial: BTreeSet::new(),
             applied_bytes: 0,
             applied,
             membership,
@@ -196,8 +200,19 @@ impl Machine {
         let state = self.inner.checkpoint()?;
         let header = self.header(last, SnapshotKind::Checkpoint);
         self.snapshots.write(self.group, &header, &state)?;
+        self.inner.checkpoint_written(last);
+        if !self.inner.is_whole(&state) {
+            self.partial.insert(last);
+        }
         // The oldest is the boundary: nothing else can produce the state of that index.
         let mut all = self.snapshots.list(self.group)?;
+        let newest = all.len().saturating_sub(CHECKPOINTS_KEPT);
+        for id in all.get(1..newest).unwrap_or_default().to_vec() {
+            if self.partial.remove(&id) {
+                self.snapshots.remove(self.group, id)?;
+                all.retain(|kept| *kept != id);
+            }
+        }
         while let Some(place) = most_crowded(&all) {
             self.snapshots.remove(self.group, all.remove(place))?;
         }
@@ -220,6 +235,9 @@ impl Machine {
                 Err(error) => return Err(error),
             };
             if header.kind != SnapshotKind::Boundary {
+                if !self.inner.is_whole(&state) {
+                    continue;
+                }
                 // What the state machine keeps in files must not come back to before the trim.
                 self.inner.checkpoint()?;
                 header.kind = SnapshotKind::Boundary;

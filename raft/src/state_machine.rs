@@ -31,6 +31,15 @@ pub trait StateMachine: Send + Sync + 'static {
     /// own must be durable up to here when this returns.
     fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError>;
 
+    /// The last checkpoint is on the disk, as the state of `last`.
+    fn checkpoint_written(&mut self, _last: LogId) {}
+
+    /// Whether [`StateMachine::install`] could begin with this checkpoint. One that leaves out what is
+    /// too much to write each time is good for a restart alone.
+    fn is_whole(&self, _state: &[u8]) -> bool {
+        true
+    }
+
     /// Local restart: back to the state of this checkpoint, or to the empty state. What lies
     /// between it and the end of the log is applied again.
     ///

@@ -74,6 +74,12 @@ impl ServerConfig {
             1,
             10_000_000,
         )?;
+        in_range(
+            "limits.held_batches",
+            self.limits.held_batches,
+            1,
+            10_000_000,
+        )?;
         in_range("limits.producers", self.limits.producers, 1, 1_000_000)?;
         in_range(
             "limits.write_timeout_ms",

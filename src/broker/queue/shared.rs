@@ -1,7 +1,7 @@
 //! What readers of a queue see of its state machine: no lock is shared with apply.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 use quorate_storage::queue_index::QueueIndex;
@@ -17,6 +17,8 @@ pub struct QueueBounds {
     pub end: u64,
 }
 
+const NEVER: u64 = u64::MAX;
+
 /// The applied prefix of one queue on this node. Written by the state machine alone.
 ///
 /// A record is in the index before `end` passes it, so whoever has seen an end finds the messages.
@@ -27,6 +29,12 @@ pub struct QueueShared {
     end: AtomicU64,
     last_stamp_ms: AtomicU64,
     sizes: Mutex<SizeTable>,
+    /// Batches that are stored and not visible.
+    held: AtomicU64,
+    /// When the next of them is due; [`NEVER`] if none is.
+    next_due_ms: AtomicU64,
+    /// Told when something is due earlier than what was known.
+    due_earlier: OnceLock<Arc<Notify>>,
     wake: watch::Sender<u64>,
     closed: AtomicBool,
     soundness: Soundness,
@@ -41,6 +49,9 @@ impl QueueShared {
             end: AtomicU64::new(0),
             last_stamp_ms: AtomicU64::new(0),
             sizes: Mutex::default(),
+            held: AtomicU64::new(0),
+            next_due_ms: AtomicU64::new(NEVER),
+            due_earlier: OnceLock::new(),
             wake: watch::Sender::new(0),
             closed: AtomicBool::new(false),
             soundness: Soundness::new(repair),
@@ -70,6 +81,34 @@ impl QueueShared {
 
     pub(super) fn set_sizes(&self, sizes: &SizeTable) {
         self.sizes.lock().clone_from(sizes);
+    }
+
+    /// Batches that are stored without being visible.
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// When the next delayed batch is due. It may have been cancelled meanwhile.
+    pub fn next_due_ms(&self) -> Option<u64> {
+        let next = self.next_due_ms.load(Ordering::Acquire);
+        (next != NEVER).then_some(next)
+    }
+
+    /// From now on `told` is when something is due earlier than what was known. Only the first call
+    /// counts.
+    pub(in crate::broker) fn tell_due(&self, told: Arc<Notify>) {
+        self.due_earlier.set(told).ok();
+    }
+
+    pub(super) fn publish_held(&self, held: u64, next_due_ms: Option<u64>) {
+        self.held.store(held, Ordering::Release);
+        let next = next_due_ms.unwrap_or(NEVER);
+        let known = self.next_due_ms.swap(next, Ordering::AcqRel);
+        if next < known
+            && let Some(told) = self.due_earlier.get()
+        {
+            told.notify_one();
+        }
     }
 
     /// Changes after every run of applies that moved the end.
