@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use quorate::broker::TopicConfig;
-use quorate::broker::queue::entry::{AppendBuilder, Hold, Mark, cancel, deliver, fence, settle};
+use quorate::broker::queue::entry::{
+    AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim,
+};
 use quorate::broker::queue::{QueueLimits, QueueMachine, QueueReply, QueueShared};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
 use quorate::coordinator::{
@@ -188,6 +190,7 @@ fn entries() {
         assert!(held.push(&Mark::None, hold.as_ref(), &batch(1, None)));
     }
     keep("entry", "5-held", &held.finish());
+    keep("entry", "retention-trim", &trim(510, 2));
     keep("entry", "6-cancel", &cancel(510, LogId::new(1, 5), 0));
     keep("entry", "7-deliver", &deliver(650, 10));
     keep("entry", "8-settle", &settle(660, &id, true));

@@ -438,17 +438,16 @@ impl StateMachine for QueueMachine {
     }
 
     fn oldest_needed(&mut self) -> Result<u64, StorageError> {
-        let visible = match self.state.earliest_offset >= self.state.next_offset {
-            true => None,
-            false => {
-                let first = self.index.find_from(self.state.earliest_offset, 1)?;
-                // An index that was begun anew at a later offset still lacks what is to be applied
-                // again.
-                Some(first.first().map_or(0, |record| record.log_index))
-            }
-        };
         let held = self.held.oldest_index()?;
-        let all = [visible, self.state.late.oldest(), held];
+        // Chunks of late ones may reach beyond the end: of an empty queue nothing visible counts.
+        let (mut visible, mut late) = (None, None);
+        if self.state.earliest_offset < self.state.next_offset {
+            let first = self.index.find_from(self.state.earliest_offset, 1)?;
+            // An index that was begun anew at a later offset still lacks what is to be applied again.
+            visible = Some(first.first().map_or(0, |record| record.log_index));
+            late = self.state.late.oldest();
+        }
+        let all = [visible, late, held];
         Ok(all.into_iter().flatten().min().unwrap_or(u64::MAX))
     }
 
