@@ -15,7 +15,7 @@ use crate::broker::groups::GroupQuestion;
 use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, StartAt};
+use crate::broker::{Broker, BrokerError, MessagePlace, StartAt};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -134,6 +134,11 @@ pub enum PeerRequest {
         coordinator: u32,
         topics: Vec<u64>,
         prove: bool,
+    },
+    /// Take a delayed message back, in a queue that the other node leads.
+    Cancel {
+        place: MessagePlace,
+        timeout_ms: u64,
     },
 }
 
@@ -276,6 +281,10 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let timeout = Duration::from_millis(timeout_ms);
             let answer = broker.group_here(coordinator, question, timeout).await;
             encode(&answer)
+        }
+        PeerRequest::Cancel { place, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            encode(&broker.cancel_here(place, timeout).await)
         }
     }
 }

@@ -29,6 +29,8 @@ pub struct BrokerConfig {
     pub max_early_bytes: usize,
     /// A queue's batcher ends after this long without work.
     pub batcher_idle: Duration,
+    /// Between two looks for messages that their topic keeps no longer.
+    pub retention_check: Duration,
 }
 
 impl Default for BrokerConfig {
@@ -46,6 +48,7 @@ impl Default for BrokerConfig {
             early_wait: Duration::from_millis(300),
             max_early_bytes: 16 << 20,
             batcher_idle: Duration::from_secs(30),
+            retention_check: Duration::from_secs(30),
         }
     }
 }

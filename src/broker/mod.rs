@@ -6,8 +6,12 @@
 
 mod backlog;
 mod batcher;
+
+mod cancel;
 mod cluster;
 mod config;
+mod delay;
+mod deliver;
 mod describe;
 mod encode;
 mod error;
@@ -28,6 +32,7 @@ pub mod queue;
 pub mod quota;
 mod read;
 mod reset;
+mod retention;
 mod route;
 pub mod selection;
 mod topics;
@@ -43,7 +48,9 @@ mod state_path_tests;
 #[cfg(test)]
 mod testing;
 
+pub use cancel::Cancelled;
 pub use config::BrokerConfig;
+pub use delay::Delay;
 pub use encode::records_in;
 pub use error::{BrokerError, Outcome};
 pub use exchanges::{
@@ -140,6 +147,7 @@ impl Broker {
         events::start(&broker);
         leases::duty::start(&broker);
         groups::start(&broker);
+        deliver::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 pub use quorate_raft::NodeId;
 
+use super::Delay;
 use super::selection::Selection;
 
 /// A topic's configuration. Sizes in bytes, times in milliseconds.
@@ -130,6 +131,8 @@ pub struct NewMessage {
     pub headers: BTreeMap<String, String>,
     /// How long it is delivered once it is visible; the topic's counts too if it is shorter.
     pub ttl_ms: Option<u64>,
+    /// None: visible at once.
+    pub delay: Option<Delay>,
     /// Beats the key's hash, which beats round robin.
     pub queue: Option<u32>,
 }
@@ -167,6 +170,8 @@ pub struct Stored {
     pub queue: u32,
     /// None while the message is not visible yet.
     pub offset: Option<u64>,
+    /// Of a delayed message that was stored just now: when it is due.
+    pub deliver_at_ms: Option<u64>,
     pub message_id: String,
 }
 
@@ -411,6 +416,8 @@ pub struct ReplicaDescription {
     pub replica: u64,
     /// Raft index of the last entry applied; 0 before the first.
     pub applied_index: u64,
+    /// Raft index up to which the log was purged; 0 while it has everything.
+    pub purged_index: u64,
     /// Of the state after that entry: equal on replicas at the same index.
     pub state_hash: u64,
     pub leads: bool,

@@ -87,6 +87,7 @@ pub struct Metrics {
     produced_bytes: Counter,
     fetched_messages: Counter,
     fetched_bytes: Counter,
+    delivered_batches: Counter,
     entry_messages: Histogram,
     entry_bytes: Histogram,
     events: Family<EventLabels, Counter>,
@@ -129,6 +130,7 @@ impl Metrics {
             produced_bytes: Counter::default(),
             fetched_messages: Counter::default(),
             fetched_bytes: Counter::default(),
+            delivered_batches: Counter::default(),
             entry_messages: counts(),
             entry_bytes: sizes(),
             events: Family::default(),
@@ -202,6 +204,11 @@ impl Metrics {
             "Bytes of values delivered by this node",
             Unit::Bytes,
             self.fetched_bytes.clone(),
+        );
+        r.register(
+            "delivered_batches",
+            "Batches of delayed messages that became visible, in queues led here",
+            self.delivered_batches.clone(),
         );
         r.register(
             "entry_messages",
@@ -326,6 +333,11 @@ impl Metrics {
     /// Offsets of a consumer group were committed.
     pub fn observe_commit(&self, took: Duration) {
         self.commit_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Delayed messages became visible.
+    pub fn observe_delivered(&self, batches: u64) {
+        self.delivered_batches.inc_by(batches);
     }
 
     /// One Raft entry was proposed.

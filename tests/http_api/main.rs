@@ -17,6 +17,7 @@ mod one_way;
 mod overtaking;
 mod produce;
 mod quotas;
+mod retention;
 mod strict;
 mod topics;
 mod ttl;

@@ -181,7 +181,7 @@ impl Broker {
                 _ => None,
             };
             let results = match outcome {
-                Ok(outcome) => explain(group, queue, outcome, places.len(), producer),
+                Ok(outcome) => explain(group, queue, outcome, places.len(), producer, None),
                 Err(error) => vec![Err(error); places.len()],
             };
             (places, results, first)

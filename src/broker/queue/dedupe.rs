@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::Place;
 
 /// Kafka's `NUM_BATCHES_TO_RETAIN`.
-const REMEMBERED_BATCHES: usize = 5;
+pub(in crate::broker) const REMEMBERED_BATCHES: usize = 5;
 /// Kafka's default `transactional.id.expiration.ms`.
 pub(super) const EXPIRE_AFTER_MS: u64 = 7 * 24 * 3_600_000;
 

@@ -207,10 +207,10 @@ fn write_sidecar(shared: &Shared, task: &SealTask) {
     );
     match written {
         Ok(places) => {
-            for ((id, part), at) in task.parts.iter().zip(places) {
+            for ((id, _), places) in task.parts.iter().zip(places) {
                 let group: Arc<Group> = shared.group(*id);
                 let mut inner = group.inner.lock();
-                inner.written.sidecar_is_durable(segment, at, part.first);
+                inner.written.sidecar_is_durable(segment, &places);
             }
         }
         // Nothing is lost: the index stays in memory, and the next start scans the segment.

@@ -34,7 +34,7 @@ pub(super) enum Content {
     Purge(LogId),
     /// Everything of the group before this frame is forgotten.
     Remove,
-    /// An entry moved to the head by the cleaner; it truncates nothing. Decoded, not yet written.
+    /// An entry moved to the head by the cleaner; it truncates nothing.
     Relocated {
         log_id: LogId,
         kind: EntryKind,

@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::frame::Content;
-use super::part::{EntryRef, GroupPart};
+use super::part::{EntryRef, EntryRun, GroupPart};
 use super::segment::Segment;
 use super::sidecar::RECORD_BYTES;
 use crate::{LogId, RaftGroupId, Vote};
@@ -26,8 +26,8 @@ pub(super) struct Span {
 /// Where the positions of a span's entries are.
 #[derive(Debug, Clone)]
 pub(super) enum Records {
-    /// Until the sidecar is durable.
-    Memory(Arc<GroupPart>),
+    /// Until the sidecar is durable: a run of the part.
+    Memory(Arc<GroupPart>, usize),
     /// Byte in the sidecar of the record of Raft index `first`.
     Sidecar { at: u64, first: u64 },
 }
@@ -42,6 +42,14 @@ pub(super) enum Run {
         at: u64,
         count: usize,
     },
+}
+
+impl Run {
+    pub fn segment(&self) -> &Segment {
+        match self {
+            Self::Refs(segment, _) | Self::Records { segment, .. } => segment,
+        }
+    }
 }
 
 /// One group as of the last frame encoded.
@@ -88,14 +96,15 @@ impl Written {
                 self.last = None;
                 self.spans.clear();
             }
-            Content::Relocated { .. } | Content::Mark { .. } => {}
+            Content::Relocated { log_id, .. } => self.take_out(log_id.index)?,
+            Content::Mark { .. } => {}
         }
         Ok(new)
     }
 
-    /// Takes in a whole segment's effect; used by recovery, segment by segment. `own` is the run of
-    /// entries the part itself holds.
-    pub fn absorb(&mut self, part: &GroupPart, own: Option<Span>) {
+    /// Takes in a whole segment's effect; used by recovery, segment by segment. The part's runs follow
+    /// with [`Written::insert`].
+    pub fn absorb(&mut self, part: &GroupPart) {
         if part.removed {
             *self = Self::default();
         }
@@ -109,12 +118,89 @@ impl Written {
         if let Some((upto, position)) = part.purged {
             self.purge(upto, position);
         }
-        self.spans.extend(own);
+        for run in &part.relocated {
+            if let Some(last) = run.last() {
+                self.raise_last(last);
+            }
+        }
+    }
+
+    /// Adds a run of entries. Where it has the same entries as an older one it is their new place.
+    pub fn insert(&mut self, span: Span) {
+        self.displace(span.first, span.last);
+        let place = self.spans.partition_point(|s| s.first < span.first);
+        self.spans.insert(place, span);
+    }
+
+    fn displace(&mut self, first: u64, last: u64) {
+        let mut place = self.spans.partition_point(|span| span.last < first);
+        while let Some(span) = self.spans.get_mut(place)
+            && span.first <= last
+        {
+            let after = (span.last > last).then(|| Span {
+                first: last + 1,
+                ..span.clone()
+            });
+            if span.first < first {
+                span.last = first - 1;
+                place += 1;
+            } else {
+                self.spans.remove(place);
+            }
+            if let Some(after) = after {
+                self.spans.insert(place, after);
+                return;
+            }
+        }
+    }
+
+    /// The place of the first entry of its run does not count any more.
+    fn take_out(&mut self, index: u64) -> Result<(), &'static str> {
+        let after = self.spans.partition_point(|span| span.first <= index);
+        let place = after.checked_sub(1);
+        let span = place.and_then(|place| self.spans.get_mut(place));
+        match (place, span) {
+            (Some(_), Some(span)) if span.first == index && span.last > index => span.first += 1,
+            (Some(place), Some(span)) if span.first == index => drop(self.spans.remove(place)),
+            _ => return Err("an entry was moved that is not the first of its run"),
+        }
+        Ok(())
+    }
+
+    /// Whether the place that counts for an entry is in this sealed segment.
+    pub fn has_in(&self, segment: &Segment, index: u64) -> bool {
+        let after = self.spans.partition_point(|span| span.first <= index);
+        let span = after.checked_sub(1).and_then(|place| self.spans.get(place));
+        span.is_some_and(|span| index <= span.last && span.segment.base == segment.base)
+    }
+
+    /// Whether the entry is the first one left of a run in this segment.
+    pub fn begins_run_in(&self, segment: &Segment, index: u64) -> bool {
+        let place = self.spans.partition_point(|span| span.first < index);
+        let span = self.spans.get(place);
+        span.is_some_and(|span| span.first == index && span.segment.base == segment.base)
+    }
+
+    /// The live runs in a sealed segment, as first and last index.
+    pub fn runs_in(&self, segment: &Segment) -> Vec<(u64, u64)> {
+        let here = |span: &&Span| span.segment.base == segment.base;
+        let here = self.spans.iter().filter(here);
+        here.map(|span| (span.first, span.last)).collect()
+    }
+
+    /// A live entry was moved; what said that it is the last one may have gone with its segment.
+    pub fn raise_last(&mut self, moved: LogId) {
+        if self.last.is_none_or(|last| last.index < moved.index) {
+            self.last = Some(moved);
+        }
     }
 
     /// Takes in the part of the segment that will be written on.
     pub fn absorb_active(&mut self, part: GroupPart, segment: &Arc<Segment>) {
-        self.absorb(&part, None);
+        self.absorb(&part);
+        for (first, last) in part.relocated.iter().map(bounds) {
+            self.displace(first, last);
+        }
         self.active = part;
         self.active_segment = Some(segment.clone());
     }
@@ -122,25 +208,32 @@ impl Written {
     /// Raft index of the first live entry.
     pub fn first(&self) -> Option<u64> {
         let active = (!self.active.entries.is_empty()).then_some(self.active.first);
-        self.spans.front().map(|span| span.first).or(active)
+        let moved = self.active.relocated.iter().map(|run| run.first);
+        let sealed = self.spans.front().map(|span| span.first);
+        sealed.into_iter().chain(active).chain(moved).min()
     }
 
     /// Ends the active segment: its part becomes a span and is handed out for the sidecar.
     pub fn seal(&mut self) -> Option<Arc<GroupPart>> {
         let segment = self.active_segment.take()?;
         let part = Arc::new(std::mem::take(&mut self.active));
-        self.spans.extend(memory_span(&segment, &part));
+        for span in memory_spans(&segment, &part) {
+            self.insert(span);
+        }
         Some(part)
     }
 
-    /// From now on the positions in `segment` are read from its sidecar.
-    pub fn sidecar_is_durable(&mut self, segment: &Segment, at: u64, first: u64) {
-        if let Some(span) = self
-            .spans
-            .iter_mut()
-            .find(|span| span.segment.base == segment.base)
-        {
-            span.records = Records::Sidecar { at, first };
+    /// From now on the positions in `segment` are read from its sidecar. `places` says where in it
+    /// each run begins.
+    pub fn sidecar_is_durable(&mut self, segment: &Segment, places: &[u64]) {
+        for span in &mut self.spans {
+            if span.segment.base == segment.base
+                && let Records::Memory(part, run) = &span.records
+                && let Some(at) = places.get(*run)
+            {
+                let (first, _) = part.run(*run);
+                span.records = Records::Sidecar { at: *at, first };
+            }
         }
     }
 
@@ -150,8 +243,16 @@ impl Written {
             && !self.active.entries.is_empty()
             && index >= self.active.first
         {
-            let refs = refs_from(&self.active, index, u64::MAX, limit);
+            let refs = refs_from(self.active.run(0), index, u64::MAX, limit);
             return (!refs.is_empty()).then(|| Run::Refs(segment.clone(), refs));
+        }
+        if let Some(segment) = &self.active_segment {
+            for run in 1..self.active.runs() {
+                let refs = refs_from(self.active.run(run), index, u64::MAX, limit);
+                if !refs.is_empty() {
+                    return Some(Run::Refs(segment.clone(), refs));
+                }
+            }
         }
         let after = self.spans.partition_point(|span| span.first <= index);
         let span = self.spans.get(after.checked_sub(1)?)?;
@@ -159,9 +260,9 @@ impl Written {
             return None;
         }
         match &span.records {
-            Records::Memory(part) => Some(Run::Refs(
+            Records::Memory(part, run) => Some(Run::Refs(
                 span.segment.clone(),
-                refs_from(part, index, span.last, limit),
+                refs_from(part.run(*run), index, span.last, limit),
             )),
             Records::Sidecar { at, first } => Some(Run::Records {
                 segment: span.segment.clone(),
@@ -191,8 +292,11 @@ impl Written {
             let first = self.active.first;
             (first, first + self.active.entries.len() as u64 - 1)
         });
-        let runs = self.spans.iter().map(|span| (span.first, span.last));
-        for (first, last) in runs.chain(active) {
+        let sealed = self.spans.iter().map(|span| (span.first, span.last));
+        let moved = self.active.relocated.iter().map(bounds);
+        let mut runs: Vec<(u64, u64)> = sealed.chain(moved).chain(active).collect();
+        runs.sort_unstable();
+        for (first, last) in runs {
             if next.is_some_and(|next| next != first) {
                 return Err(format!(
                     "entries of {group} before index {first} are missing"
@@ -239,23 +343,36 @@ pub(super) struct Live {
     pub small: bool,
 }
 
-/// The span of a part whose sidecar is not there yet; none without entries.
-pub(super) fn memory_span(segment: &Arc<Segment>, part: &Arc<GroupPart>) -> Option<Span> {
-    let count = part.entries.len() as u64;
-    (count > 0).then(|| Span {
-        segment: segment.clone(),
-        first: part.first,
-        last: part.first + count - 1,
-        records: Records::Memory(part.clone()),
-    })
+/// The spans of a part whose sidecar is not there yet; none of runs without entries.
+pub(super) fn memory_spans(segment: &Arc<Segment>, part: &Arc<GroupPart>) -> Vec<Span> {
+    let span = |run| {
+        let (first, entries) = part.run(run);
+        (!entries.is_empty()).then(|| Span {
+            segment: segment.clone(),
+            first,
+            last: first + entries.len() as u64 - 1,
+            records: Records::Memory(part.clone(), run),
+        })
+    };
+    (0..part.runs()).filter_map(span).collect()
 }
 
-fn refs_from(part: &GroupPart, index: u64, last: u64, limit: usize) -> Vec<EntryRef> {
-    let Some(skip) = index.checked_sub(part.first) else {
+/// First and last index. Relocated runs are never empty.
+fn bounds(run: &EntryRun) -> (u64, u64) {
+    (run.first, run.first + run.entries.len() as u64 - 1)
+}
+
+fn refs_from(
+    (first, entries): (u64, &VecDeque<EntryRef>),
+    index: u64,
+    last: u64,
+    limit: usize,
+) -> Vec<EntryRef> {
+    let Some(skip) = index.checked_sub(first) else {
         return Vec::new();
     };
     let count = limit.min((last - index).saturating_add(1) as usize);
-    let skip = part.entries.len().min(skip as usize);
-    let end = part.entries.len().min(skip.saturating_add(count));
-    part.entries.range(skip..end).copied().collect()
+    let skip = entries.len().min(skip as usize);
+    let end = entries.len().min(skip.saturating_add(count));
+    entries.range(skip..end).copied().collect()
 }

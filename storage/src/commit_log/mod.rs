@@ -96,10 +96,13 @@ impl Driver {
     /// [`CommitLog::clean`], stepping the writer as far as that needs.
     pub fn clean(&mut self, now: Instant) -> Result<CleanReport, StorageError> {
         let shared = self.shared.clone();
-        let Some(cleaning) = cleaner::begin(&shared)? else {
+        let Some(mut cleaning) = cleaner::begin(&shared)? else {
             return Ok(CleanReport::default());
         };
-        while self.core.step(now) == Step::Worked {}
+        while cleaning.queue_next()? {
+            while self.core.step(now) == Step::Worked {}
+            cleaning.wait()?;
+        }
         cleaning.finish()
     }
 }
@@ -192,10 +195,16 @@ impl CommitLog {
         self.owner.shared.disk_has_room()
     }
 
-    /// Removes the oldest segments that hold nothing live. Waits for the writer.
+    /// Removes the oldest segments that hold nothing live, or so little that it is moved to the head.
+    /// Waits for the writer.
     pub fn clean(&self) -> Result<CleanReport, StorageError> {
-        cleaner::begin(&self.owner.shared)?
-            .map_or_else(|| Ok(CleanReport::default()), |cleaning| cleaning.finish())
+        let Some(mut cleaning) = cleaner::begin(&self.owner.shared)? else {
+            return Ok(CleanReport::default());
+        };
+        while cleaning.queue_next()? {
+            cleaning.wait()?;
+        }
+        cleaning.finish()
     }
 
     /// Writes and syncs what is queued, then the closing mark, and ends the threads. Calls after it get

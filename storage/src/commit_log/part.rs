@@ -29,6 +29,36 @@ impl EntryRef {
     }
 }
 
+/// Entries with consecutive Raft indexes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct EntryRun {
+    pub first: u64,
+    pub entries: VecDeque<EntryRef>,
+}
+
+impl EntryRun {
+    /// The index behind the last one.
+    fn end(&self) -> u64 {
+        self.first + self.entries.len() as u64
+    }
+
+    pub fn last(&self) -> Option<LogId> {
+        let last = self.entries.back()?;
+        Some(LogId::new(last.term, self.end() - 1))
+    }
+
+    fn cut(&mut self, from: u64) {
+        let keep = usize::try_from(from.saturating_sub(self.first)).unwrap_or(usize::MAX);
+        self.entries.truncate(keep);
+    }
+
+    fn purge(&mut self, upto: u64) {
+        let gone = usize::try_from((upto + 1).saturating_sub(self.first)).unwrap_or(usize::MAX);
+        self.entries.drain(..self.entries.len().min(gone));
+        self.first = self.first.max(upto + 1);
+    }
+}
+
 /// The effect of a segment on one group, entries included.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct GroupPart {
@@ -46,6 +76,9 @@ pub(super) struct GroupPart {
     pub first: u64,
     /// Entries written here and still valid at the end of the segment, one index each.
     pub entries: VecDeque<EntryRef>,
+    /// Entries of earlier segments that the cleaner moved here, in the order of moving. All of them
+    /// are below `entries`.
+    pub relocated: Vec<EntryRun>,
 }
 
 impl Default for GroupPart {
@@ -58,6 +91,7 @@ impl Default for GroupPart {
             last: None,
             first: 0,
             entries: VecDeque::new(),
+            relocated: Vec::new(),
         }
     }
 }
@@ -97,6 +131,10 @@ impl GroupPart {
                 let gone = (upto.index + 1).saturating_sub(self.first);
                 self.entries.drain(..self.entries.len().min(gone as usize));
                 self.first = self.first.max(upto.index + 1);
+                self.relocated
+                    .iter_mut()
+                    .for_each(|run| run.purge(upto.index));
+                self.relocated.retain(|run| !run.entries.is_empty());
                 if let Some(last) = self.last
                     && last.is_none_or(|last| last.index < upto.index)
                 {
@@ -110,15 +148,52 @@ impl GroupPart {
                     ..Self::default()
                 };
             }
-            Content::Relocated { .. } => {
-                return Err("relocated entries are not supported by this version");
+            Content::Relocated { log_id, .. } => {
+                let entry = EntryRef {
+                    term: log_id.term,
+                    offset,
+                    length,
+                };
+                self.relocate(log_id.index, entry)?;
             }
             Content::Mark { .. } => {}
         }
         Ok(())
     }
 
+    /// Only what lies in earlier segments is moved, so it is below what was appended here.
+    fn relocate(&mut self, index: u64, entry: EntryRef) -> Result<(), &'static str> {
+        let appended = !self.entries.is_empty() && index >= self.first;
+        let mut runs = self.relocated.iter();
+        if appended || index >= self.cut_from || runs.any(|r| (r.first..r.end()).contains(&index)) {
+            return Err("an entry of this segment is moved into it again");
+        }
+        match self.relocated.last_mut() {
+            Some(run) if run.end() == index => run.entries.push_back(entry),
+            _ => self.relocated.push(EntryRun {
+                first: index,
+                entries: VecDeque::from([entry]),
+            }),
+        }
+        Ok(())
+    }
+
+    /// How many runs there are: its own, which may be empty, and the relocated ones.
+    pub fn runs(&self) -> usize {
+        1 + self.relocated.len()
+    }
+
+    /// Run 0 is what was appended here, the others what was moved here.
+    pub fn run(&self, number: usize) -> (u64, &VecDeque<EntryRef>) {
+        match number.checked_sub(1).and_then(|at| self.relocated.get(at)) {
+            Some(run) => (run.first, &run.entries),
+            None => (self.first, &self.entries),
+        }
+    }
+
     fn cut(&mut self, from: u64) {
+        self.relocated.iter_mut().for_each(|run| run.cut(from));
+        self.relocated.retain(|run| !run.entries.is_empty());
         self.cut_from = self.cut_from.min(from);
         self.entries
             .truncate(from.saturating_sub(self.first) as usize);

@@ -12,6 +12,7 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex};
 
 use super::group::Group;
+use super::segment::Segment;
 use super::types::{Done, Entry, Flush};
 use crate::mutation::{self, Mutation};
 use crate::{LogId, StorageError, Vote};
@@ -42,6 +43,14 @@ pub(super) enum Action {
     Remove(Arc<Group>),
     /// Write the group's vote and purge again, if their newest frames are below this position.
     Carry(Arc<Group>, u64),
+    /// Write entries again whose only place is in a segment that is to go. Which of them still count
+    /// is decided when they are written.
+    Relocate {
+        group: Arc<Group>,
+        segment: Arc<Segment>,
+        entries: Vec<Entry>,
+        next: usize,
+    },
     /// Nothing to write; done when everything before it is durable.
     Barrier,
 }
@@ -55,6 +64,7 @@ impl fmt::Debug for Op {
             Action::Purge(..) => "purge",
             Action::Remove(_) => "remove",
             Action::Carry(..) => "carry",
+            Action::Relocate { .. } => "relocate",
             Action::Barrier => "barrier",
         })
     }

@@ -5,7 +5,7 @@
 
 use bytes::Bytes;
 
-use super::format::{FRAME_HEADER, FrameHeader};
+use super::format::{FRAME_HEADER, FrameHeader, frame_bytes};
 use super::frame::{self, Content};
 use super::group::{Group, Inner, Place};
 use super::index::Run;
@@ -93,6 +93,65 @@ pub(super) fn read(
             return Ok(out);
         }
     }
+}
+
+/// Entries from `start` on that lie next to each other in this sealed segment; about `max_bytes` of
+/// them. None if `start` does not lie there any more.
+pub(super) fn read_in(
+    shared: &Shared,
+    group: &Group,
+    segment: &Segment,
+    start: u64,
+    max_bytes: usize,
+) -> Result<Vec<Entry>, StorageError> {
+    shared.check_readable()?;
+    let mut out = Vec::new();
+    loop {
+        let found = (group.inner.lock().written).find(start + out.len() as u64, RUN_ENTRIES);
+        let Some(run) = found.filter(|run| run.segment().base == segment.base) else {
+            return Ok(out);
+        };
+        let before = out.len();
+        let bytes: usize = out.iter().map(|e: &Entry| e.body.len()).sum();
+        let budget = max_bytes.saturating_sub(bytes);
+        read_run(
+            shared,
+            group.id,
+            start + before as u64,
+            run,
+            budget,
+            &mut out,
+        )?;
+        if out.len() == before || bytes >= max_bytes {
+            return Ok(out);
+        }
+    }
+}
+
+/// Bytes that the frames of one run from `start` on take in this sealed segment; counts no further
+/// than `enough`.
+pub(super) fn frames_in(
+    shared: &Shared,
+    group: &Group,
+    segment: &Segment,
+    start: u64,
+    enough: u64,
+) -> Result<u64, StorageError> {
+    let (mut next, mut bytes) = (start, 0);
+    while bytes < enough {
+        let found = group.inner.lock().written.find(next, RUN_ENTRIES);
+        let refs = match found.filter(|run| run.segment().base == segment.base) {
+            None => break,
+            Some(Run::Refs(_, refs)) => refs,
+            Some(Run::Records { segment, at, count }) => {
+                read_records(shared, &segment, at, next, count)?
+            }
+        };
+        let frames = refs.iter().map(|entry| frame_bytes(entry.length as usize));
+        bytes += frames.sum::<u64>();
+        next += refs.len() as u64;
+    }
+    Ok(bytes)
 }
 
 /// See [`super::GroupLog::log_id_at`].

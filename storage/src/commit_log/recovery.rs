@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::background::SealTask;
 use super::format::{SEGMENT_HEADER, SegmentHeader};
-use super::index::{Records, Span, Written, memory_span};
+use super::index::{Records, Span, Written, memory_spans};
 use super::scan::{self, Scan, Stop};
 use super::segment::{self, FileKind, Segment, classify, fill_with_zeroes, sidecar_path};
 use super::sidecar::{self, Sidecar};
@@ -392,7 +392,14 @@ impl Survey<'_> {
                 },
             });
             let group = self.out.groups.entry(summary.group).or_default();
-            group.absorb(&summary.part, own);
+            if !summary.relocated {
+                group.absorb(&summary.part);
+            } else if let Some(last) = summary.part.last.flatten() {
+                group.raise_last(last);
+            }
+            if let Some(own) = own {
+                group.insert(own);
+            }
         }
         self.out.epoch = self.out.epoch.max(sidecar.epoch);
         self.out.report.sidecars_used += 1;
@@ -412,7 +419,10 @@ impl Survey<'_> {
         let parts = scan.take_parts();
         for (id, part) in &parts {
             let group = self.out.groups.entry(*id).or_default();
-            group.absorb(part, memory_span(segment, part));
+            group.absorb(part);
+            for span in memory_spans(segment, part) {
+                group.insert(span);
+            }
         }
         self.out.seals.push(SealTask {
             segment: segment.clone(),

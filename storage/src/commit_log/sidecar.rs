@@ -1,4 +1,5 @@
-//! The sidecar of a sealed segment: per group a summary, then one record an entry.
+//! The sidecar of a sealed segment: per group a summary, and one for each run of entries that the
+//! cleaner moved there; then one record an entry.
 //!
 //! Opening the log reads the summaries only; a lookup reads one record. A sidecar is derived: when it
 //! is missing or bad its segment is scanned and it is written again, byte for byte the same.
@@ -8,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::format::{u32_at, u64_at};
-use super::part::{EntryRef, GroupPart};
+use super::part::{EntryRef, EntryRun, GroupPart};
 use super::segment::{Segment, temporary_path};
 use crate::vfs::Vfs;
 use crate::{LogId, RaftGroupId, StorageError, Vote};
@@ -27,6 +28,7 @@ const VOTE_COMMITTED: u32 = 8;
 const HAS_PURGED: u32 = 16;
 const SAYS_LAST: u32 = 32;
 const HAS_LAST: u32 = 64;
+const RELOCATED: u32 = 128;
 
 /// What a sidecar says without its records.
 #[derive(Debug)]
@@ -44,13 +46,15 @@ pub(super) struct Summary {
     pub group: RaftGroupId,
     /// `entries` is empty here; `first` is set.
     pub part: GroupPart,
+    /// Its entries were moved here; it says nothing else, and follows the group's own summary.
+    pub relocated: bool,
     pub count: u64,
     /// Byte in the sidecar of the first record.
     pub records_at: u64,
 }
 
-/// Where the records of each group of a written sidecar begin, in the order of the parts.
-pub(super) type Places = Vec<u64>;
+/// Where the records of each run of each part of a written sidecar begin, in the order of the parts.
+pub(super) type Places = Vec<Vec<u64>>;
 
 /// Writes a segment's sidecar durably under its name. `parts` must be sorted by group.
 pub(super) fn write(
@@ -84,21 +88,38 @@ fn encode(
     epoch: u32,
     parts: &[(RaftGroupId, Arc<GroupPart>)],
 ) -> (Vec<u8>, Places) {
-    let entries: usize = parts.iter().map(|(_, part)| part.entries.len()).sum();
-    let records_from = HEADER_BYTES + parts.len() * SUMMARY_BYTES;
+    let runs = |part: &Arc<GroupPart>| (0..part.runs()).collect::<Vec<_>>();
+    let length = |part: &GroupPart, run| part.run(run).1.len();
+    let summaries: usize = parts.iter().map(|(_, part)| part.runs()).sum();
+    let of_part = |part: &Arc<GroupPart>| runs(part).iter().map(|run| length(part, *run)).sum();
+    let entries: usize = parts
+        .iter()
+        .map(|(_, part)| -> usize { of_part(part) })
+        .sum();
+    let records_from = HEADER_BYTES + summaries * SUMMARY_BYTES;
     let mut bytes = vec![0; HEADER_BYTES];
     bytes.reserve_exact(records_from - HEADER_BYTES + entries * RECORD_BYTES as usize);
     let mut places = Vec::with_capacity(parts.len());
     let mut at = records_from as u64;
     for (group, part) in parts {
-        places.push(at);
-        bytes.extend_from_slice(&encode_summary(*group, part, at));
-        at += part.entries.len() as u64 * RECORD_BYTES;
+        let mut of_runs = Vec::with_capacity(part.runs());
+        for run in 0..part.runs() {
+            of_runs.push(at);
+            bytes.extend_from_slice(&match run {
+                0 => encode_summary(*group, part, at),
+                run => encode_relocated(*group, &part.relocated[run - 1], at),
+            });
+            at += length(part, run) as u64 * RECORD_BYTES;
+        }
+        places.push(of_runs);
     }
-    let summaries = crc32c::crc32c(&bytes[HEADER_BYTES..]);
+    let checksum = crc32c::crc32c(&bytes[HEADER_BYTES..]);
     for (_, part) in parts {
-        for (index, entry) in (part.first..).zip(&part.entries) {
-            bytes.extend_from_slice(&encode_record(index, entry));
+        for run in 0..part.runs() {
+            let (first, entries) = part.run(run);
+            for (index, entry) in (first..).zip(entries) {
+                bytes.extend_from_slice(&encode_record(index, entry));
+            }
         }
     }
     bytes[0..8].copy_from_slice(&MAGIC);
@@ -106,9 +127,9 @@ fn encode(
     bytes[16..24].copy_from_slice(&segment.base.to_le_bytes());
     bytes[24..32].copy_from_slice(&data_end.to_le_bytes());
     bytes[32..40].copy_from_slice(&(entries as u64).to_le_bytes());
-    bytes[40..44].copy_from_slice(&(parts.len() as u32).to_le_bytes());
+    bytes[40..44].copy_from_slice(&(summaries as u32).to_le_bytes());
     bytes[44..48].copy_from_slice(&epoch.to_le_bytes());
-    bytes[48..52].copy_from_slice(&summaries.to_le_bytes());
+    bytes[48..52].copy_from_slice(&checksum.to_le_bytes());
     let crc = crc32c::crc32c(&bytes[12..HEADER_BYTES]);
     bytes[8..12].copy_from_slice(&crc.to_le_bytes());
     (bytes, places)
@@ -275,6 +296,19 @@ fn encode_summary(group: RaftGroupId, part: &GroupPart, records_at: u64) -> [u8;
     out
 }
 
+/// The summary of a run that was moved here: it does nothing else to the group.
+fn encode_relocated(group: RaftGroupId, run: &EntryRun, records_at: u64) -> [u8; SUMMARY_BYTES] {
+    let said = GroupPart {
+        last: Some(run.last()),
+        first: run.first,
+        ..GroupPart::default()
+    };
+    let mut out = encode_summary(group, &said, records_at);
+    out[8..12].copy_from_slice(&(RELOCATED | SAYS_LAST | HAS_LAST).to_le_bytes());
+    out[96..104].copy_from_slice(&(run.entries.len() as u64).to_le_bytes());
+    out
+}
+
 fn decode_summary(bytes: &[u8; SUMMARY_BYTES]) -> Summary {
     let flags = u32_at(bytes, 8);
     let has = |flag: u32| flags & flag != 0;
@@ -295,7 +329,9 @@ fn decode_summary(bytes: &[u8; SUMMARY_BYTES]) -> Summary {
             last: has(SAYS_LAST).then_some(last),
             first: get(88),
             entries: Default::default(),
+            relocated: Vec::new(),
         },
+        relocated: has(RELOCATED),
         count: get(96),
         records_at: get(104),
     }

@@ -65,6 +65,8 @@ pub(super) struct WriterCore {
     finished: Vec<Done>,
     /// Groups with frames in the active segment.
     touched: Vec<Arc<Group>>,
+    /// Relocated entries that are encoded and not yet written.
+    moved: Vec<Moved>,
     evictor: Evictor,
     /// Since when there are bytes without fsync.
     dirty_since: Option<Instant>,
@@ -95,6 +97,16 @@ struct Batch {
     cost: usize,
 }
 
+/// A relocated entry. No cache has it, so it is found at its old place until it is written.
+struct Moved {
+    group: Arc<Group>,
+    from: Arc<Segment>,
+    content: Content,
+    index: u64,
+    position: u64,
+    length: u32,
+}
+
 /// How far an operation got.
 enum Fit {
     Whole,
@@ -122,6 +134,7 @@ impl WriterCore {
             pending: VecDeque::new(),
             finished: Vec::new(),
             touched: start.touched,
+            moved: Vec::new(),
             evictor,
             dirty_since: None,
             active_since: (!start.closed).then_some(now),
@@ -178,6 +191,7 @@ impl WriterCore {
         let batch = self.encode_batch()?;
         if !self.buf.is_empty() {
             self.write()?;
+            self.show_moved()?;
             self.dirty_since.get_or_insert(now);
             self.active_since = Some(now);
         }
@@ -263,6 +277,15 @@ impl WriterCore {
             Action::Carry(group, below) => {
                 let (group, below) = (group.clone(), *below);
                 return self.encode_carried(&group, below, batch);
+            }
+            Action::Relocate {
+                group,
+                segment,
+                entries,
+                next,
+            } => {
+                let (group, segment) = (group.clone(), segment.clone());
+                return Ok(self.encode_relocated(&group, &segment, entries, next, batch));
             }
             Action::Barrier => {
                 batch.sync = true;
@@ -354,6 +377,68 @@ impl WriterCore {
             }
         }
         Ok(Fit::Whole)
+    }
+
+    /// An entry may have been cut, purged or removed since it was read: only the writer knows whether
+    /// its old place is the one that counts at this point of the stream.
+    fn encode_relocated(
+        &mut self,
+        group: &Arc<Group>,
+        from: &Arc<Segment>,
+        entries: &[Entry],
+        next: &mut usize,
+        batch: &mut Batch,
+    ) -> Fit {
+        while let Some(entry) = entries.get(*next) {
+            if self.buf.len() >= self.shared.config.write_batch_bytes {
+                return Fit::BatchFull;
+            }
+            let index = entry.log_id.index;
+            let counts = group.inner.lock().written.has_in(from, index);
+            if counts {
+                let content = Content::Relocated {
+                    log_id: entry.log_id,
+                    kind: entry.kind,
+                };
+                let Some(position) = self.push(group.id, &content, &entry.body) else {
+                    return Fit::SegmentFull;
+                };
+                batch.frames += 1;
+                self.moved.push(Moved {
+                    group: group.clone(),
+                    from: from.clone(),
+                    content,
+                    index,
+                    position,
+                    length: entry.body.len() as u32,
+                });
+            }
+            batch.cost += entry_cost(entry);
+            *next += 1;
+        }
+        Fit::Whole
+    }
+
+    /// Readers find what was moved at its new place from here on, but for what a later frame of the
+    /// same write has cut.
+    fn show_moved(&mut self) -> Result<(), StorageError> {
+        for moved in std::mem::take(&mut self.moved) {
+            let group = &moved.group;
+            let mut inner = group.inner.lock();
+            if !inner.written.begins_run_in(&moved.from, moved.index) {
+                continue;
+            }
+            // Whoever has looked up the old place may not find its file any more.
+            inner.version += 1;
+            let (position, length) = (moved.position, moved.length);
+            let applied = inner
+                .written
+                .apply(&moved.content, &self.segment, position, length);
+            if applied.map_err(|why| self.impossible(group, why))? {
+                self.touched.push(group.clone());
+            }
+        }
+        Ok(())
     }
 
     /// Encodes one frame, with the mark that begins a write before it. None: the segment is full.

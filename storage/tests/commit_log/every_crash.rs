@@ -65,8 +65,10 @@ fn every_state_of_every_crash_is_recovered_from() {
     let mut tally = Tally::default();
     for variant in VARIANTS {
         let vfs = FaultVfs::new();
-        let (_, whole) = live(vfs.clone(), variant);
+        let (lived, whole) = live(vfs.clone(), variant);
         whole.expect("a life without a fault");
+        let moved = lived.expect("a session").moved;
+        assert!(moved > 4, "cleaning moved {moved} entries only");
         for point in 0..=vfs.changes() {
             crash_at(variant, point, &extent, &mut tally);
         }

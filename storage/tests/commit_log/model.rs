@@ -147,6 +147,8 @@ pub struct Session {
     promises: Arc<Mutex<Promises>>,
     now: Instant,
     body: u64,
+    /// Entries that cleaning has moved.
+    pub moved: u64,
 }
 
 impl Session {
@@ -163,6 +165,7 @@ impl Session {
             promises: Arc::default(),
             now: Instant::now(),
             body: 0,
+            moved: 0,
         })
     }
 
@@ -237,7 +240,7 @@ impl Session {
             Ok(next) => next,
             Err(error) => return (self, Err(error)),
         };
-        (next.body, next.now) = (self.body, self.now);
+        (next.body, next.now, next.moved) = (self.body, self.now, self.moved);
         next.changes = self.changes;
         next.promises = Arc::new(Mutex::new(Promises {
             durable: next.changes.len(),
@@ -368,7 +371,7 @@ impl Session {
                 Ok(None)
             }
             Call::Clean => {
-                self.driver.clean(self.now)?;
+                self.moved += self.driver.clean(self.now)?.moved_entries;
                 Ok(None)
             }
             Call::Wait(time) => {

@@ -54,6 +54,12 @@ pub fn live(vfs: FaultVfs, variant: Variant) -> Lived {
     let (again, lived) = life.session.restart(variant.config());
     let mut life = Life { session: again };
     let lived = lived.and_then(|()| life.second());
+    if lived.is_err() {
+        return (Some(life.session), lived);
+    }
+    let (again, lived) = life.session.restart(variant.config());
+    let mut life = Life { session: again };
+    let lived = lived.and_then(|()| life.third());
     (Some(life.session), lived)
 }
 
@@ -136,8 +142,35 @@ impl Life {
         self.all([Call::Purge(0, upto), Call::Settle, Call::Background])?;
         self.all([Call::Clean])?;
         self.overwrite(1, 5, 24, 2)?;
-        self.all([Call::Vote(0, vote(8)), Call::Step])?;
+        self.all([Call::Vote(0, vote(8)), Call::Step, Call::Settle])
+    }
+
+    /// Quiet groups keep old segments, and are moved out of them.
+    fn third(&mut self) -> Done {
+        self.append(0, 2, 20, Flush::Sync)?;
+        self.append(2, 3, 20, Flush::Async)?;
+        self.all([Call::Settle])?;
+        self.fill_and_purge(5)?;
+        // One of those to be moved is cut, and another purged, while that is not written yet.
+        let last = self.session.model(2).last().expect("an entry").index;
+        self.all([Call::Truncate(2, Some(last - 1))])?;
+        let first = self.session.model(0).entries.values().next().map(|e| e.0);
+        self.all([Call::Purge(0, first.expect("an entry")), Call::Clean])?;
+        self.overwrite(2, 7, last, 1)?;
+        self.all([Call::Settle, Call::Background])?;
+        // What was moved is moved again, beside what came later.
+        self.fill_and_purge(10)?;
+        self.all([Call::Background, Call::Clean])?;
+        self.overwrite(2, 8, last - 1, 1)?;
+        self.all([Call::Settle])?;
         self.session.close()?;
         Ok(())
+    }
+
+    /// Fills segments with what is not kept.
+    fn fill_and_purge(&mut self, count: u64) -> Done {
+        self.append(1, count, 640, Flush::Sync)?;
+        let last = self.session.model(1).last().expect("an entry");
+        self.all([Call::Settle, Call::Purge(1, last), Call::Settle])
     }
 }

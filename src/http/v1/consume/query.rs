@@ -5,6 +5,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::super::produce::BATCHES;
+use super::out_of_range;
 use crate::broker::{
     BrokerError, Consistency, FetchRequest, MultiFetchRequest, QueueFetch, Selection, StartAt,
 };
@@ -67,6 +68,8 @@ pub enum Encoding {
 pub struct Fetch {
     pub request: FetchRequest,
     pub encoding: Encoding,
+    /// Where to go on instead of answering 416.
+    pub on_out_of_range: Option<StartAt>,
 }
 
 impl Fetch {
@@ -81,6 +84,7 @@ impl Fetch {
             "filter",
             "consistency",
             "encoding",
+            "on_out_of_range",
         ])?;
         let selection = selection(params.get("tag"), params.get("filter"))?;
         let encoding = encoding(params.get("encoding"))?;
@@ -100,7 +104,11 @@ impl Fetch {
             selection,
             consistency: consistency(params.get("consistency"))?,
         };
-        Ok(Self { request, encoding })
+        Ok(Self {
+            request,
+            encoding,
+            on_out_of_range: out_of_range::parse(params.get("on_out_of_range"))?,
+        })
     }
 }
 
@@ -287,7 +295,8 @@ mod tests {
             fetch,
             Fetch {
                 request: expected,
-                encoding: Encoding::Auto
+                encoding: Encoding::Auto,
+                on_out_of_range: None,
             }
         );
     }
