@@ -17,6 +17,7 @@ fn record() -> RecordView {
         value: Some(Bytes::from_static(b"value")),
         tag: Some("paid".to_owned()),
         headers: vec![header("region", "eu"), header("amount", "17.5")],
+        ttl_ms: None,
     };
     let mut batch = BatchBuilder::new();
     message.encode(&mut batch).expect("a message");
