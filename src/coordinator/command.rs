@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::MemberMark;
 use crate::catalog::TopicId;
+use crate::coordinator::transactions::{TransactionCommand, TransactionReply};
 
 /// A consumer group's next offset in one queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +34,7 @@ pub enum CoordinatorCommand {
         epoch: i16,
         queue_group: u64,
     },
+    Transaction(TransactionCommand),
 }
 
 /// How a consumer group goes through its messages. Its first use decides, for its whole life.
@@ -49,6 +51,8 @@ pub enum CommitVerdict {
     Done,
     Conflict { committed: u64 },
     Fenced,
+    /// A transaction holds the offset until it ends.
+    Held,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +73,7 @@ pub enum CoordinatorReply {
     /// The consumer group goes through its messages in the other way.
     OtherMode(GroupMode),
     Invalid(String),
+    Transaction(TransactionReply),
 }
 
 /// The log entry of a command that its leader proposes at `now_ms`.

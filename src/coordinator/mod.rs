@@ -7,6 +7,7 @@ mod machine;
 mod offsets;
 mod producers;
 mod records;
+pub mod transactions;
 
 pub use command::{
     CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, QueueOffset, stamp,
