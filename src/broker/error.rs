@@ -79,6 +79,12 @@ pub enum BrokerError {
     RequestTooLarge { max_bytes: u64 },
     #[error("{0}")]
     QuotaExceeded(String),
+    #[error("{0}")]
+    BacklogFull(String),
+    #[error("topic {topic:?} has no message {message_id:?}")]
+    MessageNotFound { topic: String, message_id: String },
+    #[error("message {message_id:?} was delivered before; what is visible stays so")]
+    AlreadyDelivered { message_id: String },
     #[error(
         "the queue has no leader at the moment; an election is under way or a majority of its replicas is down"
     )]
@@ -130,6 +136,7 @@ impl BrokerError {
                 | Self::Quarantined
                 | Self::Timeout { .. }
                 | Self::QuotaExceeded(_)
+                | Self::BacklogFull(_)
                 | Self::ShuttingDown
         )
     }

@@ -288,10 +288,12 @@ fn explain(
     // Numbers that apply accepted into its tables are never negative.
     let unsigned = |n: i64| u64::try_from(n).unwrap_or(0);
     let error = match outcome {
-        BatchOutcome::Stored(place) | BatchOutcome::Duplicate(place) => {
+        BatchOutcome::Stored(place)
+        | BatchOutcome::Held(place)
+        | BatchOutcome::Duplicate(place) => {
             let stored = |record: u32| Stored {
                 queue,
-                offset: Some(place.base_offset + u64::from(record)),
+                offset: place.offset().map(|base| base + u64::from(record)),
                 message_id: message_id(group, &place, record),
             };
             return (0..count as u32).map(|record| Ok(stored(record))).collect();
@@ -319,6 +321,14 @@ fn explain(
         ),
         BatchOutcome::ProducersFull => BrokerError::QuotaExceeded(
             "the queue remembers as many producers as it may; use the ones there are".to_owned(),
+        ),
+        BatchOutcome::TransactionEnded => {
+            BrokerError::Internal("a request was taken for a transaction's".to_owned())
+        }
+        BatchOutcome::HeldFull => BrokerError::BacklogFull(
+            "the queue holds as many delayed messages and parts of transactions as it may; \
+             try again when some of them were delivered"
+                .to_owned(),
         ),
         BatchOutcome::Malformed => {
             BrokerError::Internal("the batch could not be read when it was applied".to_owned())

@@ -123,6 +123,13 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "request_too_large",
             "Request too large",
         ),
+        B::MessageNotFound { .. } => (S::NOT_FOUND, "message_not_found", "Message not found"),
+        B::AlreadyDelivered { .. } => (
+            S::CONFLICT,
+            "already_delivered",
+            "Message was already delivered",
+        ),
+        B::BacklogFull(_) => (S::TOO_MANY_REQUESTS, "backlog_full", "Backlog full"),
         B::QuotaExceeded(_) => (S::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded"),
         B::NoLeader { .. } => (S::SERVICE_UNAVAILABLE, "no_leader", "No leader"),
         B::NotEnoughReplicas { .. } => (

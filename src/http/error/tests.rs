@@ -89,6 +89,20 @@ fn every_broker_error() -> Vec<(BrokerError, u16, &'static str)> {
             "request_too_large",
         ),
         (B::QuotaExceeded(s()), 429, "quota_exceeded"),
+        (B::BacklogFull(s()), 429, "backlog_full"),
+        (
+            B::MessageNotFound {
+                topic: s(),
+                message_id: s(),
+            },
+            404,
+            "message_not_found",
+        ),
+        (
+            B::AlreadyDelivered { message_id: s() },
+            409,
+            "already_delivered",
+        ),
         (B::NoLeader { outcome }, 503, "no_leader"),
         (
             B::NotEnoughReplicas {
