@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, StartAt};
+use crate::broker::{Broker, BrokerError, StartAt, TransactionQuery};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -98,6 +98,10 @@ pub enum PeerRequest {
     TransferLeader {
         group: u64,
         to: NodeId,
+    },
+    Transactions {
+        coordinator: u32,
+        query: TransactionQuery,
     },
 }
 
@@ -201,6 +205,9 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         }
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
+        }
+        PeerRequest::Transactions { coordinator, query } => {
+            encode(&broker.transactions_here(coordinator, &query).await)
         }
     }
 }

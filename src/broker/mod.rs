@@ -24,6 +24,7 @@ mod read;
 mod reset;
 mod route;
 mod topics;
+mod transactions;
 mod types;
 
 #[cfg(test)]
@@ -38,6 +39,11 @@ mod testing;
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
 pub use message_id::message_id;
+pub use transactions::{
+    BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,
+    WebhookPolicy, check_webhook_allowed, parse_transaction_id, transaction_results,
+    transaction_text,
+};
 pub use types::*;
 
 use std::collections::HashMap;
@@ -108,6 +114,7 @@ impl Broker {
             round_robin: AtomicU32::new(0),
         });
         events::start(&broker);
+        tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -169,7 +169,7 @@ impl Broker {
 
     /// Brings batches to the queue's leader, wherever it is. One outcome for each, or one error for
     /// all.
-    async fn store(
+    pub(super) async fn store(
         &self,
         topic: &Topic,
         queue: u32,
@@ -277,7 +277,7 @@ fn answer(topic: &Topic, results: Results) -> ProduceAnswer {
 }
 
 /// What apply's verdict on a batch means for each of its messages.
-fn explain(
+pub(super) fn explain(
     group: u64,
     queue: u32,
     outcome: BatchOutcome,

@@ -10,10 +10,6 @@ mod offsets;
 mod records;
 mod view;
 
-#[cfg(test)]
-mod machine_tests;
-#[cfg(test)]
-mod random_tests;
 
 pub use view::TransactionFilter;
 

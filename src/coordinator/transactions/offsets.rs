@@ -18,7 +18,7 @@ use crate::coordinator::machine::CoordinatorMachine;
 use crate::coordinator::records::offset_key;
 use crate::names::MAX_NAME_CHARS;
 
-/// A hold is refused [`HOLD_SLACK_MS`](super::super::HOLD_SLACK_MS) after its transaction's time
+/// A hold is refused minutes after its transaction's time
 /// for preparing at the latest. The mark outlives that by far, so clocks may differ by minutes.
 const MARK_KEPT_MS: u64 = 3_600_000;
 /// Old marks that one command removes: more than it makes.
