@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use super::nodes::NodeList;
 use super::section::section;
+use super::webhooks::{Secret, UrlList};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -109,6 +110,16 @@ section! {
         producers: u64 = 16 * KIB, "limits-producers", "QUORATE_LIMITS_PRODUCERS";
         /// A write that nobody has confirmed after this time is answered 504 with outcome unknown.
         write_timeout_ms: u64 = 5_000, "limits-write-timeout-ms", "QUORATE_LIMITS_WRITE_TIMEOUT_MS";
+    }
+}
+
+section! {
+    /// Checks of transactions that nobody ends.
+    TransactionsConfig, TransactionsKeys, "transactions" {
+        /// What a transaction's check_url may begin with: `["http://host:port/path"]` in the file, with commas elsewhere; empty: none is called.
+        webhook_allow: UrlList = UrlList::default(), "transactions-webhook-allow", "QUORATE_TRANSACTIONS_WEBHOOK_ALLOW";
+        /// Signs what is sent to a check_url; needed with webhook_allow, the same on every node.
+        webhook_secret: Secret = Secret::default(), "transactions-webhook-secret", "QUORATE_TRANSACTIONS_WEBHOOK_SECRET";
     }
 }
 

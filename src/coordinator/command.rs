@@ -26,7 +26,9 @@ pub enum CoordinatorCommand {
         member: Option<MemberMark>,
     },
     /// Without a name: a new producer. With one: the same producer, its epoch raised.
-    RegisterProducer { name: Option<String> },
+    RegisterProducer {
+        name: Option<String>,
+    },
     /// Says that a named producer is about to write to a queue, so that its next registration
     /// knows where to fence it.
     AttachProducer {
@@ -49,7 +51,9 @@ pub enum GroupMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommitVerdict {
     Done,
-    Conflict { committed: u64 },
+    Conflict {
+        committed: u64,
+    },
     Fenced,
     /// A transaction holds the offset until it ends.
     Held,

@@ -106,6 +106,11 @@ fn routes() -> OpenApiRouter<HttpState> {
         .routes(routes!(v1::consume::offset_at))
         .routes(routes!(v1::offsets::commit, v1::offsets::list))
         .routes(routes!(v1::offsets::reset))
+        .routes(routes!(v1::transactions::begin, v1::transactions::list))
+        .routes(routes!(v1::transactions::get))
+        .routes(routes!(v1::transactions::extend))
+        .routes(routes!(v1::transactions::commit))
+        .routes(routes!(v1::transactions::rollback))
         .routes(routes!(v1::cluster::describe))
         .routes(routes!(v1::cluster::events))
         .routes(routes!(v1::cluster::transfer_leader))
@@ -163,6 +168,8 @@ mod tests {
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",
             "GET /v1/topics/{topic}/queues/{queue}/replica",
+            "GET /v1/transactions",
+            "GET /v1/transactions/{transaction}",
             "PATCH /v1/topics/{topic}",
             "POST /v1/fetch",
             "POST /v1/groups/{group}/offsets/reset",
@@ -170,6 +177,10 @@ mod tests {
             "POST /v1/topics",
             "POST /v1/topics/{topic}/messages",
             "POST /v1/topics/{topic}/queues/{queue}/leader",
+            "POST /v1/transactions",
+            "POST /v1/transactions/{transaction}/commit",
+            "POST /v1/transactions/{transaction}/messages",
+            "POST /v1/transactions/{transaction}/rollback",
             "PUT /v1/groups/{group}/offsets",
         ];
         assert_eq!(found, expected);

@@ -64,7 +64,8 @@ impl Broker {
             offset_groups: offsets.iter().map(|o| o.group.clone()).collect(),
         };
         let command = TransactionCommand::Begin { id, new };
-        self.record_and_prepare(&id, command, batches, offsets).await
+        self.record_and_prepare(&id, command, batches, offsets)
+            .await
     }
 
     /// Adds messages to an open transaction.
@@ -76,7 +77,8 @@ impl Broker {
         let batches = self.encode_messages(messages).await?;
         let parts = batches.iter().map(|b| b.part.clone()).collect();
         let command = TransactionCommand::Extend { id: *id, parts };
-        self.record_and_prepare(id, command, batches, Vec::new()).await
+        self.record_and_prepare(id, command, batches, Vec::new())
+            .await
     }
 
     fn check_begin(&self, request: &BeginTransaction) -> BrokerResult<()> {
@@ -88,7 +90,9 @@ impl Broker {
             )));
         }
         let timing = request.timing;
-        let checks_ms = timing.check_interval_ms.saturating_mul(timing.max_checks.into());
+        let checks_ms = timing
+            .check_interval_ms
+            .saturating_mul(timing.max_checks.into());
         if timing.timeout_ms.saturating_add(checks_ms) > MAX_LIFE_MS {
             return Err(BrokerError::InvalidRequest(format!(
                 "timeout_ms + max_checks * check_interval_ms must be at most {MAX_LIFE_MS} (7 days): the messages take space until the end"

@@ -27,11 +27,12 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Between two attempts at the same transaction, doubling.
 const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// Transactions looked at in one go, and worked at at the same time.
-const PAGE: usize = 512;
+/// Transactions looked at in one go (those that wait for a retry among them), and worked at at the
+/// same time.
+const PAGE: usize = 4_096;
 const AT_ONCE: usize = 64;
 /// Changes come in bursts; one look is enough for those of this time.
-const GATHER: Duration = Duration::from_millis(5);
+const GATHER: Duration = Duration::from_millis(20);
 
 /// Attempts under way or to be repeated later.
 #[derive(Debug, Clone, Copy)]

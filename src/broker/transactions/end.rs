@@ -33,7 +33,9 @@ impl Broker {
             let command = TransactionCommand::Decide { id: *id, decision };
             match self.transact(id, command).await? {
                 TransactionReply::Is(decided) if decided.done_ms.is_some() => return Ok(*decided),
-                TransactionReply::Is(decided) => return Ok(self.settle_transaction(&decided).await),
+                TransactionReply::Is(decided) => {
+                    return Ok(self.settle_transaction(&decided).await);
+                }
                 TransactionReply::Ended(transaction) => return Err(ended(&transaction)),
                 TransactionReply::NotFound => return Err(not_found(id)),
                 TransactionReply::NotPrepared if backoff.wait().await => {}
@@ -108,7 +110,9 @@ impl Broker {
             return Ok(Vec::new());
         }
         // The queue's own last stamp counts if this clock is behind it.
-        let proposed = self.propose(group, entry::settle(now_ms(), id, commit)).await;
+        let proposed = self
+            .propose(group, entry::settle(now_ms(), id, commit))
+            .await;
         let reply = match proposed {
             Err(_) if self.is_deleted(group).await => return Ok(Vec::new()),
             other => other?,

@@ -33,7 +33,10 @@ pub struct WebhookPolicy {
 /// The secret stays out of logs.
 impl fmt::Debug for WebhookPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let policy = f.debug_struct("WebhookPolicy").field("allow", &self.allow).finish_non_exhaustive();
+        let policy = f
+            .debug_struct("WebhookPolicy")
+            .field("allow", &self.allow)
+            .finish_non_exhaustive();
         policy
     }
 }
@@ -90,13 +93,21 @@ pub fn check_allowed(entry: &str) -> Result<(), String> {
     let whole = url.query().is_none() && url.fragment().is_none();
     match url.scheme() {
         "http" if plain && whole && url.has_host() => Ok(()),
-        "http" => Err("it must be http://host[:port]/path without user, query and fragment".to_owned()),
+        "http" => {
+            Err("it must be http://host[:port]/path without user, query and fragment".to_owned())
+        }
         other => Err(format!("scheme {other:?} cannot be asked, only http")),
     }
 }
 
 fn covers(allowed: &Url, url: &Url) -> bool {
-    let origin = |u: &Url| (u.scheme().to_owned(), u.host_str().map(str::to_owned), u.port_or_known_default());
+    let origin = |u: &Url| {
+        (
+            u.scheme().to_owned(),
+            u.host_str().map(str::to_owned),
+            u.port_or_known_default(),
+        )
+    };
     let plain = url.username().is_empty() && url.password().is_none() && url.fragment().is_none();
     let rest = url.path().strip_prefix(allowed.path());
     // `/hooks` covers `/hooks/a`, not `/hooks-of-others`.
@@ -176,12 +187,19 @@ async fn call(
         .header("content-type", "application/json")
         .header(SIGNATURE_HEADER, sign(&policy.secret, &body))
         .body(body);
-    let mut response = request.send().await.map_err(|e| e.without_url().to_string())?;
+    let mut response = request
+        .send()
+        .await
+        .map_err(|e| e.without_url().to_string())?;
     if !response.status().is_success() {
         return Err(format!("status {}", response.status()));
     }
     let mut answer = Vec::new();
-    while let Some(piece) = response.chunk().await.map_err(|e| e.without_url().to_string())? {
+    while let Some(piece) = response
+        .chunk()
+        .await
+        .map_err(|e| e.without_url().to_string())?
+    {
         answer.extend_from_slice(&piece);
         if answer.len() > MAX_ANSWER_BYTES {
             return Err(format!("more than {MAX_ANSWER_BYTES} bytes"));
@@ -229,14 +247,22 @@ mod tests {
         ] {
             assert!(policy.check(url).is_err(), "{url}");
         }
-        let refused = WebhookPolicy::default().check("http://127.0.0.1/").unwrap_err();
+        let refused = WebhookPolicy::default()
+            .check("http://127.0.0.1/")
+            .unwrap_err();
         assert!(refused.contains("webhook_allow"), "{refused}");
     }
 
     #[test]
     fn what_can_be_listed() {
         assert!(check_allowed("http://hooks:8090/check").is_ok());
-        for entry in ["https://hooks/", "http://u:p@hooks/", "hooks:8090", "http://h/?a=1", ""] {
+        for entry in [
+            "https://hooks/",
+            "http://u:p@hooks/",
+            "hooks:8090",
+            "http://h/?a=1",
+            "",
+        ] {
             assert!(check_allowed(entry).is_err(), "{entry}");
         }
     }

@@ -158,7 +158,9 @@ impl CoordinatorMachine {
         let old_listed = before.map(listed_key);
         let listed = listed_key(after);
         if old_listed.as_ref() != Some(&listed) {
-            old_listed.into_iter().for_each(|key| self.records.remove(key));
+            old_listed
+                .into_iter()
+                .for_each(|key| self.records.remove(key));
             self.records.put(listed, Vec::new());
         }
         self.records.store(transaction_key(id), after);
@@ -279,7 +281,9 @@ fn add_parts(
     now_ms: u64,
 ) -> Result<TransactionReply, TransactionReply> {
     let count: usize = parts.iter().map(|p| p.messages.len()).sum();
-    let bytes = parts.iter().fold(0u64, |sum, p| sum.saturating_add(p.bytes));
+    let bytes = parts
+        .iter()
+        .fold(0u64, |sum, p| sum.saturating_add(p.bytes));
     let sound = |p: &Part| {
         let in_order = |number: &u32| (*number as usize) < count;
         p.topic.len() <= MAX_NAME_CHARS && !p.messages.is_empty() && p.messages.iter().all(in_order)
@@ -349,9 +353,14 @@ fn prepared(transaction: &mut Transaction, done: PreparedParts, _now_ms: u64) ->
         return ended(transaction);
     }
     let parts = transaction.parts.iter_mut().skip(done.first as usize);
-    parts.take(done.count as usize).for_each(|p| p.prepared = true);
+    parts
+        .take(done.count as usize)
+        .for_each(|p| p.prepared = true);
     if done.offsets {
-        transaction.offsets.iter_mut().for_each(|o| o.prepared = true);
+        transaction
+            .offsets
+            .iter_mut()
+            .for_each(|o| o.prepared = true);
     }
     settle_preparation(transaction);
     now_is(transaction)

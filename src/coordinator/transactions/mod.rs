@@ -10,6 +10,10 @@ mod offsets;
 mod records;
 mod view;
 
+#[cfg(test)]
+mod random_tests;
+#[cfg(test)]
+mod tests;
 
 pub use view::TransactionFilter;
 
@@ -119,10 +123,7 @@ pub enum TransactionCommand {
         new: NewTransaction,
     },
     /// Records more of them.
-    Extend {
-        id: TransactionId,
-        parts: Vec<Part>,
-    },
+    Extend { id: TransactionId, parts: Vec<Part> },
     Prepared {
         id: TransactionId,
         parts: PreparedParts,
@@ -190,7 +191,9 @@ pub enum TransactionReply {
 pub enum HoldVerdict {
     Fine,
     /// Behind what the group has committed.
-    Behind { committed: u64 },
+    Behind {
+        committed: u64,
+    },
     Fenced,
     /// Another transaction holds it.
     HeldByOther,
@@ -312,7 +315,11 @@ impl Transaction {
     pub fn due_ms(&self) -> Option<u64> {
         match (self.decision, self.done_ms) {
             (None, _) if !self.opened => self.prepare_by_ms,
-            (None, _) => Some(self.prepare_by_ms.unwrap_or(u64::MAX).min(self.next_check_ms)),
+            (None, _) => Some(
+                self.prepare_by_ms
+                    .unwrap_or(u64::MAX)
+                    .min(self.next_check_ms),
+            ),
             (Some(_), None) => Some(self.decided_ms.saturating_add(RESUME_AFTER_MS)),
             (Some(_), Some(_)) => None,
         }

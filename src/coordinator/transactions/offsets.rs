@@ -134,7 +134,8 @@ impl CoordinatorMachine {
         if self.records.get(&mark)?.is_none() {
             self.records.put(mark, Vec::new());
             let forget_ms = now_ms.saturating_add(MARK_KEPT_MS);
-            self.records.put(mark_time_key(forget_ms, group, id), Vec::new());
+            self.records
+                .put(mark_time_key(forget_ms, group, id), Vec::new());
         }
         Ok(())
     }

@@ -114,11 +114,7 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "transaction_not_found",
             "Transaction not found",
         ),
-        B::TransactionEnded { .. } => (
-            S::CONFLICT,
-            "transaction_ended",
-            "Transaction has ended",
-        ),
+        B::TransactionEnded { .. } => (S::CONFLICT, "transaction_ended", "Transaction has ended"),
         B::TransactionBusy { .. } => (
             S::CONFLICT,
             "transaction_busy",
