@@ -13,3 +13,4 @@ mod offsets;
 mod produce;
 mod strict;
 mod topics;
+mod transactions;

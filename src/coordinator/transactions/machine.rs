@@ -28,25 +28,25 @@ type Answer = Result<TransactionReply, StorageError>;
 impl CoordinatorMachine {
     pub(in crate::coordinator) fn transact(&mut self, command: TransactionCommand) -> Answer {
         match command {
-            TransactionCommand::Begin { id, new } => self.begin(id, new),
+            TransactionCommand::Begin { id, new } => self.begin_transaction(id, new),
             TransactionCommand::Extend { id, parts } => {
-                self.change(&id, |found, now_ms| extend(found, parts, now_ms))
+                self.change_transaction(&id, |found, now_ms| extend(found, parts, now_ms))
             }
             TransactionCommand::Prepared { id, parts } => {
-                self.change(&id, |found, now_ms| prepared(found, parts, now_ms))
+                self.change_transaction(&id, |found, now_ms| prepared(found, parts, now_ms))
             }
             TransactionCommand::Decide { id, decision } => {
-                self.change(&id, |found, now_ms| decide(found, decision, now_ms))
+                self.change_transaction(&id, |found, now_ms| decide(found, decision, now_ms))
             }
-            TransactionCommand::Due { id } => self.change(&id, due),
+            TransactionCommand::Due { id } => self.change_transaction(&id, due),
             TransactionCommand::Settled {
                 id,
                 queues,
                 offset_groups,
-            } => self.change(&id, |found, now_ms| {
+            } => self.change_transaction(&id, |found, now_ms| {
                 settled(found, &queues, &offset_groups, now_ms)
             }),
-            TransactionCommand::Forget => self.forget(),
+            TransactionCommand::Forget => self.forget_transactions(),
             TransactionCommand::HoldOffsets {
                 id,
                 group,
@@ -60,7 +60,7 @@ impl CoordinatorMachine {
         }
     }
 
-    fn begin(&mut self, id: TransactionId, new: NewTransaction) -> Answer {
+    fn begin_transaction(&mut self, id: TransactionId, new: NewTransaction) -> Answer {
         let key = transaction_key(&id);
         if self.records.get(&key)?.is_some() {
             return Ok(TransactionReply::Invalid(
@@ -78,8 +78,8 @@ impl CoordinatorMachine {
             );
             return Ok(TransactionReply::Invalid(text));
         }
-        let of_group = self.open_of(&new.producer_group)?;
-        if of_group >= MAX_OPEN_PER_GROUP || self.counts()?.open >= MAX_OPEN {
+        let of_group = self.open_transactions_of(&new.producer_group)?;
+        if of_group >= MAX_OPEN_PER_GROUP || self.transaction_counts()?.open >= MAX_OPEN {
             return Ok(TransactionReply::TooMany(format!(
                 "{of_group} transactions of producer group {:?} wait to be committed or rolled back; end some of them first",
                 new.producer_group
@@ -118,12 +118,12 @@ impl CoordinatorMachine {
             Err(refused) => return Ok(refused),
         };
         settle_preparation(&mut transaction);
-        self.keep(None, &transaction)?;
+        self.keep_transaction(None, &transaction)?;
         Ok(reply)
     }
 
     /// Changes a transaction by one of the functions below.
-    fn change(
+    fn change_transaction(
         &mut self,
         id: &TransactionId,
         change: impl FnOnce(&mut Transaction, u64) -> TransactionReply,
@@ -134,13 +134,13 @@ impl CoordinatorMachine {
         let mut after = before.clone();
         let reply = change(&mut after, self.now_ms()?);
         if after != before {
-            self.keep(Some(&before), &after)?;
+            self.keep_transaction(Some(&before), &after)?;
         }
         Ok(reply)
     }
 
     /// Stores a transaction with all that says where to find it.
-    fn keep(
+    fn keep_transaction(
         &mut self,
         before: Option<&Transaction>,
         after: &Transaction,
@@ -164,10 +164,10 @@ impl CoordinatorMachine {
             self.records.put(listed, Vec::new());
         }
         self.records.store(transaction_key(id), after);
-        self.count(before.map(Transaction::state), after)
+        self.count_transaction(before.map(Transaction::state), after)
     }
 
-    fn count(
+    fn count_transaction(
         &mut self,
         before: Option<TransactionState>,
         after: &Transaction,
@@ -176,10 +176,10 @@ impl CoordinatorMachine {
         let is_open = |s: S| matches!(s, S::Preparing | S::Open | S::NeedsCheck);
         let state = after.state();
         let was_open = before.is_some_and(is_open);
-        let mut counts = self.counts()?;
+        let mut counts = self.transaction_counts()?;
         let known = counts;
         if was_open != is_open(state) {
-            let of_group = self.open_of(&after.producer_group)?;
+            let of_group = self.open_transactions_of(&after.producer_group)?;
             let (of_group, open) = match was_open {
                 true => (of_group.saturating_sub(1), counts.open.saturating_sub(1)),
                 false => (of_group.saturating_add(1), counts.open.saturating_add(1)),
@@ -204,10 +204,10 @@ impl CoordinatorMachine {
             self.records.put(ended_key(done_ms, &after.id), Vec::new());
             counts.ended += 1;
             while counts.ended > MAX_ENDED {
-                let Some((_, oldest)) = self.oldest_ended(1)?.pop() else {
+                let Some((_, oldest)) = self.oldest_ended_transactions(1)?.pop() else {
                     break;
                 };
-                self.forget_one(&oldest)?;
+                self.forget_transaction(&oldest)?;
                 counts.ended -= 1;
             }
         }
@@ -217,22 +217,25 @@ impl CoordinatorMachine {
         Ok(())
     }
 
-    pub(in crate::coordinator) fn counts(&self) -> Result<TransactionCounts, StorageError> {
+    fn transaction_counts(&self) -> Result<TransactionCounts, StorageError> {
         Ok(self.records.read(COUNTS_KEY)?.unwrap_or_default())
     }
 
-    fn open_of(&self, producer_group: &str) -> Result<u32, StorageError> {
+    fn open_transactions_of(&self, producer_group: &str) -> Result<u32, StorageError> {
         let found = self.records.read(&open_count_key(producer_group))?;
         Ok(found.unwrap_or(0))
     }
 
-    fn oldest_ended(&self, limit: usize) -> Result<Vec<(u64, TransactionId)>, StorageError> {
+    fn oldest_ended_transactions(
+        &self,
+        limit: usize,
+    ) -> Result<Vec<(u64, TransactionId)>, StorageError> {
         let found = self.records.scan(ENDED_PREFIX, None, limit)?;
         let read = found.iter().filter_map(|(key, _)| read_timed(key));
         Ok(read.collect())
     }
 
-    fn forget_one(&mut self, id: &TransactionId) -> Result<(), StorageError> {
+    fn forget_transaction(&mut self, id: &TransactionId) -> Result<(), StorageError> {
         let key = transaction_key(id);
         if let Some(transaction) = self.records.read::<Transaction>(&key)? {
             self.records.remove(listed_key(&transaction));
@@ -244,19 +247,19 @@ impl CoordinatorMachine {
         Ok(())
     }
 
-    fn forget(&mut self) -> Answer {
+    fn forget_transactions(&mut self) -> Answer {
         let now_ms = self.now_ms()?;
-        let old = self.oldest_ended(FORGET_AT_ONCE)?;
+        let old = self.oldest_ended_transactions(FORGET_AT_ONCE)?;
         let mut old = old
             .into_iter()
             .take_while(|(done_ms, _)| done_ms.saturating_add(KEPT_MS) <= now_ms);
         let mut forgotten = 0;
         for (_, id) in &mut old {
-            self.forget_one(&id)?;
+            self.forget_transaction(&id)?;
             forgotten += 1;
         }
         if forgotten > 0 {
-            let mut counts = self.counts()?;
+            let mut counts = self.transaction_counts()?;
             counts.ended = counts.ended.saturating_sub(forgotten);
             self.records.store(COUNTS_KEY.to_vec(), &counts);
         }
