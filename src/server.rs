@@ -114,6 +114,7 @@ fn node_config(config: &ServerConfig) -> NodeConfig {
             max_producers: u32::try_from(config.limits.producers).unwrap_or(u32::MAX),
             max_keys: u32::try_from(config.limits.idempotency_keys).unwrap_or(u32::MAX),
             key_window_ms: config.limits.idempotency_window_ms,
+            max_held: u32::try_from(config.limits.held_batches).unwrap_or(u32::MAX),
         },
         checkpoint_every: config.raft.checkpoint_every,
         broker: BrokerConfig {
@@ -122,6 +123,7 @@ fn node_config(config: &ServerConfig) -> NodeConfig {
                 allow: config.transactions.webhook_allow.0.clone(),
                 secret: config.transactions.webhook_secret.0.clone(),
             },
+            retention_check: ms(config.log.retention_check_ms),
             ..BrokerConfig::default()
         },
     }

@@ -29,6 +29,8 @@ pub struct BrokerConfig {
     pub batcher_idle: Duration,
     /// Where producers may have their transactions' checks sent.
     pub webhooks: WebhookPolicy,
+    /// Between two looks for messages that their topic keeps no longer.
+    pub retention_check: Duration,
 }
 
 impl Default for BrokerConfig {
@@ -45,6 +47,7 @@ impl Default for BrokerConfig {
             max_queued_bytes: 256 << 20,
             batcher_idle: Duration::from_secs(30),
             webhooks: WebhookPolicy::default(),
+            retention_check: Duration::from_secs(30),
         }
     }
 }

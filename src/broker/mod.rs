@@ -22,6 +22,7 @@ mod producers;
 pub mod queue;
 mod read;
 mod reset;
+mod retention;
 mod route;
 mod topics;
 mod transactions;

@@ -104,7 +104,8 @@ impl Broker {
         let mut proved = request.stale;
         loop {
             let bounds = queue.shared.bounds();
-            if start < bounds.earliest && request.start == StartAt::Earliest {
+            // Trimmed since it was looked up; an offset that was asked for by name is not replaced.
+            if start < bounds.earliest && !matches!(request.start, StartAt::Offset(_)) {
                 start = bounds.earliest;
             }
             if start < bounds.earliest {
@@ -123,7 +124,11 @@ impl Broker {
                 }
             }
             if start < bounds.end {
-                return self.read_batches(queue, start, bounds, request).await;
+                match self.read_batches(queue, start, bounds, request).await? {
+                    Some(slice) => return Ok(slice),
+                    // Retention went on while it was read.
+                    None => continue,
+                }
             }
             if !proved {
                 let patience = Instant::now() + self.config.read_timeout;
@@ -168,7 +173,7 @@ impl Broker {
         start: u64,
         bounds: QueueBounds,
         request: &ReadRequest,
-    ) -> BrokerResult<Slice> {
+    ) -> BrokerResult<Option<Slice>> {
         let max_messages = usize::try_from(request.max_messages).unwrap_or(usize::MAX);
         let max_bytes = usize::try_from(request.max_bytes).unwrap_or(usize::MAX);
         let batches = if bounds.end - start <= NEAR_THE_END {
@@ -179,15 +184,27 @@ impl Broker {
             let joined = quorate_raft::blocking::on_pool(far).await;
             joined.map_err(|e| BrokerError::Internal(e.to_string()))?
         };
-        let batches = batches.map_err(|error| unreadable(queue, error))?;
         // Taken anew: what was read may have been applied after the bounds were looked at.
         let bounds = queue.shared.bounds();
-        Ok(Slice {
+        let begins = |batches: &[StoredBatch]| batches.first().map(|b| b.place.base_offset);
+        let batches = match batches {
+            Ok(batches) if begins(&batches).is_some_and(|first| first <= start) => batches,
+            _ if start < bounds.earliest => return Ok(None),
+            Ok(batches) => {
+                // A snapshot is being installed, and the bounds are the older ones still.
+                let found = begins(&batches);
+                tracing::debug!(start, ?found, "read while the replica is replaced");
+                let text = "its replica of the queue is being replaced at the moment";
+                return Err(BrokerError::Overloaded(text.to_owned()));
+            }
+            Err(error) => return Err(unreadable(queue, error)),
+        };
+        Ok(Some(Slice {
             start,
             batches,
             earliest: bounds.earliest,
             end: bounds.end,
-        })
+        }))
     }
 
     /// The first offset at or after a time; the proved end if there is none.
