@@ -24,6 +24,8 @@ use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest, Slice, Stored
 
 /// Index records looked up at a time.
 const RECORDS_PER_LOOK: usize = 256;
+/// Entries read for nothing between two that are wanted, rather than looking for the next one anew.
+const MOST_BETWEEN: u64 = 8;
 /// Reads that begin further behind the end than this go to the blocking pool: they are likely to
 /// wait for the disk.
 const NEAR_THE_END: u64 = 4096;
@@ -247,7 +249,7 @@ fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
     }
 }
 
-fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
+pub(super) fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
     tracing::error!(%error, "a queue cannot be read");
     match &error {
         StorageError::Damaged { path, .. } if path == queue.shared.index().path() => {
@@ -261,7 +263,7 @@ fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
 }
 
 /// The batches from the one that holds `start` on, at least one, then as many as the bounds allow.
-fn collect(
+pub(super) fn collect(
     queue: &LocalQueue,
     start: u64,
     max_messages: usize,
@@ -277,7 +279,11 @@ fn collect(
         }
         let full_look = records.len() == wanted;
         let mut rest = &records[..];
-        while let (Some(first), Some(last)) = (rest.first(), rest.last()) {
+        while !rest.is_empty() {
+            let run = run_along_log(rest);
+            let (Some(first), Some(last)) = (run.first(), run.last()) else {
+                break;
+            };
             let left = max_bytes.saturating_sub(bytes).max(1);
             let entries = queue
                 .group
@@ -325,7 +331,7 @@ fn uncommitted(queue: &LocalQueue, end: u64) -> Vec<StoredBatch> {
         let EntryBody::Append(batches) = decoded.body else {
             continue;
         };
-        for (ordinal, batch) in (0..).zip(batches) {
+        for (ordinal, batch) in (0..).zip(batches).filter(|(_, batch)| batch.hold.is_none()) {
             let view = BatchView::parse_trusted(batch.batch.clone());
             let count = view.map_or(0, |view| view.record_count());
             found.push(StoredBatch {
@@ -350,6 +356,17 @@ fn enough(records: &[IndexRecord], start: u64, max_messages: usize) -> Option<us
     let until = start.saturating_add(max_messages as u64);
     let place = records.iter().position(|r| r.end_offset() >= until)?;
     Some(place + 1)
+}
+
+/// How many of the first records can be read in one go: they lie along the log, with little between
+/// that is not wanted. What was delivered late points back, each batch to where it was stored.
+fn run_along_log(records: &[IndexRecord]) -> &[IndexRecord] {
+    let follows = |pair: &&[IndexRecord]| {
+        let (here, next) = (pair[0].log_index, pair[1].log_index);
+        (here..=here.saturating_add(MOST_BETWEEN)).contains(&next)
+    };
+    let run = records.windows(2).take_while(follows).count() + 1;
+    &records[..run.min(records.len())]
 }
 
 /// The batches of one entry that the index records name.

@@ -154,15 +154,11 @@ impl Records {
 /// What the broker reads of a coordinator's applied state.
 #[derive(Debug, Clone)]
 pub struct CoordinatorView {
-    records: DerivedGroup,
+    pub(super) records: DerivedGroup,
     transactions: watch::Receiver<()>,
 }
 
 impl CoordinatorView {
-    pub(super) fn records(&self) -> &DerivedGroup {
-        &self.records
-    }
-
     /// Changes whenever a transaction may have changed.
     pub fn watch_transactions(&self) -> watch::Receiver<()> {
         self.transactions.clone()

@@ -4,13 +4,17 @@
 mod support;
 
 mod api;
+mod backlog;
 mod cluster;
 mod consume;
 mod idempotence;
 mod live;
 mod no_room;
 mod offsets;
+mod one_way;
 mod produce;
+mod quotas;
 mod strict;
 mod topics;
 mod transactions;
+mod ttl;

@@ -17,7 +17,7 @@ mod sizes;
 mod state;
 
 pub use reply::{BatchOutcome, CancelVerdict, QueueReply, Settled};
-pub(crate) use reply::{decode_cancelled, decode_outcomes, decode_settled};
+pub(crate) use reply::{decode_cancelled, decode_delivered, decode_outcomes, decode_settled};
 pub use shared::{QueueBounds, QueueShared};
 pub use sizes::SizeTable;
 pub use state::{QueueLimits, QueueMachine};

@@ -29,7 +29,8 @@ impl QueueMachine {
             self.show(&spot);
         }
         self.held.commit(log_id, due.len())?;
-        Ok(QueueReply::Done)
+        // No more than `max_batches`.
+        Ok(QueueReply::Delivered(due.len() as u32))
     }
 
     /// Ends a transaction here, unless it has ended before.

@@ -97,7 +97,6 @@ impl QueueShared {
     /// From now on `told` is when something is due earlier than what was known. Only the first call
     /// counts.
     pub(in crate::broker) fn tell_due(&self, told: Arc<Notify>) {
-        told.notify_one();
         self.due_earlier.set(told).ok();
     }
 

@@ -24,7 +24,7 @@ pub struct TransactionFilter {
 
 impl CoordinatorView {
     pub fn transaction(&self, id: &TransactionId) -> Result<Option<Transaction>, StorageError> {
-        let stored = self.records().get(&transaction_key(id))?;
+        let stored = self.records.get(&transaction_key(id))?;
         Ok(stored.and_then(|bytes| postcard::from_bytes(&bytes).ok()))
     }
 
@@ -40,7 +40,7 @@ impl CoordinatorView {
         let mut found = Vec::new();
         let mut after = None;
         while found.len() < limit {
-            let page = self.records().scan_page(&prefix, after.as_deref(), PAGE)?;
+            let page = self.records.scan_page(&prefix, after.as_deref(), PAGE)?;
             for (key, _) in &page {
                 let listed = listed_id(key).map(|id| self.transaction(&id)).transpose()?;
                 let wanted = |t: &Transaction| filter.state.is_none_or(|s| s == t.state());
@@ -56,7 +56,7 @@ impl CoordinatorView {
     }
 
     pub fn transaction_counts(&self) -> Result<TransactionCounts, StorageError> {
-        let stored = self.records().get(COUNTS_KEY)?;
+        let stored = self.records.get(COUNTS_KEY)?;
         let counts = stored.and_then(|bytes| postcard::from_bytes(&bytes).ok());
         Ok(counts.unwrap_or_default())
     }
@@ -66,14 +66,14 @@ impl CoordinatorView {
         &self,
         limit: usize,
     ) -> Result<Vec<(u64, TransactionId)>, StorageError> {
-        let found = self.records().scan_page(DUE_PREFIX, None, limit)?;
+        let found = self.records.scan_page(DUE_PREFIX, None, limit)?;
         let read = found.iter().filter_map(|(key, _)| read_timed(key));
         Ok(read.collect())
     }
 
     /// When the first ended transaction may be forgotten.
     pub fn forget_transactions_at(&self) -> Result<Option<u64>, StorageError> {
-        let found = self.records().scan_page(ENDED_PREFIX, None, 1)?;
+        let found = self.records.scan_page(ENDED_PREFIX, None, 1)?;
         let read = found.first().and_then(|(key, _)| read_timed(key));
         Ok(read.map(|(done_ms, _)| done_ms.saturating_add(KEPT_MS)))
     }
