@@ -45,12 +45,12 @@ mod testing;
 pub use config::BrokerConfig;
 pub use encode::records_in;
 pub use error::{BrokerError, Outcome};
+pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use transactions::{
     BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,
     WebhookPolicy, check_webhook_allowed, parse_transaction_id, transaction_results,
     transaction_text,
 };
-pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
