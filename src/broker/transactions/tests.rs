@@ -81,7 +81,11 @@ impl Manual {
 
     async fn run(mut self, broker: &Broker, until: Step) {
         let id = self.id;
-        let queues: Vec<u64> = self.batches.iter().map(|(_, b)| b.part.queue_group).collect();
+        let queues: Vec<u64> = self
+            .batches
+            .iter()
+            .map(|(_, b)| b.part.queue_group)
+            .collect();
         let commit = self.decision.is_commit();
         let mut places = Vec::new();
         for step in [
@@ -171,7 +175,10 @@ async fn offset_of_group(broker: &Broker) -> Option<u64> {
 
 async fn until_state(broker: &Broker, id: &TransactionId, wanted: TransactionState) {
     eventually(wanted.as_str(), || async {
-        broker.transaction(id).await.is_ok_and(|t| t.state() == wanted)
+        broker
+            .transaction(id)
+            .await
+            .is_ok_and(|t| t.state() == wanted)
     })
     .await;
 }
@@ -225,7 +232,10 @@ async fn stopped_after(step: Step, decision: Decision) {
             until_state(broker, &id, TransactionState::RolledBack).await;
             let late = Manual::new(broker, decision).await.batches.remove(0);
             let late = broker.prepare_part(&id, late.0, late.1).await;
-            assert!(matches!(late, Err(BrokerError::TransactionEnded { .. })), "{late:?}");
+            assert!(
+                matches!(late, Err(BrokerError::TransactionEnded { .. })),
+                "{late:?}"
+            );
             check_rolled_back(broker).await;
         }
         Step::Opened => {
@@ -243,7 +253,9 @@ async fn stopped_after(step: Step, decision: Decision) {
             until_state(broker, &id, end).await;
             let again = broker.end_transaction(&id, decision).await.unwrap();
             let places = transaction_results(&again).into_iter();
-            let places: Vec<_> = places.filter_map(|r| Some((r.queue, r.stored?.0))).collect();
+            let places: Vec<_> = places
+                .filter_map(|r| Some((r.queue, r.stored?.0)))
+                .collect();
             match decision.is_commit() {
                 true => assert_eq!(places, [(0, 0), (1, 0), (0, 1)]),
                 false => assert_eq!(places, []),
@@ -280,7 +292,12 @@ async fn a_commit_that_stops_anywhere_ends_right() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rollback_that_stops_anywhere_ends_right() {
-    for step in [Step::Opened, Step::Decided, Step::OneSettled, Step::AllSettled] {
+    for step in [
+        Step::Opened,
+        Step::Decided,
+        Step::OneSettled,
+        Step::AllSettled,
+    ] {
         stopped_after(step, Decision::Rollback).await;
     }
 }
@@ -297,7 +314,12 @@ async fn another_node_finishes_what_the_coordinators_leader_had_decided() {
     let id = manual.id;
     manual.run(&broker, Step::Decided).await;
     let coordinator = owner_of_transaction(&id);
-    let leader = broker.local.coordinator(coordinator).unwrap().group.leader();
+    let leader = broker
+        .local
+        .coordinator(coordinator)
+        .unwrap()
+        .group
+        .leader();
     let leader = leader.expect("it has just decided");
     nodes.remove(leader as usize - 1).stop().await;
     let broker = &nodes[0].broker;
@@ -307,7 +329,11 @@ async fn another_node_finishes_what_the_coordinators_leader_had_decided() {
     }
     let again = tokio::time::timeout(PATIENCE, broker.end_transaction(&id, Decision::Commit));
     let again = again.await.unwrap().unwrap();
-    assert!(transaction_results(&again).iter().all(|r| r.stored.is_some()));
+    assert!(
+        transaction_results(&again)
+            .iter()
+            .all(|r| r.stored.is_some())
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -335,7 +361,10 @@ async fn a_commit_waits_for_messages_that_are_being_added() {
     broker.prepare_part(&id, 0, first).await.unwrap();
     let ending = broker.clone();
     let commit = tokio::spawn(async move { ending.end_transaction(&id, Decision::Commit).await });
-    broker.prepare_part(&id, 1, batches.remove(0)).await.unwrap();
+    broker
+        .prepare_part(&id, 1, batches.remove(0))
+        .await
+        .unwrap();
     assert_eq!(values(broker, 0).await, [""; 0]);
     let parts = PreparedParts {
         first: 0,
@@ -415,10 +444,17 @@ async fn every_node_lists_and_waits() {
         assert_eq!(found.iter().map(|t| t.id).collect::<Vec<_>>(), [id]);
     }
     assert!(begun.elapsed() < PATIENCE, "woken, not timed out");
-    let ended = nodes[2].broker.end_transaction(&id, Decision::Rollback).await;
+    let ended = nodes[2]
+        .broker
+        .end_transaction(&id, Decision::Rollback)
+        .await;
     assert_eq!(ended.unwrap().state(), TransactionState::RolledBack);
     for node in &nodes {
-        let found = node.broker.transactions(filter(Some("p")), 0).await.unwrap();
+        let found = node
+            .broker
+            .transactions(filter(Some("p")), 0)
+            .await
+            .unwrap();
         assert!(found.is_empty());
     }
 }
@@ -428,7 +464,13 @@ fn ids_come_back_from_their_text() {
     let id = new_transaction_id(3, [0xa5; 16]).unwrap();
     let text = transaction_text(&id);
     assert_eq!(parse_transaction_id(&text), Some(id));
-    for text in ["", "0", &text.to_uppercase(), &text[1..], &format!("{text}0")] {
+    for text in [
+        "",
+        "0",
+        &text.to_uppercase(),
+        &text[1..],
+        &format!("{text}0"),
+    ] {
         assert_eq!(parse_transaction_id(text), None, "{text}");
     }
 }

@@ -4,15 +4,11 @@ use quorate_storage::StorageError;
 use serde::{Deserialize, Serialize};
 
 use super::records::{
-    COUNTS_KEY, Class, DUE_PREFIX, ENDED_PREFIX, LISTED_PREFIX, listed_id, listed_prefix,
-    read_timed, transaction_key,
+    COUNTS_KEY, DUE_PREFIX, ENDED_PREFIX, listed_id, listed_prefix, read_timed, transaction_key,
 };
 use super::{KEPT_MS, Transaction, TransactionCounts, TransactionState};
 use crate::broker::queue::entry::TransactionId;
 use crate::coordinator::records::CoordinatorView;
-
-/// Keys looked at in one go.
-const PAGE: usize = 256;
 
 /// Which transactions are listed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,30 +24,28 @@ impl CoordinatorView {
         Ok(stored.and_then(|bytes| postcard::from_bytes(&bytes).ok()))
     }
 
+    /// Up to the filter's limit of them, state after state.
     pub fn transactions(
         &self,
         filter: &TransactionFilter,
     ) -> Result<Vec<Transaction>, StorageError> {
-        let prefix = match &filter.producer_group {
-            Some(group) => listed_prefix(group, filter.state.map(Class::from)),
-            None => LISTED_PREFIX.to_vec(),
+        let states = match &filter.state {
+            Some(state) => std::slice::from_ref(state),
+            None => &TransactionState::ALL,
         };
-        let limit = filter.limit as usize;
         let mut found = Vec::new();
-        let mut after = None;
-        while found.len() < limit {
-            let page = self.records.scan_page(&prefix, after.as_deref(), PAGE)?;
-            for (key, _) in &page {
-                let listed = listed_id(key).map(|id| self.transaction(&id)).transpose()?;
+        for state in states {
+            let prefix = listed_prefix(*state, filter.producer_group.as_deref());
+            let left = (filter.limit as usize).saturating_sub(found.len());
+            for (key, _) in self.records.scan_page(&prefix, None, left)? {
+                let listed = listed_id(&key)
+                    .map(|id| self.transaction(&id))
+                    .transpose()?;
+                // Read beside apply: it may be in another state by now.
                 let wanted = |t: &Transaction| filter.state.is_none_or(|s| s == t.state());
                 found.extend(listed.flatten().filter(wanted));
             }
-            if page.len() < PAGE {
-                break;
-            }
-            after = page.last().map(|(key, _)| key.to_vec());
         }
-        found.truncate(limit);
         Ok(found)
     }
 
