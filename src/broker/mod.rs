@@ -112,6 +112,7 @@ impl Broker {
         });
         events::start(&broker);
         groups::start(&broker);
+        broker.metrics.collect_groups(broker.sessions.clone());
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -6,6 +6,7 @@ mod support;
 mod api;
 mod cluster;
 mod consume;
+mod groups;
 mod idempotence;
 mod live;
 mod no_room;
