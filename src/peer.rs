@@ -11,6 +11,7 @@ use quorate_raft::{NodeId, PeerService};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::broker::groups::GroupQuestion;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
 use crate::broker::{Broker, BrokerError, StartAt, TransactionQuery};
@@ -109,6 +110,12 @@ pub enum PeerRequest {
         coordinator: u32,
         topics: Vec<u64>,
         prove: bool,
+    },
+    /// Something about a consumer group that only the leader of its coordinator knows.
+    Group {
+        coordinator: u32,
+        question: GroupQuestion,
+        timeout_ms: u64,
     },
 }
 
@@ -220,6 +227,15 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         }
         PeerRequest::Transactions { coordinator, query } => {
             encode(&broker.transactions_here(coordinator, &query).await)
+        }
+        PeerRequest::Group {
+            coordinator,
+            question,
+            timeout_ms,
+        } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            let answer = broker.group_here(coordinator, question, timeout).await;
+            encode(&answer)
         }
     }
 }

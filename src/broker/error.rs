@@ -35,9 +35,30 @@ pub enum BrokerError {
     #[error("consumer group {group:?} is not known")]
     ConsumerGroupNotFound { group: String },
     #[error(
-        "member {member:?} of consumer group {group:?} is not known or its epoch is over; join again"
+        "member {member:?} of consumer group {group:?} is not one, its epoch is over, or the queue is another member's; send a heartbeat, and join again if that is refused"
     )]
     FencedMember { group: String, member: String },
+    #[error(
+        "consumer group {group:?} has live members, so offsets are committed by the member that has the queue; pass \"member\", or use offsets/reset with \"force\": true"
+    )]
+    NotAMember { group: String },
+    #[error(
+        "consumer group {group:?} has no member {member:?}: it never joined, has left, or was not heard of within its session timeout; join again"
+    )]
+    MemberNotFound { group: String, member: String },
+    #[error(
+        "consumer group {group:?} has {members} live members; stop them first, or pass \"force\": true where that is possible"
+    )]
+    GroupHasMembers { group: String, members: u64 },
+    #[error(
+        "the members of consumer group {group:?} use mode {:?}, and all must use the same; stop them first or use another group",
+        if *broadcast { "broadcast" } else { "cluster" }
+    )]
+    GroupDeliveryConflict {
+        group: String,
+        /// How its members go through their messages.
+        broadcast: bool,
+    },
     #[error(
         "consumer group {group:?} {}; use another group for the other way",
         if *leased { "leases its messages (receive, ack), it commits no offsets" } else { "commits offsets, it leases no messages" }

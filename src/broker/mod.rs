@@ -14,6 +14,7 @@ mod encode;
 mod error;
 mod events;
 mod fetch;
+pub mod groups;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -99,6 +100,7 @@ pub struct Broker {
     /// Who was last seen to lead a group that has no replica here.
     hints: Mutex<HashMap<u64, NodeId>>,
     attached: AttachCache,
+    sessions: Arc<groups::Sessions>,
     round_robin: AtomicU32,
     positions: Positions,
     quotas: TopicQuotas,
@@ -125,6 +127,7 @@ impl Broker {
             events: broadcast::Sender::new(EVENT_BACKLOG),
             hints: Mutex::default(),
             attached: AttachCache::default(),
+            sessions: Arc::default(),
             round_robin: AtomicU32::new(0),
             positions: Positions::default(),
             quotas: TopicQuotas::default(),
@@ -133,6 +136,8 @@ impl Broker {
         events::start(&broker);
         tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
         deliver::start(&broker);
+        groups::start(&broker);
+        broker.metrics.collect_groups(broker.sessions.clone());
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

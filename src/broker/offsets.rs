@@ -51,9 +51,14 @@ impl Broker {
                         topic: commit.topic,
                         queue: commit.queue,
                     }),
-                    Some(CommitVerdict::Fenced) => Err(BrokerError::FencedMember {
-                        group: request.group.clone(),
-                        member: member.as_ref().map_or(String::new(), |m| m.id.clone()),
+                    Some(CommitVerdict::Fenced) => Err(match &member {
+                        Some(member) => BrokerError::FencedMember {
+                            group: request.group.clone(),
+                            member: member.id.clone(),
+                        },
+                        None => BrokerError::NotAMember {
+                            group: request.group.clone(),
+                        },
                     }),
                     None => Err(BrokerError::Internal(
                         "a commit without a verdict".to_owned(),
@@ -76,12 +81,16 @@ impl Broker {
                 group: group.to_owned(),
                 leased: true,
             }),
+            CoordinatorReply::GroupHasMembers(members) => Err(BrokerError::GroupHasMembers {
+                group: group.to_owned(),
+                members,
+            }),
             CoordinatorReply::Invalid(text) => Err(BrokerError::InvalidRequest(text)),
             other => Err(super::producers::unexpected(&other)),
         }
     }
 
-    fn coordinator_of(&self, group: &str) -> u32 {
+    pub(super) fn coordinator_of(&self, group: &str) -> u32 {
         owner_of_name(group, self.catalog().coordinators.len())
     }
 
@@ -116,52 +125,27 @@ impl Broker {
         topic: Option<&str>,
     ) -> BrokerResult<Vec<GroupOffset>> {
         check_group_name(group)?;
-        let topic = match topic {
-            Some(name) => Some(self.find_topic(name).await?),
-            None => None,
+        let Some(topic) = topic else {
+            return self.all_offsets(group).await;
         };
+        let topic = self.find_topic(topic).await?;
         let committed = self.committed(group).await?;
-        let catalog = self.catalog();
-        let mut rows = Vec::new();
-        match topic {
-            Some(topic) => {
-                for (queue, placement) in (0u32..).zip(&topic.queues) {
-                    let known = |o: &&QueueOffset| o.topic == topic.id && o.queue == queue;
-                    let offset = committed.iter().find(known).map(|o| o.offset);
-                    rows.push((topic.name.clone(), queue, placement.group, offset));
-                }
-            }
-            None => {
-                for offset in &committed {
-                    // Offsets of deleted topics mean nothing any more.
-                    let topic = catalog.topics.get(&offset.topic);
-                    let placed =
-                        topic.and_then(|t| Some((t, t.queues.get(offset.queue as usize)?)));
-                    if let Some((topic, placement)) = placed {
-                        let name = topic.name.clone();
-                        rows.push((name, offset.queue, placement.group, Some(offset.offset)));
-                    }
-                }
-                if rows.is_empty() {
-                    let group = group.to_owned();
-                    return Err(BrokerError::ConsumerGroupNotFound { group });
-                }
-                rows.sort();
-            }
-        }
-        let lags = rows
-            .into_iter()
-            .map(|(topic, queue, id, offset)| async move {
-                let found = self.lag(id, offset).await;
-                found.map(|(end_offset, lag, lag_ms)| GroupOffset {
-                    topic,
-                    queue,
-                    offset,
-                    end_offset,
-                    lag,
-                    lag_ms,
-                })
-            });
+        let rows = (0u32..).zip(&topic.queues).map(|(queue, placement)| {
+            let known = |o: &&QueueOffset| o.topic == topic.id && o.queue == queue;
+            let offset = committed.iter().find(known).map(|o| o.offset);
+            (topic.name.clone(), queue, placement.group, offset)
+        });
+        let lags = rows.map(|(topic, queue, id, offset)| async move {
+            let found = self.lag(id, offset).await;
+            found.map(|(end_offset, lag, lag_ms)| GroupOffset {
+                topic,
+                queue,
+                offset,
+                end_offset,
+                lag,
+                lag_ms,
+            })
+        });
         let rows: BrokerResult<Vec<GroupOffset>> = join_all(lags).await.into_iter().collect();
         let rows = rows?;
         for row in &rows {
@@ -172,7 +156,7 @@ impl Broker {
     }
 
     /// The queue's proved end, how many messages are left, and how old the next one is.
-    async fn lag(&self, id: u64, offset: Option<u64>) -> BrokerResult<(u64, u64, u64)> {
+    pub(super) async fn lag(&self, id: u64, offset: Option<u64>) -> BrokerResult<(u64, u64, u64)> {
         let bounds = self.proved_bounds(id).await?;
         let next = offset.unwrap_or(0).max(bounds.earliest);
         let lag = bounds.end.saturating_sub(next);

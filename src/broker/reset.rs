@@ -2,7 +2,7 @@
 
 use super::offsets::check_group_name;
 use super::queue::QueueBounds;
-use super::{Broker, BrokerResult, ResetRequest, ResetResult, ResetTo};
+use super::{Broker, BrokerError, BrokerResult, ResetRequest, ResetResult, ResetTo};
 use crate::coordinator::{CommitVerdict, CoordinatorCommand, QueueOffset};
 
 impl Broker {
@@ -31,7 +31,7 @@ impl Broker {
                 topic: topic.name.clone(),
                 queue,
                 previous,
-                offset: target(request.to, by_time, previous, bounds),
+                offset: target(request.to, by_time, previous, bounds)?,
             });
         }
         if request.dry_run {
@@ -42,11 +42,10 @@ impl Broker {
             queue: result.queue,
             offset: result.offset,
         });
-        let command = CoordinatorCommand::Commit {
+        let command = CoordinatorCommand::Reset {
             group: request.group.clone(),
             offsets: offsets.collect(),
-            allow_rewind: true,
-            member: None,
+            force: request.force,
         };
         let verdicts = self.commit(&request.group, &command).await?;
         if verdicts.iter().all(|v| *v == CommitVerdict::Done) {
@@ -55,28 +54,41 @@ impl Broker {
         let held = verdicts.iter().zip(&results);
         let held = held.into_iter().find(|(v, _)| **v == CommitVerdict::Held);
         Err(match held {
-            Some((_, result)) => super::BrokerError::OffsetHeld {
+            Some((_, result)) => BrokerError::OffsetHeld {
                 group: request.group,
                 topic: result.topic.clone(),
                 queue: result.queue,
             },
-            None => super::BrokerError::Internal("a reset was refused".to_owned()),
+            None => BrokerError::Internal("a reset was refused".to_owned()),
         })
     }
 }
 
 /// The new offset, never outside of what the queue holds.
-fn target(to: ResetTo, by_time: Option<u64>, previous: Option<u64>, bounds: QueueBounds) -> u64 {
+fn target(
+    to: ResetTo,
+    by_time: Option<u64>,
+    previous: Option<u64>,
+    bounds: QueueBounds,
+) -> BrokerResult<u64> {
     let wanted = match to {
         ResetTo::Earliest => bounds.earliest,
         ResetTo::Latest => bounds.end,
+        // Whoever names an offset means a message, and there is none.
+        ResetTo::Offset(offset) if offset > bounds.end => {
+            return Err(BrokerError::OffsetOutOfRange {
+                offset,
+                earliest_offset: bounds.earliest,
+                end_offset: bounds.end,
+            });
+        }
         ResetTo::Offset(offset) => offset,
         ResetTo::Timestamp(_) => by_time.unwrap_or(bounds.end),
         ResetTo::ShiftBy(by) => previous
             .unwrap_or(bounds.earliest)
             .saturating_add_signed(by),
     };
-    wanted.clamp(bounds.earliest, bounds.end.max(bounds.earliest))
+    Ok(wanted.clamp(bounds.earliest, bounds.end.max(bounds.earliest)))
 }
 
 #[cfg(test)]
@@ -94,14 +106,17 @@ mod tests {
             (ResetTo::Latest, None, None, 20),
             (ResetTo::Offset(5), None, None, 10),
             (ResetTo::Offset(15), None, None, 15),
-            (ResetTo::Offset(99), None, None, 20),
+            (ResetTo::Offset(20), None, None, 20),
             (ResetTo::Timestamp(1), Some(17), None, 17),
             (ResetTo::ShiftBy(-3), None, Some(15), 12),
             (ResetTo::ShiftBy(-100), None, Some(15), 10),
             (ResetTo::ShiftBy(i64::MAX), None, Some(15), 20),
             (ResetTo::ShiftBy(2), None, None, 12),
         ] {
-            assert_eq!(target(to, by_time, previous, bounds), expected, "{to:?}");
+            let found = target(to, by_time, previous, bounds);
+            assert_eq!(found, Ok(expected), "{to:?}");
         }
+        let beyond = target(ResetTo::Offset(21), None, None, bounds);
+        assert!(matches!(beyond, Err(BrokerError::OffsetOutOfRange { .. })));
     }
 }

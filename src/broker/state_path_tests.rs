@@ -53,6 +53,7 @@ async fn consumer_groups_commit_lag_and_reset() {
         queue: Some(0),
         to,
         dry_run,
+        force: false,
     };
     let dry = broker
         .reset_offsets(reset(ResetTo::ShiftBy(-2), true))

@@ -321,6 +321,8 @@ pub struct ResetRequest {
     pub queue: Option<u32>,
     pub to: ResetTo,
     pub dry_run: bool,
+    /// Also while the group has members.
+    pub force: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

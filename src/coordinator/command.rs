@@ -2,9 +2,12 @@
 //!
 //! In the log each command follows its stamp, eight bytes, big-endian: the leader's clock in ms.
 
+use std::collections::BTreeMap;
+
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
+use super::membership::{Delivery, Newcomer, NotAMember, QueueId, TopicShape};
 use crate::broker::MemberMark;
 use crate::catalog::TopicId;
 use crate::coordinator::transactions::{TransactionCommand, TransactionReply};
@@ -37,6 +40,46 @@ pub enum CoordinatorCommand {
         queue_group: u64,
     },
     Transaction(TransactionCommand),
+    /// Somebody becomes a member of a consumer group, or does so again.
+    Join {
+        group: String,
+        newcomer: Newcomer,
+        topics: BTreeMap<String, TopicShape>,
+    },
+    /// A heartbeat that changes something; all others are answered without a trace.
+    Heartbeat {
+        group: String,
+        member: String,
+        epoch: u64,
+        owned: Option<Vec<QueueId>>,
+    },
+    /// The members leave, or were not heard of for too long. Each is named with an epoch: a life
+    /// that began after it goes on.
+    RemoveMembers {
+        group: String,
+        members: Vec<(String, u64)>,
+    },
+    /// What the catalog says now of topics that a group subscribes to.
+    SeeTopics {
+        group: String,
+        topics: BTreeMap<String, TopicShape>,
+    },
+    /// Sets offsets, wherever they were. While the group has members only with `force`.
+    Reset {
+        group: String,
+        offsets: Vec<QueueOffset>,
+        force: bool,
+    },
+    /// Where the group begins, if nothing is committed there yet. `instance`: of a broadcast group.
+    Begin {
+        group: String,
+        instance: Option<String>,
+        offsets: Vec<QueueOffset>,
+    },
+    /// Removes some of a group's records; to be repeated until there are no more.
+    DeleteGroup {
+        group: String,
+    },
 }
 
 /// How a consumer group goes through its messages. Its first use decides, for its whole life.
@@ -76,6 +119,20 @@ pub enum CoordinatorReply {
     UnknownProducer,
     /// The consumer group goes through its messages in the other way.
     OtherMode(GroupMode),
+    /// A member of this id; its epoch and queues are in the records.
+    Joined(String),
+    GroupFull,
+    OtherDelivery(Delivery),
+    /// Done, if there was anything to do.
+    MembersChanged,
+    NotAMember(NotAMember),
+    GroupHasMembers(u64),
+    GroupDeleted {
+        more: bool,
+    },
+    UnknownGroup,
+    /// What is committed now, in the order of the command's offsets.
+    Begun(Vec<u64>),
     Invalid(String),
     Transaction(TransactionReply),
 }

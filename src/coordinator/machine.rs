@@ -10,14 +10,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quorate_raft::StateMachine;
 use quorate_storage::derived::DerivedGroup;
-use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::{LogId, StorageError};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
+use super::command::{CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
 use super::records::{Content, CoordinatorView, Records, TIME_KEY};
-use crate::broker::MemberMark;
 use crate::names::MAX_NAME_CHARS;
 use crate::soundness::Soundness;
 
@@ -66,13 +64,8 @@ impl CoordinatorMachine {
                 if let Some(other) = self.claim_mode(&group, GroupMode::Offsets)? {
                     return Ok(CoordinatorReply::OtherMode(other));
                 }
-                let fenced = !self.may_commit(&group, member.as_ref())?;
-                let each = offsets.iter();
-                let verdicts = each.map(|offset| match fenced {
-                    true => Ok(CommitVerdict::Fenced),
-                    false => self.commit(&group, *offset, allow_rewind),
-                });
-                CoordinatorReply::Committed(verdicts.collect::<Result<_, _>>()?)
+                let verdicts = self.commit_all(&group, &offsets, allow_rewind, member.as_ref())?;
+                CoordinatorReply::Committed(verdicts)
             }
             CoordinatorCommand::RegisterProducer { name: None } => CoordinatorReply::Producer {
                 id: self.next_producer(false)?,
@@ -89,17 +82,33 @@ impl CoordinatorMachine {
                 self.transactions_changed = true;
                 CoordinatorReply::Transaction(self.transact(command)?)
             }
+            CoordinatorCommand::Join {
+                group,
+                newcomer,
+                topics,
+            } => self.join(&group, newcomer, &topics)?,
+            CoordinatorCommand::Heartbeat {
+                group,
+                member,
+                epoch,
+                owned,
+            } => self.heartbeat(&group, &member, epoch, owned.as_deref())?,
+            CoordinatorCommand::RemoveMembers { group, members } => {
+                self.change_members(&group, |membership| membership.remove(&members))?
+            }
+            CoordinatorCommand::SeeTopics { group, topics } => self.see_topics(&group, &topics)?,
+            CoordinatorCommand::Reset {
+                group,
+                offsets,
+                force,
+            } => self.reset(&group, &offsets, force)?,
+            CoordinatorCommand::Begin {
+                group,
+                instance,
+                offsets,
+            } => self.begin(&group, instance.as_deref(), &offsets)?,
+            CoordinatorCommand::DeleteGroup { group } => self.delete_group(&group)?,
         })
-    }
-
-    /// Whether offsets of the group may be committed in this member's name.
-    pub(super) fn may_commit(
-        &self,
-        _group: &str,
-        member: Option<&MemberMark>,
-    ) -> Result<bool, StorageError> {
-        // There are no members to be one of, yet.
-        Ok(member.is_none() || mutation::on(Mutation::NoMemberCheck))
     }
 
     /// The log's time: the largest stamp so far. Decisions that depend on time depend on this one.

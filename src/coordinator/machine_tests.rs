@@ -6,8 +6,11 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::broker::MemberMark;
+use crate::coordinator::membership::{Delivery, GroupStart, Newcomer, QueueId, TopicShape};
 use crate::coordinator::producers::NAMED_BIT;
-use crate::coordinator::{QueueOffset, is_named, owner_of_producer, stamp};
+use crate::coordinator::{
+    AssignStrategy, CommitVerdict, NotAMember, QueueOffset, is_named, owner_of_producer, stamp,
+};
 
 /// A coordinator over a store of its own.
 struct Fixture {
@@ -179,13 +182,253 @@ fn a_new_epoch_learns_where_the_old_one_wrote() {
     assert_eq!(register(&mut machine, Some("a")), (id, 2, vec![1025, 1030]));
 }
 
+fn shapes(version: u64, queues: u32) -> std::collections::BTreeMap<String, TopicShape> {
+    let found = (queues > 0).then_some((1, queues));
+    [("t".to_owned(), TopicShape { version, found })].into()
+}
+
+fn join(group: &str, id: &str, instance: Option<&str>) -> CoordinatorCommand {
+    CoordinatorCommand::Join {
+        group: group.to_owned(),
+        newcomer: Newcomer {
+            id: id.to_owned(),
+            instance_id: instance.map(str::to_owned),
+            topics: vec!["t".to_owned()],
+            tag: None,
+            delivery: Delivery::Cluster,
+            start: GroupStart::Latest,
+            session_timeout_ms: 1_000,
+            strategy: None,
+        },
+        topics: shapes(1, 3),
+    }
+}
+
+fn by(member: &str, epoch: u64, command: CoordinatorCommand) -> CoordinatorCommand {
+    match command {
+        CoordinatorCommand::Commit {
+            group,
+            offsets,
+            allow_rewind,
+            ..
+        } => CoordinatorCommand::Commit {
+            group,
+            offsets,
+            allow_rewind,
+            member: Some(MemberMark {
+                id: member.to_owned(),
+                epoch,
+            }),
+        },
+        other => other,
+    }
+}
+
+fn reset(group: &str, offset: u64, force: bool) -> CoordinatorCommand {
+    CoordinatorCommand::Reset {
+        group: group.to_owned(),
+        offsets: vec![QueueOffset {
+            topic: 1,
+            queue: 0,
+            offset,
+        }],
+        force,
+    }
+}
+
+#[test]
+fn while_there_are_members_offsets_are_theirs() {
+    let mut machine = Fixture::new(0);
+    verdict(&mut machine, commit("g", 0, 5, false));
+    let joined = machine.apply(join("g", "m", None));
+    assert_eq!(joined, CoordinatorReply::Joined("m".to_owned()));
+    let nobody = verdict(&mut machine, commit("g", 0, 6, false));
+    assert_eq!(nobody, CommitVerdict::Fenced);
+    let own = by("m", 1, commit("g", 0, 6, false));
+    assert_eq!(verdict(&mut machine, own), CommitVerdict::Done);
+    let epoch_to_come = by("m", 2, commit("g", 0, 7, false));
+    assert_eq!(verdict(&mut machine, epoch_to_come), CommitVerdict::Fenced);
+    assert_eq!(
+        machine.apply(reset("g", 1, false)),
+        CoordinatorReply::GroupHasMembers(1)
+    );
+    assert_eq!(
+        machine.apply(reset("g", 1, true)),
+        CoordinatorReply::Committed(vec![CommitVerdict::Done])
+    );
+    assert_eq!(machine.offsets("g")[0].offset, 1);
+}
+
+#[test]
+fn an_instance_of_a_broadcast_group_has_offsets_of_its_own() {
+    let mut machine = Fixture::new(0);
+    for (id, instance) in [("a", "one"), ("b", "two")] {
+        let CoordinatorCommand::Join {
+            group,
+            mut newcomer,
+            topics,
+        } = join("g", id, Some(instance))
+        else {
+            unreachable!()
+        };
+        newcomer.delivery = Delivery::Broadcast;
+        machine.apply(CoordinatorCommand::Join {
+            group,
+            newcomer,
+            topics,
+        });
+    }
+    let first = by("a", 1, commit("g", 2, 7, false));
+    assert_eq!(verdict(&mut machine, first), CommitVerdict::Done);
+    let second = by("b", 2, commit("g", 2, 3, false));
+    assert_eq!(verdict(&mut machine, second), CommitVerdict::Done);
+    let view = machine.machine.view();
+    let offset = |instance| view.instance_offsets("g", instance).unwrap()[0].offset;
+    assert_eq!((offset("one"), offset("two")), (7, 3));
+    assert!(machine.offsets("g").is_empty());
+}
+
+#[test]
+fn a_start_is_committed_once() {
+    let mut machine = Fixture::new(0);
+    machine.apply(join("g", "m", None));
+    let mut begin = |queue, offset| {
+        machine.apply(CoordinatorCommand::Begin {
+            group: "g".to_owned(),
+            instance: None,
+            offsets: vec![QueueOffset {
+                topic: 1,
+                queue,
+                offset,
+            }],
+        })
+    };
+    assert_eq!(begin(0, 5), CoordinatorReply::Begun(vec![5]));
+    assert_eq!(begin(0, 9), CoordinatorReply::Begun(vec![5]));
+}
+
+#[test]
+fn a_group_is_forgotten_bit_by_bit_once_nobody_is_in_it() {
+    let mut machine = Fixture::new(0);
+    machine.apply(join("g", "m", None));
+    machine.apply(commit("other", 0, 1, false));
+    let delete = || CoordinatorCommand::DeleteGroup {
+        group: "g".to_owned(),
+    };
+    assert_eq!(
+        machine.apply(delete()),
+        CoordinatorReply::GroupHasMembers(1)
+    );
+    machine.apply(CoordinatorCommand::RemoveMembers {
+        group: "g".to_owned(),
+        members: vec![("m".to_owned(), 1)],
+    });
+    let offsets = (0..2_500).map(|queue| QueueOffset {
+        topic: 1,
+        queue,
+        offset: 1,
+    });
+    machine.apply(CoordinatorCommand::Commit {
+        group: "g".to_owned(),
+        offsets: offsets.collect(),
+        allow_rewind: false,
+        member: None,
+    });
+    for more in [true, true, false] {
+        let deleted = CoordinatorReply::GroupDeleted { more };
+        assert_eq!(machine.apply(delete()), deleted);
+    }
+    assert_eq!(machine.apply(delete()), CoordinatorReply::UnknownGroup);
+    assert!(machine.offsets("g").is_empty());
+    let left = machine.machine.view().groups(None, 9).unwrap();
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0].name, "other");
+}
+
+#[test]
+fn who_is_no_member_is_told_why() {
+    let mut machine = Fixture::new(0);
+    machine.apply(join("g", "m", Some("i")));
+    machine.apply(join("g", "unused", Some("i")));
+    let mut beat = |member: &str, epoch| {
+        machine.apply(CoordinatorCommand::Heartbeat {
+            group: "g".to_owned(),
+            member: member.to_owned(),
+            epoch,
+            owned: None,
+        })
+    };
+    assert_eq!(beat("m", 2), CoordinatorReply::MembersChanged);
+    let fenced = NotAMember::Fenced { current: 2 };
+    assert_eq!(beat("m", 1), CoordinatorReply::NotAMember(fenced));
+    let unknown = CoordinatorReply::NotAMember(NotAMember::Unknown);
+    assert_eq!(beat("unused", 2), unknown);
+}
+
+fn group_command() -> impl Strategy<Value = CoordinatorCommand> {
+    let group = (0..2u8).prop_map(|n| format!("n{n}"));
+    let member = (0..4u8).prop_map(|n| format!("m{n}"));
+    let some = (group, member, 0..9u64, 0..4u32, any::<bool>());
+    (0..8u8, some).prop_map(|(kind, (group, member, number, queue, flag))| match kind {
+        0 | 1 => {
+            let instance = format!("i{queue}");
+            let joins = join(&group, &member, flag.then_some(instance.as_str()));
+            match joins {
+                CoordinatorCommand::Join {
+                    group,
+                    mut newcomer,
+                    topics,
+                } => {
+                    newcomer.strategy = (number > 6).then_some(AssignStrategy::RoundRobin);
+                    if flag && number == 0 {
+                        newcomer.delivery = Delivery::Broadcast;
+                    }
+                    CoordinatorCommand::Join {
+                        group,
+                        newcomer,
+                        topics,
+                    }
+                }
+                other => other,
+            }
+        }
+        2 => CoordinatorCommand::Heartbeat {
+            group,
+            member,
+            epoch: number,
+            owned: flag.then(|| vec![QueueId { topic: 1, queue }]),
+        },
+        3 => CoordinatorCommand::RemoveMembers {
+            group,
+            members: vec![(member, number)],
+        },
+        4 => CoordinatorCommand::SeeTopics {
+            group,
+            topics: shapes(number, queue),
+        },
+        5 => reset(&group, number, flag),
+        6 => by(&member, number, commit(&group, queue, number, flag)),
+        _ if flag => CoordinatorCommand::DeleteGroup { group },
+        _ => CoordinatorCommand::Begin {
+            group,
+            instance: None,
+            offsets: vec![QueueOffset {
+                topic: 1,
+                queue,
+                offset: number,
+            }],
+        },
+    })
+}
+
 fn any_command() -> impl Strategy<Value = CoordinatorCommand> {
     let name = (0..3u8).prop_map(|n| format!("n{n}"));
     prop_oneof![
-        (name.clone(), 0..3u32, 0..9u64, any::<bool>())
+        3 => group_command(),
+        1 => (name.clone(), 0..3u32, 0..9u64, any::<bool>())
             .prop_map(|(group, queue, offset, rewind)| commit(&group, queue, offset, rewind)),
-        proptest::option::of(name).prop_map(|name| CoordinatorCommand::RegisterProducer { name }),
-        (1..4i64, 0..2i16, 0..3u64).prop_map(|(n, epoch, queue_group)| {
+        1 => proptest::option::of(name).prop_map(|name| CoordinatorCommand::RegisterProducer { name }),
+        1 => (1..4i64, 0..2i16, 0..3u64).prop_map(|(n, epoch, queue_group)| {
             CoordinatorCommand::AttachProducer {
                 id: NAMED_BIT | n,
                 epoch,

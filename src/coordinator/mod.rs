@@ -1,21 +1,30 @@
 //! The coordinators: a few Raft groups that own, by hash of the name, consumer groups and named
 //! producers. They keep no messages, so only their state matters and their logs are short.
 
+mod assign;
 mod command;
+mod forget;
 mod group_mode;
 mod machine;
+mod members;
+mod membership;
 mod offsets;
 mod positions;
 mod producers;
 mod records;
 pub mod transactions;
 
+pub use assign::AssignStrategy;
 pub use command::{
     CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, QueueOffset, stamp,
 };
 pub use machine::CoordinatorMachine;
+pub use membership::{
+    Delivery, GroupStart, JoinRefused, MAX_MEMBERS, Member, Membership, Newcomer, NotAMember,
+    QueueId, TopicShape,
+};
 pub use producers::{is_named, owner_of_producer};
-pub use records::CoordinatorView;
+pub use records::{CoordinatorView, GroupSummary};
 
 use xxhash_rust::xxh3::xxh3_64;
 

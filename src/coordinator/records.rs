@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `o`, consumer group, topic u64, queue u32 | committed offset u64 |
 //! | `g`, consumer group | how it works: [`GroupMode`](super::GroupMode) |
+//! | `m`, consumer group | its members and who owns what: [`Membership`](super::Membership) |
+//! | `M`, consumer group, instance, topic u64, queue u32 | offset that an instance of a broadcast group committed u64 |
 //! | `p`, name | id, epoch and queues of a named producer |
 //! | `i`, producer id i64 | its name |
 //! | `n` | the last producer number given |
@@ -21,7 +23,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use super::QueueOffset;
+use super::{GroupMode, Membership, QueueOffset};
 
 pub(super) type Content = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -166,7 +168,19 @@ impl CoordinatorView {
 
     /// All that a consumer group has committed, in order of topic and queue.
     pub fn offsets(&self, group: &str) -> Result<Vec<QueueOffset>, StorageError> {
-        let prefix = group_prefix(group).build();
+        self.offsets_in(group_prefix(group).build())
+    }
+
+    /// The same of one instance of a broadcast group.
+    pub fn instance_offsets(
+        &self,
+        group: &str,
+        instance: &str,
+    ) -> Result<Vec<QueueOffset>, StorageError> {
+        self.offsets_in(instance_prefix(group, instance).build())
+    }
+
+    fn offsets_in(&self, prefix: Vec<u8>) -> Result<Vec<QueueOffset>, StorageError> {
         let found = self.records.scan(&prefix)?.into_iter();
         let offsets = found.filter_map(|(key, value)| {
             let mut fields = KeyReader::new(&key[prefix.len()..]);
@@ -178,6 +192,85 @@ impl CoordinatorView {
         });
         Ok(offsets.collect())
     }
+
+    /// A group's members; none if it never had any.
+    pub fn membership(&self, group: &str) -> Result<Option<Membership>, StorageError> {
+        self.read(&membership_key(group))
+    }
+
+    /// How a group works; none if it was never used.
+    pub fn group_mode(&self, group: &str) -> Result<Option<GroupMode>, StorageError> {
+        self.read(&group_mode_key(group))
+    }
+
+    /// Every consumer group that was ever used and not deleted, up to `limit` after `after`, by
+    /// name.
+    pub fn groups(
+        &self,
+        after: Option<&str>,
+        limit: usize,
+    ) -> Result<Vec<GroupSummary>, StorageError> {
+        let after = after.map(group_mode_key);
+        let found = self.records.scan_page(b"g", after.as_deref(), limit)?;
+        let mut groups = Vec::new();
+        for (key, value) in found {
+            let name = KeyReader::new(&key[1..]).text();
+            let (Some(name), Ok(mode)) = (name, postcard::from_bytes(&value)) else {
+                continue;
+            };
+            let members = self.membership(&name)?.map_or(0, |m| m.members.len());
+            groups.push(GroupSummary {
+                name,
+                mode,
+                members: members as u64,
+            });
+        }
+        Ok(groups)
+    }
+
+    /// The groups that have members.
+    pub fn memberships(&self) -> Result<Vec<(String, Membership)>, StorageError> {
+        let found = self.records.scan(b"m")?.into_iter();
+        let groups = found.filter_map(|(key, value)| {
+            let name = KeyReader::new(&key[1..]).text()?;
+            let membership: Membership = postcard::from_bytes(&value).ok()?;
+            (!membership.members.is_empty()).then_some((name, membership))
+        });
+        Ok(groups.collect())
+    }
+
+    fn read<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, StorageError> {
+        let stored = self.records.get(key)?;
+        Ok(stored.and_then(|bytes| postcard::from_bytes(&bytes).ok()))
+    }
+}
+
+/// A consumer group in a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupSummary {
+    pub name: String,
+    pub mode: GroupMode,
+    pub members: u64,
+}
+
+fn instance_prefix(group: &str, instance: &str) -> KeyBuilder {
+    KeyBuilder::new().u8(b'M').text(group).text(instance)
+}
+
+pub(super) fn instance_offset_key(group: &str, instance: &str, topic: u64, queue: u32) -> Vec<u8> {
+    instance_prefix(group, instance)
+        .u64(topic)
+        .u32(queue)
+        .build()
+}
+
+pub(super) fn membership_key(group: &str) -> Vec<u8> {
+    group_record_prefix(b'm', group)
+}
+
+/// Every record of this kind that belongs to the group begins so.
+pub(super) fn group_record_prefix(kind: u8, group: &str) -> Vec<u8> {
+    KeyBuilder::new().u8(kind).text(group).build()
 }
 
 fn group_prefix(group: &str) -> KeyBuilder {

@@ -117,6 +117,12 @@ fn routes() -> OpenApiRouter<HttpState> {
         .routes(routes!(v1::transactions::extend))
         .routes(routes!(v1::transactions::commit))
         .routes(routes!(v1::transactions::rollback))
+        .routes(routes!(v1::groups::list))
+        .routes(routes!(v1::groups::describe, v1::groups::delete))
+        .routes(routes!(v1::groups::join))
+        .routes(routes!(v1::groups::leave))
+        .routes(routes!(v1::groups::heartbeat))
+        .routes(routes!(v1::groups::messages))
         .routes(routes!(v1::cluster::describe))
         .routes(routes!(v1::cluster::events))
         .routes(routes!(v1::cluster::transfer_leader))
@@ -161,6 +167,8 @@ mod tests {
             .collect();
         found.sort();
         let expected = [
+            "DELETE /v1/groups/{group}",
+            "DELETE /v1/groups/{group}/members/{member}",
             "DELETE /v1/topics/{topic}",
             "GET /health/live",
             "GET /health/ready",
@@ -168,6 +176,9 @@ mod tests {
             "GET /openapi.json",
             "GET /v1/cluster",
             "GET /v1/cluster/events",
+            "GET /v1/groups",
+            "GET /v1/groups/{group}",
+            "GET /v1/groups/{group}/members/{member}/messages",
             "GET /v1/groups/{group}/offsets",
             "GET /v1/topics",
             "GET /v1/topics/{topic}",
@@ -179,6 +190,8 @@ mod tests {
             "GET /v1/transactions/{transaction}",
             "PATCH /v1/topics/{topic}",
             "POST /v1/fetch",
+            "POST /v1/groups/{group}/members",
+            "POST /v1/groups/{group}/members/{member}/heartbeat",
             "POST /v1/groups/{group}/offsets/reset",
             "POST /v1/producers",
             "POST /v1/topics",

@@ -21,6 +21,13 @@ pub struct TopicQueue {
 #[derive(Debug)]
 pub struct GroupName(pub String);
 
+/// `{group}` and `{member}` of the path.
+#[derive(Debug)]
+pub struct GroupMember {
+    pub group: String,
+    pub member: String,
+}
+
 /// `name` if it follows the rule, which the error repeats; `what` is the kind of thing it names.
 pub fn checked_name(what: &str, name: &str) -> Result<(), ApiError> {
     if is_valid_name(name) {
@@ -82,5 +89,22 @@ impl<S: Send + Sync> FromRequestParts<S> for GroupName {
         let name = find(&params, "group");
         checked_name("consumer group", name)?;
         Ok(Self(name.to_owned()))
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for GroupMember {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let params = params(parts, state).await?;
+        let group = find(&params, "group");
+        checked_name("consumer group", group)?;
+        let member = find(&params, "member");
+        // Ids are the server's: one that it can't have given is simply not known.
+        checked_name("member id", member)?;
+        Ok(Self {
+            group: group.to_owned(),
+            member: member.to_owned(),
+        })
     }
 }

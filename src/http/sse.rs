@@ -10,6 +10,7 @@ use futures_util::{Stream, StreamExt};
 use serde::Serialize;
 
 use super::error::{ApiError, Problem};
+use super::limits::BudgetShare;
 
 /// A comment, so that both sides and what is between them see that the stream lives.
 pub const PING: &[u8] = b": ping\n\n";
@@ -31,6 +32,26 @@ pub fn write_event(
     // A Vec takes everything and the types have string keys: this cannot fail.
     let _ = serde_json::to_writer(&mut *buffer, data);
     buffer.extend_from_slice(b"\n\n");
+}
+
+/// Events that count against the budget until they are sent.
+struct Charged {
+    events: Vec<u8>,
+    _share: BudgetShare,
+}
+
+impl AsRef<[u8]> for Charged {
+    fn as_ref(&self) -> &[u8] {
+        &self.events
+    }
+}
+
+/// Written events, with their share of the budget.
+pub fn charged(events: Vec<u8>, share: BudgetShare) -> Bytes {
+    Bytes::from_owner(Charged {
+        events,
+        _share: share,
+    })
 }
 
 /// The last event of a stream that can't go on: the problem, as the status would have said it.

@@ -326,9 +326,12 @@ impl Broker {
                     });
                 }
                 HoldVerdict::Fenced => {
-                    return Err(BrokerError::FencedMember {
-                        group,
-                        member: offsets.member.map_or(String::new(), |m| m.id),
+                    return Err(match offsets.member {
+                        Some(member) => BrokerError::FencedMember {
+                            group,
+                            member: member.id,
+                        },
+                        None => BrokerError::NotAMember { group },
                     });
                 }
                 HoldVerdict::HeldByOther => {

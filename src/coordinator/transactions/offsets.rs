@@ -15,6 +15,8 @@ use crate::broker::queue::entry::TransactionId;
 use crate::coordinator::GroupMode;
 use crate::coordinator::command::QueueOffset;
 use crate::coordinator::machine::CoordinatorMachine;
+use crate::coordinator::membership::Delivery;
+use crate::coordinator::offsets::may_commit;
 use crate::coordinator::records::offset_key;
 use crate::names::MAX_NAME_CHARS;
 
@@ -46,11 +48,19 @@ impl CoordinatorMachine {
         if let Some(other) = self.claim_mode(group, GroupMode::Offsets)? {
             return Ok(TransactionReply::OtherMode(other));
         }
-        let fenced = !self.may_commit(group, member)?;
-        let each = offsets.iter().map(|offset| match fenced {
-            true => Ok(HoldVerdict::Fenced),
-            false => self.judge_hold(id, group, offset),
-        });
+        let membership = self.membership(group)?;
+        if membership.delivery == Delivery::Broadcast {
+            let text = format!(
+                "consumer group {group:?} is a broadcast group: each of its members counts for itself, so its offsets cannot be part of a transaction"
+            );
+            return Ok(TransactionReply::Invalid(text));
+        }
+        let each = offsets
+            .iter()
+            .map(|offset| match may_commit(&membership, member, *offset) {
+                true => self.judge_hold(id, group, offset),
+                false => Ok(HoldVerdict::Fenced),
+            });
         let verdicts = each.collect::<Result<Vec<_>, StorageError>>()?;
         if verdicts.iter().all(|v| *v == HoldVerdict::Fine) {
             for offset in offsets {
@@ -118,6 +128,20 @@ impl CoordinatorMachine {
         }
         self.mark_over(id, group)?;
         Ok(TransactionReply::OffsetsSettled)
+    }
+
+    /// Of a group that is deleted: transactions no longer hold anything of it. That they are over
+    /// here, where they are, stays known. Gives how many offsets were let go, at most `limit`.
+    pub(in crate::coordinator) fn let_go_of_offsets(
+        &mut self,
+        group: &str,
+        limit: usize,
+    ) -> Result<usize, StorageError> {
+        let held = self.records.scan(&hold_prefix(group), None, limit)?;
+        let count = held.len();
+        held.into_iter()
+            .for_each(|(key, _)| self.records.remove(key));
+        Ok(count)
     }
 
     fn mark_over(&mut self, id: &TransactionId, group: &str) -> Result<(), StorageError> {

@@ -507,6 +507,18 @@ fn marks_go_when_no_late_hold_can_come() {
 }
 
 #[test]
+fn a_deleted_group_gets_no_offset_of_an_open_transaction() {
+    let mut machine = Fixture::new();
+    machine.commit(1, 1);
+    machine.hold(ID, 0, 5);
+    let group = "g".to_owned();
+    machine.apply(CoordinatorCommand::DeleteGroup { group });
+    machine.settle_offsets(ID, true);
+    assert_eq!(machine.committed(), [0u64; 0]);
+    assert_eq!(machine.commit(0, 1), CommitVerdict::Done);
+}
+
+#[test]
 fn one_bad_offset_holds_none() {
     let mut machine = Fixture::new();
     machine.commit(1, 9);

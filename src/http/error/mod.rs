@@ -95,8 +95,16 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "Consumer group not found",
         ),
         B::TopicExists { .. } => (S::CONFLICT, "topic_exists", "Topic exists"),
-        B::FencedMember { .. } => (S::CONFLICT, "fenced_member", "Member is fenced"),
-        B::GroupModeConflict { .. } => (
+        B::FencedMember { .. } | B::NotAMember { .. } => {
+            (S::CONFLICT, "fenced_member", "Member is fenced")
+        }
+        B::MemberNotFound { .. } => (S::NOT_FOUND, "member_not_found", "Member not found"),
+        B::GroupHasMembers { .. } => (
+            S::CONFLICT,
+            "group_has_members",
+            "Consumer group has members",
+        ),
+        B::GroupModeConflict { .. } | B::GroupDeliveryConflict { .. } => (
             S::CONFLICT,
             "group_mode_conflict",
             "Consumer group works the other way",

@@ -2,6 +2,7 @@
 
 pub mod cluster;
 pub mod consume;
+pub mod groups;
 pub mod health;
 pub mod offsets;
 pub mod produce;

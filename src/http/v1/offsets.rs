@@ -217,6 +217,9 @@ pub struct ResetBody {
     /// Only says what would happen.
     #[serde(default)]
     dry_run: bool,
+    /// Also while the group has members, which go on where they are until they are told anew.
+    #[serde(default)]
+    force: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
@@ -286,6 +289,7 @@ pub async fn reset(
         queue,
         to,
         dry_run,
+        force,
     } = body.parse()?;
     checked_name("topic name", &topic)?;
     let request = ResetRequest {
@@ -294,6 +298,7 @@ pub async fn reset(
         queue,
         to: to.into(),
         dry_run,
+        force,
     };
     let results = state.broker.reset_offsets(request).await?;
     let results = results.iter().map(ResetEntry::from).collect();

@@ -24,8 +24,10 @@ use crate::http::limits::BudgetShare;
 use crate::http::multi::{Nothing, Place, json, respond};
 use crate::http::path::TopicQueue;
 use crate::http::query::Params;
-use query::{Fetch, FetchManyBody, Form};
+pub(super) use query::{Encoding, Form, form, tags};
+use query::{Fetch, FetchManyBody};
 use render::FetchOut;
+pub(super) use render::{MessageOut, value_bytes};
 
 /// Time for the last, waitless look when the node stops under a long poll.
 const LAST_LOOK: Duration = Duration::from_millis(500);

@@ -130,7 +130,7 @@ fn start(params: &Params) -> Result<StartAt, ApiError> {
     }
 }
 
-fn tags(text: &str) -> Result<Vec<String>, ApiError> {
+pub fn tags(text: &str) -> Result<Vec<String>, ApiError> {
     let tags: Vec<String> = text.split("||").map(|tag| tag.trim().to_owned()).collect();
     if tags.iter().any(String::is_empty) {
         return Err(ApiError::invalid(

@@ -33,18 +33,6 @@ struct Live {
     ended: bool,
 }
 
-/// Events that count against the budget until they are sent.
-struct Charged {
-    events: Vec<u8>,
-    _share: BudgetShare,
-}
-
-impl AsRef<[u8]> for Charged {
-    fn as_ref(&self) -> &[u8] {
-        &self.events
-    }
-}
-
 /// Begins a stream. What is wrong from the start is still an ordinary error with its status.
 pub async fn response(
     state: HttpState,
@@ -104,10 +92,7 @@ impl Live {
             };
             sse::write_event(&mut events, Some(message.offset), None, &out);
         }
-        self.ready.push_back(Bytes::from_owner(Charged {
-            events,
-            _share: share,
-        }));
+        self.ready.push_back(sse::charged(events, share));
         true
     }
 

@@ -1,0 +1,203 @@
+//! What is told of a consumer group: members, who has which queue, and how far each is.
+
+use std::collections::BTreeMap;
+
+use futures_util::future::join_all;
+use serde::{Deserialize, Serialize};
+
+use crate::broker::{Broker, BrokerResult, GroupOffset};
+use crate::coordinator::{
+    AssignStrategy, CoordinatorView, Delivery, GroupMode, Member, Membership, QueueId, QueueOffset,
+};
+use quorate_storage::StorageError;
+
+/// What a coordinator knows of a group.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GroupState {
+    pub mode: GroupMode,
+    pub membership: Membership,
+    /// By member: how long ago it was heard of.
+    pub heard_ms_ago: BTreeMap<String, u64>,
+    pub offsets: Vec<QueueOffset>,
+    /// Of a broadcast group, by instance.
+    pub instance_offsets: BTreeMap<String, Vec<QueueOffset>>,
+}
+
+impl GroupState {
+    /// None: the group was never used.
+    pub(super) fn read(
+        view: &CoordinatorView,
+        group: &str,
+        heard_ms_ago: BTreeMap<String, u64>,
+    ) -> Result<Option<Self>, StorageError> {
+        let Some(mode) = view.group_mode(group)? else {
+            return Ok(None);
+        };
+        let membership = view.membership(group)?.unwrap_or_default();
+        let mut instance_offsets = BTreeMap::new();
+        if membership.delivery == Delivery::Broadcast {
+            for member in membership.members.values() {
+                if let Some(instance) = &member.instance_id {
+                    let offsets = view.instance_offsets(group, instance)?;
+                    instance_offsets.insert(instance.clone(), offsets);
+                }
+            }
+        }
+        Ok(Some(Self {
+            mode,
+            offsets: view.offsets(group)?,
+            membership,
+            heard_ms_ago,
+            instance_offsets,
+        }))
+    }
+}
+
+/// A group as it is told.
+#[derive(Debug, Clone)]
+pub struct GroupDescription {
+    pub mode: GroupMode,
+    pub delivery: Delivery,
+    pub strategy: AssignStrategy,
+    pub epoch: u64,
+    pub moving: bool,
+    pub members: Vec<MemberDescription>,
+    pub offsets: Vec<QueueOwner>,
+}
+
+#[derive(Debug, Clone)]
+pub struct MemberDescription {
+    pub id: String,
+    pub member: Member,
+    /// None: not since the coordinator's leader changed.
+    pub heard_ms_ago: Option<u64>,
+    /// Topic and queue.
+    pub assignment: Vec<(String, u32)>,
+    /// Queues it is asked to give up.
+    pub revoking: Vec<(String, u32)>,
+}
+
+/// A queue of the group, or, in a broadcast group, of one instance.
+#[derive(Debug, Clone)]
+pub struct QueueOwner {
+    pub offset: GroupOffset,
+    pub member: Option<String>,
+    pub instance: Option<String>,
+}
+
+impl Broker {
+    /// All that is known of a group.
+    pub async fn describe_group(&self, group: &str) -> BrokerResult<GroupDescription> {
+        super::check_group_name(group)?;
+        let state = self.group_state(group).await?;
+        let membership = &state.membership;
+        let catalog = self.catalog();
+        let name = |queue: &QueueId| {
+            let topic = catalog.topics.get(&queue.topic)?;
+            Some((topic.name.clone(), queue.queue))
+        };
+        let members = membership.members.iter().map(|(id, member)| {
+            let moving = membership.queues.iter();
+            let moving = moving.filter(|(_, t)| t.owner == *id && t.target != *id);
+            MemberDescription {
+                id: id.clone(),
+                member: member.clone(),
+                heard_ms_ago: state.heard_ms_ago.get(id).copied(),
+                assignment: membership.assignment(id).iter().filter_map(name).collect(),
+                revoking: moving.filter_map(|(queue, _)| name(queue)).collect(),
+            }
+        });
+        let members = members.collect();
+        let offsets = self.group_places(group, &state).await?;
+        Ok(GroupDescription {
+            mode: state.mode,
+            delivery: membership.delivery,
+            strategy: membership.strategy,
+            epoch: membership.epoch,
+            moving: membership.is_moving(),
+            members,
+            offsets,
+        })
+    }
+
+    /// Where a group is in every queue that it has committed in or has members for.
+    pub(in crate::broker) async fn all_offsets(
+        &self,
+        group: &str,
+    ) -> BrokerResult<Vec<GroupOffset>> {
+        let state = self.group_state(group).await?;
+        let places = self.group_places(group, &state).await?.into_iter();
+        let common = places.filter(|place| place.instance.is_none());
+        Ok(common.map(|place| place.offset).collect())
+    }
+
+    /// Every queue in which the group has committed or has an owner, with the lag there.
+    async fn group_places(&self, group: &str, state: &GroupState) -> BrokerResult<Vec<QueueOwner>> {
+        let membership = &state.membership;
+        let id = |o: &QueueOffset| QueueId {
+            topic: o.topic,
+            queue: o.queue,
+        };
+        // By instance and queue: the owner and the offset.
+        let mut places: BTreeMap<(Option<String>, QueueId), (Option<String>, Option<u64>)> =
+            BTreeMap::new();
+        for (queue, turn) in &membership.queues {
+            let place = places.entry((None, *queue)).or_default();
+            place.0 = Some(turn.owner.clone());
+        }
+        for offset in &state.offsets {
+            let place = places.entry((None, id(offset))).or_default();
+            place.1 = Some(offset.offset);
+        }
+        if membership.delivery == Delivery::Broadcast {
+            for (member, known) in &membership.members {
+                for queue in membership.assignment(member) {
+                    let place = places.entry((known.instance_id.clone(), queue));
+                    place.or_default().0 = Some(member.clone());
+                }
+            }
+            for (instance, offsets) in &state.instance_offsets {
+                for offset in offsets {
+                    let place = places.entry((Some(instance.clone()), id(offset)));
+                    place.or_default().1 = Some(offset.offset);
+                }
+            }
+        }
+        let catalog = self.catalog();
+        let asked = places
+            .into_iter()
+            .filter_map(|((instance, queue), (member, offset))| {
+                let topic = catalog.topics.get(&queue.topic)?;
+                let raft_group = topic.queues.get(queue.queue as usize)?.group;
+                let name = topic.name.clone();
+                Some(async move {
+                    let (end_offset, lag, lag_ms) = self.lag(raft_group, offset).await?;
+                    let offset = GroupOffset {
+                        topic: name,
+                        queue: queue.queue,
+                        offset,
+                        end_offset,
+                        lag,
+                        lag_ms,
+                    };
+                    Ok(QueueOwner {
+                        offset,
+                        member,
+                        instance,
+                    })
+                })
+            });
+        let rows: BrokerResult<Vec<QueueOwner>> = join_all(asked).await.into_iter().collect();
+        let mut rows = rows?;
+        rows.sort_by(|a, b| {
+            let key = |o: &QueueOwner| (o.instance.clone(), o.offset.topic.clone(), o.offset.queue);
+            key(a).cmp(&key(b))
+        });
+        for row in rows.iter().filter(|row| row.instance.is_none()) {
+            let place = &row.offset;
+            self.metrics
+                .set_group_lag(group, &place.topic, place.queue, place.lag);
+        }
+        Ok(rows)
+    }
+}

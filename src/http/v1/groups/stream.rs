@@ -1,0 +1,304 @@
+//! A member's messages as server-sent events.
+//!
+//! The stream sends the member's heartbeats itself, as long as the client takes what is sent: a
+//! client that is gone or stuck stops the stream, and with it the heartbeats. The queues follow the
+//! member's assignment. A queue that is taken away is sent no more at once, but counts as owned until
+//! the next heartbeat: in the meantime the client can commit what it has done.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use axum::response::Response;
+use bytes::Bytes;
+use futures_util::StreamExt;
+use futures_util::stream::{self, FuturesUnordered};
+use serde::Serialize;
+use tokio::time::Instant;
+
+use super::super::consume::{Encoding, MessageOut, tags, value_bytes};
+use super::wire::{AssignedBody, assigned};
+use crate::broker::groups::MemberAnswer;
+use crate::broker::{BrokerError, BrokerResult, Consistency, FetchAnswer, FetchRequest, StartAt};
+use crate::http::HttpState;
+use crate::http::error::ApiError;
+use crate::http::limits::BudgetShare;
+use crate::http::sse;
+
+/// Messages of one queue sent at a time.
+const AT_ONCE: u64 = 500;
+const AT_ONCE_BYTES: usize = 1 << 20;
+/// Between two looks at what was committed, while a queue is paused.
+const LOOK_AT_COMMITS: Duration = Duration::from_millis(100);
+/// Pause after something that may work in a moment.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
+
+type QueueKey = (String, u32);
+
+/// One queue of the stream.
+#[derive(Debug, Clone, Copy)]
+struct Lane {
+    /// The next offset to send.
+    next: u64,
+    /// What the client has committed, as far as known here.
+    committed: u64,
+}
+
+struct Live {
+    state: HttpState,
+    group: String,
+    member: String,
+    prefetch: u64,
+    epoch: u64,
+    interval: Duration,
+    tags: Vec<String>,
+    lanes: BTreeMap<QueueKey, Lane>,
+    /// Its turn is over: the queue that was served last.
+    served: Option<QueueKey>,
+    ready: VecDeque<Bytes>,
+    beat_at: Instant,
+    look_at: Instant,
+    last_sign: Instant,
+    ended: bool,
+}
+
+#[derive(Serialize)]
+struct AssignmentEvent {
+    epoch: u64,
+    assignment: Vec<AssignedBody>,
+}
+
+/// A message with where it is from.
+#[derive(Serialize)]
+struct MessageEvent<'a> {
+    topic: &'a str,
+    #[serde(flatten)]
+    message: MessageOut<'a>,
+}
+
+/// Begins a stream. What is wrong from the start is still an ordinary error with its status.
+pub async fn response(
+    state: HttpState,
+    group: String,
+    member: String,
+    epoch: u64,
+    prefetch: u64,
+) -> Result<Response, ApiError> {
+    let answer = state.broker.heartbeat(&group, &member, epoch, None).await?;
+    let now = Instant::now();
+    let mut live = Live {
+        state,
+        group,
+        member,
+        prefetch,
+        epoch: 0,
+        interval: Duration::from_millis(answer.heartbeat_interval_ms()),
+        tags: answer.tag.as_deref().map_or(Ok(Vec::new()), tags)?,
+        lanes: BTreeMap::new(),
+        served: None,
+        ready: VecDeque::new(),
+        beat_at: now,
+        look_at: now,
+        last_sign: now,
+        ended: false,
+    };
+    live.follow(answer);
+    let events = stream::unfold(live, |mut live| async move {
+        let piece = live.next().await?;
+        Some((piece, live))
+    });
+    Ok(sse::response(events))
+}
+
+enum Step {
+    Beat,
+    Look,
+    Ping,
+    Stop,
+    Fetched(QueueKey, BrokerResult<FetchAnswer>),
+}
+
+impl Live {
+    /// Takes over what a heartbeat answered.
+    fn follow(&mut self, answer: MemberAnswer) {
+        let now = Instant::now();
+        self.beat_at = now + self.interval;
+        let mut lanes = BTreeMap::new();
+        for queue in &answer.assignment {
+            let key = (queue.topic.clone(), queue.queue);
+            let known = self.lanes.get(&key).copied();
+            let mut lane = known.unwrap_or(Lane {
+                next: queue.offset,
+                committed: queue.offset,
+            });
+            lane.saw_commit(queue.offset);
+            lanes.insert(key, lane);
+        }
+        self.lanes = lanes;
+        if answer.epoch != self.epoch {
+            self.epoch = answer.epoch;
+            let event = AssignmentEvent {
+                epoch: answer.epoch,
+                assignment: assigned(&answer.assignment),
+            };
+            let mut text = Vec::new();
+            sse::write_event(&mut text, None, Some("assignment"), &event);
+            self.ready.push_back(text.into());
+        }
+    }
+
+    /// The next piece to send; None when the stream is over.
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            if let Some(piece) = self.ready.pop_front() {
+                self.last_sign = Instant::now();
+                return Some(piece);
+            }
+            if self.ended {
+                return None;
+            }
+            match self.step().await {
+                Step::Stop => self.ended = true,
+                Step::Ping => self.ready.push_back(Bytes::from_static(sse::PING)),
+                Step::Beat => self.beat().await,
+                Step::Look => self.look_at_commits().await,
+                Step::Fetched(key, answer) => self.take(&key, answer).await,
+            }
+        }
+    }
+
+    /// Waits for whatever comes first.
+    async fn step(&self) -> Step {
+        // Behind the one that was served last come the others first.
+        let after = self.served.as_ref();
+        let (earlier, later): (Vec<_>, Vec<_>) =
+            self.lanes.iter().partition(|(key, _)| Some(*key) <= after);
+        let turns = later.into_iter().chain(earlier);
+        let open = turns.filter(|(_, lane)| lane.room(self.prefetch) > 0);
+        let fetches = open.map(|(key, lane)| {
+            let request = FetchRequest {
+                topic: key.0.clone(),
+                queue: key.1,
+                start: StartAt::Offset(lane.next),
+                max_messages: lane.room(self.prefetch).min(AT_ONCE) as usize,
+                max_bytes: AT_ONCE_BYTES,
+                // Long enough to cost little: what ends it is a message, or the heartbeat.
+                wait_ms: 15_000,
+                tags: self.tags.clone(),
+                consistency: Consistency::Linearizable,
+            };
+            async move { (key.clone(), self.state.broker.fetch(request).await) }
+        });
+        let mut fetches: FuturesUnordered<_> = fetches.collect();
+        let paused = fetches.len() < self.lanes.len();
+        let ping_at = self.last_sign + self.state.ping_interval;
+        tokio::select! {
+            biased;
+            () = self.state.shutdown.cancelled() => Step::Stop,
+            () = tokio::time::sleep_until(self.beat_at) => Step::Beat,
+            () = tokio::time::sleep_until(self.look_at), if paused => Step::Look,
+            Some((key, answer)) = fetches.next() => Step::Fetched(key, answer),
+            () = tokio::time::sleep_until(ping_at) => Step::Ping,
+        }
+    }
+
+    async fn beat(&mut self) {
+        let owned: Vec<QueueKey> = self.lanes.keys().cloned().collect();
+        let broker = &self.state.broker;
+        let beat = broker.heartbeat(&self.group, &self.member, self.epoch, Some(&owned));
+        match beat.await {
+            Ok(answer) => self.follow(answer),
+            Err(error) if waits(&error) => {
+                self.beat_at = Instant::now() + RETRY_PAUSE.min(self.interval);
+            }
+            Err(error) => self.end(error),
+        }
+    }
+
+    async fn look_at_commits(&mut self) {
+        self.look_at = Instant::now() + LOOK_AT_COMMITS;
+        let found = self.state.broker.member_offsets(&self.group, &self.member);
+        // What can't be read now is looked at again soon.
+        for (topic, queue, offset) in found.await.unwrap_or_default() {
+            if let Some(lane) = self.lanes.get_mut(&(topic, queue)) {
+                lane.saw_commit(offset);
+            }
+        }
+    }
+
+    async fn take(&mut self, key: &QueueKey, answer: BrokerResult<FetchAnswer>) {
+        let Some(lane) = self.lanes.get_mut(key) else {
+            return;
+        };
+        self.served = Some(key.clone());
+        let answer = match answer {
+            Ok(answer) => answer,
+            // Retention went past it.
+            Err(BrokerError::OffsetOutOfRange {
+                earliest_offset, ..
+            }) if earliest_offset > lane.next => {
+                lane.next = earliest_offset;
+                lane.saw_commit(earliest_offset);
+                return;
+            }
+            // The heartbeat will tell that the queue is gone.
+            Err(BrokerError::TopicNotFound { .. } | BrokerError::QueueNotFound { .. }) => {
+                self.lanes.remove(key);
+                return;
+            }
+            Err(error) if waits(&error) => {
+                return tokio::time::sleep(RETRY_PAUSE.min(self.interval)).await;
+            }
+            Err(error) => return self.end(error),
+        };
+        let bytes = value_bytes(&answer.messages);
+        let capacity = bytes * 9 / 8 + answer.messages.len() * 256;
+        let mut share = BudgetShare::default();
+        if !self.state.budget.take(&mut share, capacity) {
+            return tokio::time::sleep(RETRY_PAUSE.min(self.interval)).await;
+        }
+        // What the filter left out needs no commit to let the rest pass.
+        if answer.messages.is_empty() && lane.committed == lane.next {
+            lane.committed = answer.next_offset;
+        }
+        lane.next = answer.next_offset;
+        if answer.messages.is_empty() {
+            return;
+        }
+        let metrics = &self.state.metrics;
+        metrics.observe_fetch(None, answer.messages.len() as u64, bytes as u64);
+        let mut events = Vec::with_capacity(capacity);
+        for message in &answer.messages {
+            let event = MessageEvent {
+                topic: &key.0,
+                message: MessageOut {
+                    message,
+                    encoding: Encoding::Auto,
+                },
+            };
+            sse::write_event(&mut events, None, Some("message"), &event);
+        }
+        self.ready.push_back(sse::charged(events, share));
+    }
+
+    fn end(&mut self, error: BrokerError) {
+        self.ready.push_back(sse::error_event(&error.into()));
+        self.ended = true;
+    }
+}
+
+impl Lane {
+    fn saw_commit(&mut self, offset: u64) {
+        self.committed = self.committed.max(offset);
+        // Committed further than was sent, by whomever: that is done.
+        self.next = self.next.max(offset);
+    }
+
+    /// How many more messages may be sent.
+    fn room(&self, prefetch: u64) -> u64 {
+        (self.committed + prefetch).saturating_sub(self.next)
+    }
+}
+
+fn waits(error: &BrokerError) -> bool {
+    error.retryable() && !matches!(error, BrokerError::ShuttingDown)
+}
