@@ -16,6 +16,7 @@ mod sse;
 #[cfg(test)]
 mod testing;
 mod topic;
+mod transaction;
 mod verify;
 mod wire;
 
@@ -86,6 +87,9 @@ enum Command {
     /// Look at and move what consumer groups have committed.
     #[command(subcommand)]
     Group(group::GroupCommand),
+    /// Look at transactions, and end those whose producer is gone.
+    #[command(subcommand)]
+    Transaction(transaction::TransactionCommand),
     /// Nodes, leaders, and elections as they happen.
     #[command(subcommand)]
     Cluster(cluster::ClusterCommand),
@@ -129,6 +133,7 @@ async fn run_client(cli: Cli) -> Result<(), CliError> {
         Command::Produce(command) => produce::run(&client, out, command).await,
         Command::Consume(command) => consume::run(&client, out, command).await,
         Command::Group(command) => group::run(&client, out, command).await,
+        Command::Transaction(command) => transaction::run(&client, out, command).await,
         Command::Cluster(command) => cluster::run(&client, out, command).await,
         Command::Bench(command) => bench::run(&client, out, command).await,
         Command::Verify(command) => {

@@ -79,6 +79,11 @@ fn write_the_corpus() {
         consumer_group: "billing".to_owned(),
     };
     keep("offsets", encode(&offsets));
+    let transactions = PeerRequest::Transactions {
+        coordinator: 3,
+        query: TransactionQuery::One([3; 16]),
+    };
+    keep("transactions", encode(&transactions));
     let view = GroupView {
         leader: Some(2),
         term: 7,

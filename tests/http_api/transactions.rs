@@ -345,6 +345,31 @@ async fn offsets_move_with_the_messages_or_not_at_all() {
 }
 
 #[tokio::test]
+async fn a_member_moves_the_offsets_of_its_own_queues() {
+    let api = Api::start().await.unwrap();
+    api.topic("in", 1).await;
+    api.store("in", 0, &["1", "2"]).await;
+    let joined = api
+        .post("/v1/groups/g/members", &json!({"topics": ["in"]}))
+        .await
+        .expect(201);
+    let mut body = json!({"offsets": [{"group": "g", "topic": "in", "queue": 0, "offset": 2}]});
+    // Not in nobody's name while there are members.
+    api.post(PATH, &body).await.problem(409, "fenced_member");
+    let member = json!({"id": joined["member_id"], "epoch": joined["epoch"]});
+    body["offsets"][0]["member"] = member.clone();
+    let id = begin(&api, body.clone()).await;
+    let commit = json!({
+        "offsets": [{"topic": "in", "queue": 0, "offset": 1}], "member": member,
+    });
+    let held = api.call(Method::PUT, "/v1/groups/g/offsets", &commit).await;
+    held.problem(409, "offset_conflict");
+    end(&api, &id, "commit").await.expect(200);
+    let found = api.get("/v1/groups/g/offsets?topic=in").await.expect(200);
+    assert_eq!(found["offsets"][0]["offset"], 2);
+}
+
+#[tokio::test]
 async fn an_open_transaction_outlives_its_node() {
     let mut api = Api::start().await.unwrap();
     api.topic("a", 1).await;
