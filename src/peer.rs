@@ -15,7 +15,7 @@ use crate::broker::groups::GroupQuestion;
 use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, MessagePlace, StartAt};
+use crate::broker::{Broker, BrokerError, MessagePlace, StartAt, TransactionQuery};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -127,6 +127,10 @@ pub enum PeerRequest {
         coordinator: u32,
         question: GroupQuestion,
         timeout_ms: u64,
+    },
+    Transactions {
+        coordinator: u32,
+        query: TransactionQuery,
     },
     /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
     /// with proof that no commit is missing, if asked for.
@@ -272,6 +276,9 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let patience = Duration::from_millis(timeout_ms);
             broker.await_catalog_here(version, patience).await;
             encode(&PeerResult::Ok(()))
+        }
+        PeerRequest::Transactions { coordinator, query } => {
+            encode(&broker.transactions_here(coordinator, &query).await)
         }
         PeerRequest::Group {
             coordinator,

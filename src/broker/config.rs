@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::WebhookPolicy;
+
 /// Bounds of one node's broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BrokerConfig {
@@ -29,6 +31,11 @@ pub struct BrokerConfig {
     pub max_early_bytes: usize,
     /// A queue's batcher ends after this long without work.
     pub batcher_idle: Duration,
+    /// A transaction is rolled back if what it is made of was not stored in this time. More than a
+    /// write may take.
+    pub transaction_prepare: Duration,
+    /// Where producers may have their transactions' checks sent.
+    pub webhooks: WebhookPolicy,
     /// Between two looks for messages that their topic keeps no longer.
     pub retention_check: Duration,
 }
@@ -48,6 +55,8 @@ impl Default for BrokerConfig {
             early_wait: Duration::from_millis(300),
             max_early_bytes: 16 << 20,
             batcher_idle: Duration::from_secs(30),
+            transaction_prepare: Duration::from_secs(30),
+            webhooks: WebhookPolicy::default(),
             retention_check: Duration::from_secs(30),
         }
     }

@@ -106,6 +106,20 @@ pub enum BrokerError {
         "the lease of offset {offset} of queue {queue} is over and the message was delivered again, is dead, or is done; its latest receipt counts"
     )]
     LeaseExpired { queue: u32, offset: u64 },
+    #[error(
+        "a transaction holds the offset of consumer group {group:?} in queue {queue} of topic {topic:?}; commit or roll the transaction back first"
+    )]
+    OffsetHeld {
+        group: String,
+        topic: String,
+        queue: u32,
+    },
+    #[error("transaction {id} is not known: it never was, or it ended too long ago")]
+    TransactionNotFound { id: String },
+    #[error("transaction {id} has ended: it is {state}")]
+    TransactionEnded { id: String, state: String },
+    #[error("messages of transaction {id} are still being stored; try again when that is answered")]
+    TransactionBusy { id: String },
     #[error("offset {offset} is outside {earliest_offset} to {end_offset}")]
     OffsetOutOfRange {
         offset: u64,
@@ -185,6 +199,8 @@ impl BrokerError {
                 | Self::RateExceeded { .. }
                 | Self::BacklogFull(_)
                 | Self::ShuttingDown
+                | Self::OffsetHeld { .. }
+                | Self::TransactionBusy { .. }
         )
     }
 }

@@ -36,6 +36,7 @@ mod retention;
 mod route;
 pub mod selection;
 mod topics;
+mod transactions;
 pub(crate) mod ttl;
 mod types;
 
@@ -60,6 +61,11 @@ pub use exchanges::{
 };
 pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use selection::Selection;
+pub use transactions::{
+    BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,
+    WebhookPolicy, check_webhook_allowed, parse_transaction_id, transaction_results,
+    transaction_text,
+};
 pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
@@ -150,6 +156,10 @@ impl Broker {
         leases::duty::start(&broker);
         groups::start(&broker);
         deliver::start(&broker);
+        tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
+        deliver::start(&broker);
+        groups::start(&broker);
+        broker.metrics.collect_groups(broker.sessions.clone());
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

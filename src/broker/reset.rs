@@ -60,7 +60,16 @@ impl Broker {
         if verdicts.iter().all(|v| *v == CommitVerdict::Done) {
             return Ok(results);
         }
-        Err(BrokerError::Internal("a reset was refused".to_owned()))
+        let held = verdicts.iter().zip(&results);
+        let held = held.into_iter().find(|(v, _)| **v == CommitVerdict::Held);
+        Err(match held {
+            Some((_, result)) => BrokerError::OffsetHeld {
+                group: request.group,
+                topic: result.topic.clone(),
+                queue: result.queue,
+            },
+            None => BrokerError::Internal("a reset was refused".to_owned()),
+        })
     }
 }
 

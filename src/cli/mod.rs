@@ -17,6 +17,7 @@ mod sse;
 #[cfg(test)]
 mod testing;
 mod topic;
+mod transaction;
 mod verify;
 mod wire;
 
@@ -90,6 +91,9 @@ enum Command {
     /// Exchanges: create, bind topics to them, publish through them.
     #[command(subcommand)]
     Exchange(exchange::ExchangeCommand),
+    /// Look at transactions, and end those whose producer is gone.
+    #[command(subcommand)]
+    Transaction(transaction::TransactionCommand),
     /// Nodes, leaders, and elections as they happen.
     #[command(subcommand)]
     Cluster(cluster::ClusterCommand),
@@ -134,6 +138,7 @@ async fn run_client(cli: Cli) -> Result<(), CliError> {
         Command::Consume(command) => consume::run(&client, out, command).await,
         Command::Group(command) => group::run(&client, out, command).await,
         Command::Exchange(command) => exchange::run(&client, out, command).await,
+        Command::Transaction(command) => transaction::run(&client, out, command).await,
         Command::Cluster(command) => cluster::run(&client, out, command).await,
         Command::Bench(command) => bench::run(&client, out, command).await,
         Command::Verify(command) => {

@@ -11,6 +11,7 @@ use super::leases::{LeaseCommand, LeaseReply};
 use super::membership::{Delivery, Newcomer, NotAMember, QueueId, TopicShape};
 use crate::broker::MemberMark;
 use crate::catalog::TopicId;
+use crate::coordinator::transactions::{TransactionCommand, TransactionReply};
 
 /// A consumer group's next offset in one queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +30,9 @@ pub enum CoordinatorCommand {
         member: Option<MemberMark>,
     },
     /// Without a name: a new producer. With one: the same producer, its epoch raised.
-    RegisterProducer { name: Option<String> },
+    RegisterProducer {
+        name: Option<String>,
+    },
     /// Says that a named producer is about to write to a queue, so that its next registration
     /// knows where to fence it.
     AttachProducer {
@@ -42,6 +45,7 @@ pub enum CoordinatorCommand {
         group: String,
         command: LeaseCommand,
     },
+    Transaction(TransactionCommand),
     /// Somebody becomes a member of a consumer group, or does so again.
     Join {
         group: String,
@@ -79,7 +83,9 @@ pub enum CoordinatorCommand {
         offsets: Vec<QueueOffset>,
     },
     /// Removes some of a group's records; to be repeated until there are no more.
-    DeleteGroup { group: String },
+    DeleteGroup {
+        group: String,
+    },
 }
 
 /// How a consumer group goes through its messages. Its first use decides, for its whole life.
@@ -94,8 +100,12 @@ pub enum GroupMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommitVerdict {
     Done,
-    Conflict { committed: u64 },
+    Conflict {
+        committed: u64,
+    },
     Fenced,
+    /// A transaction holds the offset until it ends.
+    Held,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,6 +143,7 @@ pub enum CoordinatorReply {
     /// What is committed now, in the order of the command's offsets.
     Begun(Vec<u64>),
     Invalid(String),
+    Transaction(TransactionReply),
 }
 
 /// The log entry of a command that its leader proposes at `now_ms`.

@@ -18,7 +18,10 @@ impl CoordinatorMachine {
         if members > 0 {
             return Ok(CoordinatorReply::GroupHasMembers(members as u64));
         }
-        let mut left = AT_ONCE;
+        let mut left = AT_ONCE - self.let_go_of_offsets(group, AT_ONCE)?;
+        if left == 0 {
+            return Ok(CoordinatorReply::GroupDeleted { more: true });
+        }
         for kind in KINDS {
             let prefix = group_record_prefix(*kind, group);
             let found = self.records.scan(&prefix, None, left)?;

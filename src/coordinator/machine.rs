@@ -29,6 +29,8 @@ pub struct CoordinatorMachine {
     pub(super) news: News,
     signals: Arc<LeaseSignals>,
     soundness: Arc<Soundness>,
+    /// By the command that is being applied, maybe.
+    transactions_changed: bool,
 }
 
 impl CoordinatorMachine {
@@ -40,6 +42,7 @@ impl CoordinatorMachine {
             news: News::default(),
             signals: Arc::default(),
             soundness: Arc::new(Soundness::new(repair)),
+            transactions_changed: false,
         }
     }
 
@@ -83,6 +86,10 @@ impl CoordinatorMachine {
                 queue_group,
             } => self.attach(id, epoch, queue_group)?,
             CoordinatorCommand::Leases { group, command } => self.leases(&group, command)?,
+            CoordinatorCommand::Transaction(command) => {
+                self.transactions_changed = true;
+                CoordinatorReply::Transaction(self.transact(command)?)
+            }
             CoordinatorCommand::Join {
                 group,
                 newcomer,
@@ -132,7 +139,9 @@ impl CoordinatorMachine {
             let number = self.number;
             StorageError::InvalidArgument(format!("coordinator {number}'s state: {e}"))
         })?;
-        self.records.replace(content, log_id)
+        self.records.replace(content, log_id)?;
+        self.records.tell_transactions();
+        Ok(())
     }
 
     fn try_apply(&mut self, log_id: LogId, body: &Bytes) -> Result<Bytes, StorageError> {
@@ -151,6 +160,9 @@ impl CoordinatorMachine {
         };
         self.records.commit(log_id)?;
         self.news.publish(&self.signals);
+        if std::mem::take(&mut self.transactions_changed) {
+            self.records.tell_transactions();
+        }
         Ok(postcard::to_stdvec(&reply).unwrap_or_default().into())
     }
 }

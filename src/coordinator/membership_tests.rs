@@ -294,7 +294,7 @@ proptest! {
         let mut group = Membership::default();
         let mut topics = shapes(1, &[("t", 1, 5), ("u", 2, 3)]);
         let mut clients: BTreeMap<u8, Client> = BTreeMap::new();
-        let (mut lives, mut version) = (0, 1);
+        let (mut lives, mut version, mut width) = (0, 1, 5);
         let mut former: Vec<(MemberMark, BTreeSet<QueueId>)> = Vec::new();
         let subscription = |n: u8| match n { 0 => vec!["t"], 1 => vec!["u"], _ => vec!["t", "u"] };
         for event in events {
@@ -345,7 +345,8 @@ proptest! {
                 }
                 Event::Grow(by) => {
                     version += 1;
-                    topics = shapes(version, &[("t", 1, 5 + u32::from(by)), ("u", 2, 3)]);
+                    width += u32::from(by);
+                    topics = shapes(version, &[("t", 1, width), ("u", 2, 3)]);
                     group.see_topics(&topics);
                 }
             }

@@ -13,6 +13,7 @@ mod offsets;
 mod positions;
 mod producers;
 mod records;
+pub mod transactions;
 
 pub use assign::AssignStrategy;
 pub use command::{

@@ -91,6 +91,10 @@ impl CoordinatorMachine {
         offset: QueueOffset,
         allow_rewind: bool,
     ) -> Result<CommitVerdict, StorageError> {
+        let held = self.holder_of(group, offset.topic, offset.queue)?.is_some();
+        if held && matches!(account, Account::Group) {
+            return Ok(CommitVerdict::Held);
+        }
         let key = account.key(group, offset);
         let known = self.records.get(&key)?;
         let known = known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?)));
@@ -127,7 +131,11 @@ fn account_of<'a>(membership: &'a Membership, member: Option<&MemberMark>) -> Ac
 
 /// Whether this commit is the group's own: of the member that has the queue, or of nobody in a group
 /// without members.
-fn may_commit(membership: &Membership, member: Option<&MemberMark>, offset: QueueOffset) -> bool {
+pub(super) fn may_commit(
+    membership: &Membership,
+    member: Option<&MemberMark>,
+    offset: QueueOffset,
+) -> bool {
     if mutation::on(Mutation::NoMemberCheck) {
         return true;
     }

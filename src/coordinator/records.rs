@@ -11,6 +11,7 @@
 //! | `n` | the last producer number given |
 //! | `t` | the log's time, ms u64 |
 //! | `l` `d` `x` `r` `a`, consumer group… | what it leases: see [`leases`](super::leases) |
+//! | `T`, `U`, `w`, `h` | transactions: see `transactions/records.rs` |
 //!
 //! Keys are made of the store's ordered fields, numbers in values are big-endian.
 
@@ -22,6 +23,7 @@ use quorate_storage::derived::{DerivedGroup, KeyBuilder, KeyReader};
 use quorate_storage::{LogId, StorageError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::leases::LeaseSignals;
 use super::{GroupMode, Membership, QueueOffset};
@@ -45,6 +47,7 @@ pub(super) struct Records {
     stored: DerivedGroup,
     /// None: removed.
     changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    transactions: watch::Sender<()>,
 }
 
 impl Records {
@@ -52,6 +55,7 @@ impl Records {
         Self {
             stored,
             changes: BTreeMap::new(),
+            transactions: watch::Sender::new(()),
         }
     }
 
@@ -59,7 +63,13 @@ impl Records {
         CoordinatorView {
             records: self.stored.clone(),
             signals,
+            transactions: self.transactions.subscribe(),
         }
+    }
+
+    /// Wakes who waits for a change of transactions.
+    pub(super) fn tell_transactions(&self) {
+        self.transactions.send_replace(());
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
@@ -154,6 +164,7 @@ impl Records {
 pub struct CoordinatorView {
     pub(super) records: DerivedGroup,
     signals: Arc<LeaseSignals>,
+    transactions: watch::Receiver<()>,
 }
 
 impl CoordinatorView {
@@ -167,6 +178,11 @@ impl CoordinatorView {
         let known = self.records.get(TIME_KEY)?;
         let known = known.and_then(|v| Some(u64::from_be_bytes(v[..].try_into().ok()?)));
         Ok(known.unwrap_or(0))
+    }
+
+    /// Changes whenever a transaction may have changed.
+    pub fn watch_transactions(&self) -> watch::Receiver<()> {
+        self.transactions.clone()
     }
 
     /// All that a consumer group has committed, in order of topic and queue.

@@ -12,6 +12,7 @@ use quorate_storage::vfs::os::OsVfs;
 use tokio::sync::watch;
 
 use super::{Metrics, NamedSample, Sample};
+use crate::broker::groups::Sessions;
 use crate::broker::local::LocalGroups;
 use crate::catalog::CatalogState;
 use crate::node::Scrubbed;
@@ -48,6 +49,30 @@ impl Metrics {
                 help,
                 Sample::Gauge(here.count() as f64),
             )]
+        });
+    }
+
+    /// Shows the members of consumer groups whose coordinators this node leads.
+    pub fn collect_groups(&self, sessions: Arc<Sessions>) {
+        self.register_collector(move || {
+            let (groups, members, rebalances) = sessions.counts();
+            vec![
+                (
+                    "groups_with_members",
+                    "Consumer groups with members that this node watches over",
+                    Sample::Gauge(groups as f64),
+                ),
+                (
+                    "group_members",
+                    "Members of consumer groups that this node watches over",
+                    Sample::Gauge(members as f64),
+                ),
+                (
+                    "group_rebalances",
+                    "Changes of assignments in consumer groups seen by this node",
+                    Sample::Counter(rebalances),
+                ),
+            ]
         });
     }
 

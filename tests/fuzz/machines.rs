@@ -10,8 +10,11 @@ use quorate::broker::TopicConfig;
 use quorate::broker::queue::entry::{
     AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim,
 };
-use quorate::broker::queue::{QueueLimits, QueueMachine, QueueReply, QueueShared};
+use quorate::broker::queue::{Place, QueueLimits, QueueMachine, QueueReply, QueueShared};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
+use quorate::coordinator::transactions::{
+    Decision, NewTransaction, Part, PreparedParts, Timing, TransactionCommand,
+};
 use quorate::coordinator::{
     CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp,
 };
@@ -283,6 +286,82 @@ fn catalog() {
     }
 }
 
+/// One transaction from its begin to its end, with the offsets of a consumer group.
+fn transactions() -> impl Iterator<Item = (&'static str, TransactionCommand)> {
+    let id = [3; 16];
+    let group = || "billing".to_owned();
+    let part = |queue_group, message| Part {
+        topic: "orders".to_owned(),
+        queue: 1,
+        queue_group,
+        messages: vec![message],
+        bytes: 100,
+    };
+    let place = Place {
+        base_offset: 7,
+        count: 1,
+        term: 1,
+        index: 9,
+        batch: 0,
+    };
+    let new = NewTransaction {
+        producer_group: "p".to_owned(),
+        timing: Timing {
+            timeout_ms: 10,
+            check_interval_ms: 100,
+            max_checks: 3,
+        },
+        check_url: Some("http://h/".to_owned()),
+        parts: vec![part(77, 0)],
+        offset_groups: vec![group()],
+        prepare_ms: 1_000,
+    };
+    let parts = PreparedParts {
+        first: 0,
+        count: 2,
+        offsets: true,
+    };
+    let extend = TransactionCommand::Extend {
+        id,
+        parts: vec![part(78, 0)],
+        prepare_ms: 1_000,
+    };
+    let hold = TransactionCommand::HoldOffsets {
+        id,
+        group: group(),
+        offsets: vec![QueueOffset {
+            topic: 1,
+            queue: 2,
+            offset: 9,
+        }],
+        member: None,
+        until_ms: u64::MAX,
+    };
+    let decision = Decision::Commit;
+    let settle = TransactionCommand::SettleOffsets {
+        id,
+        group: group(),
+        commit: true,
+    };
+    let settled = TransactionCommand::Settled {
+        id,
+        queues: vec![(77, vec![(0, place)]), (78, vec![(1, place)])],
+        offset_groups: vec![group()],
+    };
+    let commands = [
+        ("t1-begin", TransactionCommand::Begin { id, new }),
+        ("t2-extend", extend),
+        ("t3-hold", hold),
+        ("t4-prepared", TransactionCommand::Prepared { id, parts }),
+        ("t5-due", TransactionCommand::Due { id }),
+        ("t6-commit", TransactionCommand::Decide { id, decision }),
+        ("t7-settle", settle),
+        ("t8-settled", settled),
+        ("t9-forget", TransactionCommand::Forget),
+    ];
+    commands.into_iter()
+}
+
 fn coordinator() {
     let commands = [
         (
@@ -317,6 +396,9 @@ fn coordinator() {
             },
         ),
     ];
+    let transactions =
+        transactions().map(|(name, command)| (name, CoordinatorCommand::Transaction(command)));
+    let commands = commands.into_iter().chain(transactions);
     for (time, (name, command)) in (1_000..).zip(commands) {
         keep("coordinator", name, &stamp(time, &written(&command)));
     }

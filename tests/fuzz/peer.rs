@@ -5,7 +5,7 @@ use std::fs;
 use bytes::Bytes;
 use quorate::broker::queue::BatchOutcome;
 use quorate::broker::queue::entry::Mark;
-use quorate::broker::{MessagePlace, StartAt};
+use quorate::broker::{MessagePlace, StartAt, TransactionQuery};
 use quorate::coordinator::QueueOffset;
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
@@ -91,6 +91,11 @@ fn write_the_corpus() {
         consumer_group: "billing".to_owned(),
     };
     keep("offsets", encode(&offsets));
+    let transactions = PeerRequest::Transactions {
+        coordinator: 3,
+        query: TransactionQuery::One([3; 16]),
+    };
+    keep("transactions", encode(&transactions));
     let view = GroupView {
         leader: Some(2),
         term: 7,

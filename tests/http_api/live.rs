@@ -12,13 +12,13 @@ use crate::support::PATIENCE;
 const PATH: &str = "/v1/topics/t/queues/0/messages";
 
 /// Reads a stream of server-sent events piece by piece.
-struct Events {
+pub struct Events {
     response: Response,
     text: String,
 }
 
 impl Events {
-    async fn open(api: &Api, path: &str, last_event_id: Option<&str>) -> Self {
+    pub async fn open(api: &Api, path: &str, last_event_id: Option<&str>) -> Self {
         let mut request = api
             .request(Method::GET, path)
             .header("accept", "text/event-stream");
@@ -35,7 +35,7 @@ impl Events {
     }
 
     /// The next block that is an event or a comment; None when the stream has ended.
-    async fn next(&mut self) -> Result<Option<String>> {
+    pub async fn next(&mut self) -> Result<Option<String>> {
         loop {
             if let Some((block, rest)) = self.text.split_once("\n\n") {
                 let (block, rest) = (block.to_owned(), rest.to_owned());
@@ -48,6 +48,21 @@ impl Events {
                     None => return Ok(None),
                     Some(piece) => self.text.push_str(std::str::from_utf8(&piece)?),
                 },
+            }
+        }
+    }
+
+    /// The next event's name and data.
+    pub async fn named(&mut self) -> (String, Value) {
+        loop {
+            let block = self.next().await.unwrap().expect("the stream goes on");
+            let field = |name: &str| {
+                let line = block.lines().find_map(|line| line.strip_prefix(name));
+                line.unwrap_or_default().to_owned()
+            };
+            if !block.starts_with(':') {
+                let data = serde_json::from_str(&field("data: ")).unwrap();
+                return (field("event: "), data);
             }
         }
     }

@@ -98,7 +98,7 @@ impl Broker {
                 join_all(overdue.map(|overdue| self.expel(overdue))).await;
             }
             News::Topics => {
-                let led = self.led_here().into_iter();
+                let led = self.coordinators_led_here().into_iter();
                 join_all(led.map(|number| async move {
                     for group in self.sessions.groups_of(number) {
                         self.show_topics(number, &group).await;
@@ -108,13 +108,13 @@ impl Broker {
             }
             News::Leads(number) => self.take_over(number).await,
             News::Everything => {
-                let led = self.led_here().into_iter();
+                let led = self.coordinators_led_here().into_iter();
                 join_all(led.map(|number| self.take_over(number))).await;
             }
         }
     }
 
-    fn led_here(&self) -> Vec<u32> {
+    fn coordinators_led_here(&self) -> Vec<u32> {
         let all = self.local.coordinators().into_iter();
         let led = all.filter(|(_, c)| c.group.is_leader());
         led.map(|(number, _)| number).collect()

@@ -11,6 +11,7 @@ pub mod offsets;
 pub mod produce;
 pub mod replica;
 pub mod topics;
+pub mod transactions;
 
 use serde::{Deserialize, Deserializer};
 

@@ -1,0 +1,340 @@
+//! Consumer groups on a real cluster: leaders die and nobody is expelled; consumers die and nothing
+//! is left behind.
+//!
+//! `QUORATE_GROUPS_SECONDS=300` makes the second one longer; figures are printed (`--nocapture`).
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use parking_lot::Mutex;
+use rand::seq::IndexedRandom;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+use support::client::{Client, Produced};
+use support::{Cluster, eventually};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, sleep_until};
+
+const QUEUES: u32 = 8;
+const CONSUMERS: usize = 10;
+const SESSION_MS: u64 = 2_000;
+
+async fn post(client: &Client, path: &str, body: &Value) -> Result<(StatusCode, Value)> {
+    client.request(Method::POST, path, Some(body)).await
+}
+
+fn number(value: &Value, field: &str) -> Result<u64> {
+    value[field]
+        .as_u64()
+        .with_context(|| format!("no {field} in {value}"))
+}
+
+/// A member that only lives: its heartbeats tell it what it has.
+async fn beat(client: &Client, id: &str, epoch: u64, assignment: &Value) -> Result<Value> {
+    let owned = assignment.as_array().into_iter().flatten();
+    let owned: Vec<Value> = owned
+        .map(|q| json!({"topic": q["topic"], "queue": q["queue"]}))
+        .collect();
+    let body = json!({"epoch": epoch, "owned": owned});
+    let path = format!("/v1/groups/g/members/{id}/heartbeat");
+    let (status, answer) = post(client, &path, &body).await?;
+    ensure!(status == StatusCode::OK, "{status} {answer}");
+    Ok(answer)
+}
+
+/// Whichever node dies: the one that leads the group's coordinator, the one that leads the catalog,
+/// or another, the members stay, with the same epochs and queues.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_leaders_death_moves_a_queue() -> Result<()> {
+    let mut cluster = Cluster::start(3).await?;
+    let client = cluster.client();
+    client.create_topic("t", 4).await?;
+    let mut members = Vec::new();
+    for _ in 0..2 {
+        let body = json!({"topics": ["t"], "session_timeout_ms": 30_000});
+        let (status, joined) = post(&client, "/v1/groups/g/members", &body).await?;
+        ensure!(status == StatusCode::CREATED, "{status} {joined}");
+        let id = joined["member_id"].as_str().context("no id")?.to_owned();
+        members.push((id, number(&joined, "epoch")?, joined["assignment"].clone()));
+    }
+    // Two rounds: the first tells, the second gives.
+    for _ in 0..3 {
+        for (id, epoch, assignment) in &mut members {
+            let answer = beat(&client, id, *epoch, assignment).await?;
+            *epoch = number(&answer, "epoch")?;
+            *assignment = answer["assignment"].clone();
+        }
+    }
+    for (_, _, assignment) in &members {
+        ensure!(
+            assignment.as_array().is_some_and(|a| a.len() == 2),
+            "{assignment}"
+        );
+    }
+    for node in 1..=3 {
+        cluster.node(node).kill();
+        let left: Vec<String> = cluster
+            .nodes
+            .iter()
+            .filter(|n| n.id != node)
+            .map(|n| n.url.clone())
+            .collect();
+        let client = Client::new(left);
+        for (id, epoch, assignment) in &members {
+            let answer = eventually("a heartbeat is answered", || {
+                beat(&client, id, *epoch, assignment)
+            })
+            .await?;
+            ensure!(number(&answer, "epoch")? == *epoch, "{answer}");
+            ensure!(answer["assignment"] == *assignment, "{answer}");
+            // What was committed counts as before, and can be committed on.
+            let queue = assignment[0]["queue"].clone();
+            let body = json!({
+                "offsets": [{"topic": "t", "queue": queue, "offset": 0}],
+                "member": {"id": id, "epoch": epoch},
+            });
+            eventually("a commit is taken", || async {
+                let path = "/v1/groups/g/offsets";
+                let (status, answer) = client.request(Method::PUT, path, Some(&body)).await?;
+                ensure!(status == StatusCode::OK, "{status} {answer}");
+                Ok(())
+            })
+            .await?;
+        }
+        cluster.node(node).spawn()?;
+        cluster.wait_ready().await?;
+    }
+    Ok(())
+}
+
+/// What all consumers did, as the test sees it.
+#[derive(Default)]
+struct Tally {
+    /// How often each message was processed.
+    seen: BTreeMap<(u64, u64), u32>,
+    /// By queue: who has it, and since when.
+    owners: BTreeMap<u64, (usize, Instant)>,
+}
+
+struct Consumer {
+    number: usize,
+    client: Client,
+    tally: Arc<Mutex<Tally>>,
+    id: String,
+    epoch: u64,
+    interval: Duration,
+    /// By queue: the next offset.
+    lanes: BTreeMap<u64, u64>,
+}
+
+impl Consumer {
+    async fn join(number: usize, client: Client, tally: Arc<Mutex<Tally>>) -> Result<Self> {
+        let mut consumer = Self {
+            number,
+            client,
+            tally,
+            id: String::new(),
+            epoch: 0,
+            interval: Duration::ZERO,
+            lanes: BTreeMap::new(),
+        };
+        consumer.join_again().await?;
+        Ok(consumer)
+    }
+
+    async fn join_again(&mut self) -> Result<()> {
+        let body = json!({
+            "topics": ["t"],
+            "session_timeout_ms": SESSION_MS,
+            "instance_id": format!("consumer-{}", self.number),
+        });
+        let (status, joined) = post(&self.client, "/v1/groups/g/members", &body).await?;
+        ensure!(status == StatusCode::CREATED, "{status} {joined}");
+        self.id = joined["member_id"].as_str().context("no id")?.to_owned();
+        self.interval = Duration::from_millis(number(&joined, "heartbeat_interval_ms")?);
+        self.lanes.clear();
+        self.follow(&joined)
+    }
+
+    fn follow(&mut self, answer: &Value) -> Result<()> {
+        self.epoch = number(answer, "epoch")?;
+        let mut lanes = BTreeMap::new();
+        for assigned in answer["assignment"].as_array().into_iter().flatten() {
+            let (queue, offset) = (number(assigned, "queue")?, number(assigned, "offset")?);
+            let known = self.lanes.get(&queue).copied();
+            if known.is_none() {
+                let mut tally = self.tally.lock();
+                tally.owners.insert(queue, (self.number, Instant::now()));
+            }
+            lanes.insert(queue, known.unwrap_or(offset));
+        }
+        self.lanes = lanes;
+        Ok(())
+    }
+
+    /// Consumes until it is aborted, like a process that is killed.
+    async fn run(mut self) {
+        let mut beat_at = Instant::now() + self.interval;
+        loop {
+            if Instant::now() >= beat_at {
+                beat_at = Instant::now() + self.interval;
+                self.heartbeat().await;
+            }
+            if self.lanes.is_empty() {
+                sleep_until(beat_at).await;
+            } else if self.work().await.is_err() {
+                sleep(Duration::from_millis(20)).await;
+            }
+        }
+    }
+
+    async fn heartbeat(&mut self) {
+        let owned: Vec<Value> = self
+            .lanes
+            .keys()
+            .map(|queue| json!({"topic": "t", "queue": queue}))
+            .collect();
+        let body = json!({"epoch": self.epoch, "owned": owned});
+        let path = format!("/v1/groups/g/members/{}/heartbeat", self.id);
+        let fenced = match post(&self.client, &path, &body).await {
+            Ok((StatusCode::OK, answer)) => self.follow(&answer).is_err(),
+            Ok((StatusCode::NOT_FOUND | StatusCode::CONFLICT, _)) => true,
+            _ => false,
+        };
+        if fenced {
+            self.join_again().await.ok();
+        }
+    }
+
+    async fn work(&mut self) -> Result<()> {
+        let queues: Vec<Value> = self
+            .lanes
+            .iter()
+            .map(|(queue, offset)| json!({"topic": "t", "queue": queue, "offset": offset}))
+            .collect();
+        let body = json!({"queues": queues, "max_messages": 50, "wait_ms": 100});
+        let (status, answer) = post(&self.client, "/v1/fetch", &body).await?;
+        ensure!(status == StatusCode::OK, "{status}");
+        let mut offsets = Vec::new();
+        for found in answer["results"].as_array().into_iter().flatten() {
+            let queue = number(found, "queue")?;
+            let messages = found["messages"].as_array().context("no messages")?;
+            if messages.is_empty() {
+                continue;
+            }
+            // Work takes time; who dies in it leaves what is processed and not committed.
+            sleep(Duration::from_millis(2)).await;
+            let mut tally = self.tally.lock();
+            for message in messages {
+                let place = (queue, number(message, "offset")?);
+                *tally.seen.entry(place).or_default() += 1;
+            }
+            let next = number(found, "next_offset")?;
+            offsets.push(json!({"topic": "t", "queue": queue, "offset": next}));
+            self.lanes.insert(queue, next);
+        }
+        if offsets.is_empty() {
+            return Ok(());
+        }
+        let body = json!({"offsets": offsets, "member": {"id": self.id, "epoch": self.epoch}});
+        let path = "/v1/groups/g/offsets";
+        let (status, answer) = self.client.request(Method::PUT, path, Some(&body)).await?;
+        if status != StatusCode::OK {
+            bail!("{status} {answer}");
+        }
+        Ok(())
+    }
+}
+
+/// Ten consumers share eight queues. Some are killed; the others take over, and every message is
+/// processed.
+#[tokio::test(flavor = "multi_thread")]
+async fn consumers_die_and_every_message_is_processed() -> Result<()> {
+    let long = std::env::var("QUORATE_GROUPS_SECONDS").ok();
+    let seconds = match long {
+        Some(text) => text.parse().context("QUORATE_GROUPS_SECONDS")?,
+        None => 12,
+    };
+    let cluster = Cluster::start(3).await?;
+    let client = cluster.client();
+    client.create_topic("t", QUEUES).await?;
+    let tally: Arc<Mutex<Tally>> = Arc::default();
+    let mut consumers: BTreeMap<usize, JoinHandle<()>> = BTreeMap::new();
+    for number in 0..CONSUMERS {
+        let consumer = Consumer::join(number, client.clone(), tally.clone()).await?;
+        consumers.insert(number, tokio::spawn(consumer.run()));
+    }
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let producing = tokio::spawn(produce(client.clone(), until));
+    let mut rebalances = Vec::new();
+    for turn in 1..=3u32 {
+        // In the middle of what is left, so that there is time to take over.
+        let pause = Duration::from_secs(seconds) * turn / 5;
+        sleep_until(until - Duration::from_secs(seconds) + pause).await;
+        let owners = tally.lock().owners.clone();
+        let mut busy: Vec<usize> = owners.values().map(|(owner, _)| *owner).collect();
+        busy.retain(|owner| consumers.contains_key(owner));
+        let victim = *busy
+            .choose(&mut rand::rng())
+            .context("nobody has a queue")?;
+        let killed_at = Instant::now();
+        consumers.remove(&victim).context("alive")?.abort();
+        let lost = owners.iter().filter(|(_, (owner, _))| *owner == victim);
+        for queue in lost.map(|(queue, _)| *queue) {
+            let tally = &tally;
+            let taken = eventually("its queues are taken over", || async move {
+                let (owner, since) = tally.lock().owners[&queue];
+                ensure!(owner != victim && since > killed_at, "queue {queue}");
+                Ok(since)
+            });
+            rebalances.push(taken.await? - killed_at);
+        }
+    }
+    let produced = producing.await??;
+    eventually("the group has no lag", || async {
+        let group = client.get("/v1/groups/g").await?;
+        ensure!(number(&group, "lag")? == 0, "{}", group["lag"]);
+        Ok(())
+    })
+    .await?;
+    let tally = tally.lock();
+    for place in &produced {
+        ensure!(tally.seen.contains_key(place), "never processed: {place:?}");
+    }
+    let processed: u64 = tally.seen.values().map(|n| u64::from(*n)).sum();
+    let again = processed - tally.seen.len() as u64;
+    rebalances.sort();
+    let p50 = rebalances.get(rebalances.len() / 2);
+    println!(
+        "{} messages, processed again: {again} ({:.3} %); taken over after p50 {p50:?}, max {:?} (session {SESSION_MS} ms)",
+        produced.len(),
+        100.0 * again as f64 / produced.len() as f64,
+        rebalances.last(),
+    );
+    let limit = Duration::from_millis(SESSION_MS) + Duration::from_secs(5);
+    ensure!(
+        rebalances.last().is_some_and(|max| *max < limit),
+        "{rebalances:?}"
+    );
+    Ok(())
+}
+
+/// Writes to all queues until it is time; gives the places of what was acknowledged.
+async fn produce(client: Client, until: Instant) -> Result<Vec<(u64, u64)>> {
+    let mut places = Vec::new();
+    while Instant::now() < until {
+        let messages: Vec<Value> = (0..QUEUES * 5)
+            .map(|n| json!({"value": "x", "queue": n % QUEUES}))
+            .collect();
+        if let Produced::Acked(acked) = client.produce("t", &json!({"messages": messages})).await {
+            places.extend(acked.iter().map(|(q, offset)| (u64::from(*q), *offset)));
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    ensure!(!places.is_empty(), "nothing was produced");
+    Ok(places)
+}
