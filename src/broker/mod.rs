@@ -38,6 +38,8 @@ mod types;
 #[cfg(test)]
 mod cluster_tests;
 #[cfg(test)]
+mod held_tests;
+#[cfg(test)]
 mod path_tests;
 #[cfg(test)]
 mod state_path_tests;

@@ -7,6 +7,8 @@ mod api;
 mod backlog;
 mod cluster;
 mod consume;
+mod delayed;
+mod delayed_faults;
 mod idempotence;
 mod live;
 mod no_room;
