@@ -43,6 +43,9 @@ seal-not-synced                 quorate-storage  commit_log  crash::every_promis
 seal-not-synced                 quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 clean-without-carrying          quorate-storage  commit_log  crash::every_promise_survives_every_crash
 clean-without-carrying          quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
+move-what-was-cut               quorate-storage  commit_log  cleaning::what_is_cut_while_it_is_moved_does_not_come_back
+move-what-was-cut               quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
+moved-not-synced                quorate-storage  commit_log  cleaning::a_quiet_group_is_moved_out_of_the_way_and_stays_what_it_was
 serve-bad-frame                 quorate-storage  commit_log  recovery::bad_bytes_of_a_sealed_segment_are_damage_when_read
 serve-bad-frame                 quorate-storage  commit_log  every_fault::a_wrong_byte_is_never_served
 serve-bad-snapshot              quorate-storage  lib         snapshot::tests::every_flipped_byte_and_every_truncation_is_noticed_and_set_aside

@@ -18,6 +18,7 @@ use serde::de::DeserializeOwned;
 
 use crate::elections::{FailoverAnswer, FailoverRequest};
 use crate::mutate::{directory, fuzz};
+use crate::pieces::Piece;
 use crate::tail_guard::TailReport;
 use crate::types::{
     Command, RaftEntry, RaftStoredMembership, RaftVote, ReplicaId, ReplicaNode, SnapshotMeta,
@@ -43,6 +44,8 @@ fn messages(bytes: &[u8]) {
     stable::<ToReplica<VoteRequest<TypeConfig>>>(bytes);
     stable::<ToReplica<TransferLeaderRequest<TypeConfig>>>(bytes);
     stable::<ToReplica<(RaftVote, SnapshotMeta, Bytes)>>(bytes);
+    stable::<ToReplica<Piece>>(bytes);
+    stable::<ToReplica<(RaftVote, SnapshotMeta, u64, u64)>>(bytes);
     stable::<FailoverRequest>(bytes);
     stable::<FailoverAnswer>(bytes);
     stable::<Answer<()>>(bytes);

@@ -28,6 +28,7 @@ mod machine;
 #[path = "../../storage/tests/fuzz/mutate.rs"]
 mod mutate;
 mod network;
+mod pieces;
 mod serve;
 mod state_machine;
 mod tail_guard;

@@ -38,6 +38,14 @@ impl StateMachine for Byte {
         self.restore(Some(last), Some(state))
     }
 
+    fn oldest_needed(&mut self) -> Result<u64, StorageError> {
+        Ok(u64::MAX)
+    }
+
+    fn is_whole(&self, state: &[u8]) -> bool {
+        state[0].is_multiple_of(8)
+    }
+
     fn state_hash(&self) -> u64 {
         u64::from(self.0)
     }
@@ -155,4 +163,28 @@ fn checkpoints_thin_out_evenly_between_the_boundary_and_the_newest() {
     assert_eq!(all.len(), 11);
     let gaps = all.windows(2).map(|two| two[1].index - two[0].index);
     assert!(gaps.max() <= Some(1000), "{all:?}");
+}
+
+#[test]
+fn a_checkpoint_that_is_not_whole_never_becomes_the_boundary_and_goes_when_it_is_old() {
+    let store = store(SnapshotKind::Checkpoint, &[8]);
+    let mut machine = open(&store, Some(LogId::new(1, 100)));
+    for index in [12, 16, 20, 28, 36] {
+        let last = LogId::new(1, index);
+        machine
+            .inner
+            .install(last, &[index as u8])
+            .expect("install");
+        machine.write_checkpoint(last).expect("write");
+        machine.applied = Some(last);
+    }
+    let left: Vec<u64> = store
+        .list(GROUP)
+        .expect("list")
+        .iter()
+        .map(|id| id.index)
+        .collect();
+    assert_eq!(left, [8, 16, 28, 36]);
+    let boundary = machine.advance_boundary().expect("advance");
+    assert_eq!(boundary, Some(LogId::new(1, 16)));
 }

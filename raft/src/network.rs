@@ -26,6 +26,7 @@ use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::link::{LinkStream, LinkTable};
+use crate::pieces::{self, PIECE_BYTES};
 use crate::types::{NodeId, RaftVote, ReplicaId, ReplicaNode, Snapshot, TypeConfig};
 use crate::wire::{
     Answer, StreamHello, ToReplica, class, decode, decode_append_answer, encode, encode_append,
@@ -35,6 +36,9 @@ type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
 /// Append requests on their way to one replica without an answer yet.
 const APPENDS_IN_FLIGHT_MAX: usize = 64;
+
+/// The least time that a snapshot, or a piece of one, gets to be taken in.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Waits between attempts at a replica that cannot be reached. A new topic's follower opens its
 /// replica a moment after the leader, so the first waits are short; a dead node's are long, since
@@ -141,6 +145,31 @@ impl Network {
             .map_err(unreachable)?;
         let answer: Answer<R> = decode(&answer).map_err(unreachable)?;
         answer.map_err(unreachable)
+    }
+
+    /// Sends a snapshot, in pieces if it is large. Each piece has the whole time for itself.
+    async fn send_snapshot(
+        &self,
+        vote: RaftVote,
+        snapshot: Snapshot,
+        timeout: Duration,
+    ) -> RpcResult<SnapshotResponse<TypeConfig>> {
+        let target = self.target;
+        let state = snapshot.snapshot;
+        if state.len() <= PIECE_BYTES {
+            let body = (vote, snapshot.meta, state);
+            let request = encode(&ToReplica { target, body });
+            return self.call_raw(class::SNAPSHOT, request, timeout).await;
+        }
+        let transfer: u64 = rand::random();
+        for body in pieces::split(transfer, &state) {
+            let request = encode(&ToReplica { target, body });
+            let taken = self.call_raw(class::SNAPSHOT_PIECE, request, timeout);
+            let () = taken.await?;
+        }
+        let body = (vote, snapshot.meta, transfer, state.len() as u64);
+        let request = encode(&ToReplica { target, body });
+        self.call_raw(class::SNAPSHOT_END, request, timeout).await
     }
 
     /// Keeps an answer from openraft that contradicts an earlier one of the same replica.
@@ -351,13 +380,9 @@ impl RaftNetworkV2<TypeConfig> for Network {
         cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let request = encode(&ToReplica {
-            target: self.target,
-            body: (vote, snapshot.meta, snapshot.snapshot),
-        });
-        let timeout = option.hard_ttl().max(Duration::from_secs(10));
+        let timeout = option.hard_ttl().max(SNAPSHOT_PATIENCE);
         tokio::select! {
-            answer = self.call_raw(class::SNAPSHOT, request, timeout) => Ok(answer?),
+            answer = self.send_snapshot(vote, snapshot, timeout) => Ok(answer?),
             closed = cancel => Err(StreamingError::Closed(closed)),
         }
     }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::group::Group;
 use crate::link::LinkStream;
+use crate::pieces::Piece;
 use crate::types::{RaftVote, ReplicaId, Snapshot, SnapshotMeta, TypeConfig};
 use crate::wire::{
     Answer, StreamHello, ToReplica, class, decode, decode_append, encode, encode_append_answer,
@@ -90,6 +91,19 @@ async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes
             let snapshot = Snapshot {
                 meta,
                 snapshot: state,
+            };
+            answer(raft.install_full_snapshot(vote, snapshot).await)
+        }
+        class::SNAPSHOT_PIECE => {
+            let piece: Piece = open(group, &body)?;
+            answer(group.incoming().add(&piece))
+        }
+        class::SNAPSHOT_END => {
+            let (vote, meta, transfer, length): (RaftVote, SnapshotMeta, u64, u64) =
+                open(group, &body)?;
+            let snapshot = Snapshot {
+                meta,
+                snapshot: group.incoming().take(transfer, length).map_err(refuse)?,
             };
             answer(raft.install_full_snapshot(vote, snapshot).await)
         }

@@ -27,6 +27,8 @@ pub(crate) mod class {
     pub(crate) const TAIL: u8 = 8;
     pub(crate) const LEADS: u8 = 9;
     pub(crate) const LOST_TAIL: u8 = 10;
+    pub(crate) const SNAPSHOT_PIECE: u8 = 11;
+    pub(crate) const SNAPSHOT_END: u8 = 12;
     pub(crate) const BROKER: u8 = 100;
 }
 

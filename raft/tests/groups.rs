@@ -165,6 +165,16 @@ async fn a_new_group_is_led_although_the_one_to_begin_is_gone() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_replica_behind_the_purge_gets_a_snapshot() {
+    fill_by_snapshot(1000, 10).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_of_several_pieces_arrives_whole() {
+    fill_by_snapshot(800, 20_000).await;
+}
+
+/// The third replica is away while the others apply so many commands of this size, and purge.
+async fn fill_by_snapshot(count: usize, bytes: usize) {
     let mut cluster = TestCluster::new(3).await;
     cluster.retention = LogRetention::StateOnly;
     cluster.checkpoint_every = 100;
@@ -173,8 +183,8 @@ async fn a_replica_behind_the_purge_gets_a_snapshot() {
     let third = nodes.remove(2);
     third.stop().await;
     let first = leader(&nodes).await;
-    for i in 0..1000 {
-        propose(first, &format!("c{i}")).await;
+    for i in 0..count {
+        propose(first, &format!("{i:0>bytes$}")).await;
     }
     eventually("the log is purged", || {
         first.group.log().state().purged.is_some()
@@ -182,7 +192,8 @@ async fn a_replica_behind_the_purge_gets_a_snapshot() {
     .await;
     let third = cluster.start(3, |_| {}).await;
     third.group.read_barrier(PATIENCE).await.unwrap();
-    assert_eq!(third.recorder.0.lock().len(), 1000);
+    assert_eq!(*third.recorder.0.lock(), *nodes[0].recorder.0.lock());
+    assert_eq!(third.recorder.0.lock().len(), count);
     assert!(
         third.group.log().state().purged.is_some(),
         "it came by snapshot"

@@ -147,6 +147,8 @@ async fn purge_queues(queues: &[Arc<LocalQueue>], known: &mut Known) {
     let purges = trimmed.map(|(queue, earliest)| async move {
         let group = queue.group.id().0;
         match queue.group.purge().await {
+            // What is held keeps the log, and goes without the beginning moving.
+            Ok(_) if queue.shared.held() > 0 => None,
             Ok(_) => Some((group, earliest)),
             Err(StorageError::Closed) => None,
             Err(error) => {

@@ -34,6 +34,10 @@ pub enum Mutation {
     SealNotSynced,
     /// Cleaning removes votes and purges without writing them again.
     CleanWithoutCarrying,
+    /// Cleaning moves entries that were cut or purged since it read them.
+    MoveWhatWasCut,
+    /// Cleaning removes segments before what it moved out of them is synced.
+    MovedNotSynced,
     /// An entry is served whatever its checksum says.
     ServeBadFrame,
     /// A snapshot is served whatever its checksum says.
@@ -97,6 +101,8 @@ mod chosen {
         ("no-directory-fsync", Mutation::NoDirectoryFsync),
         ("seal-not-synced", Mutation::SealNotSynced),
         ("clean-without-carrying", Mutation::CleanWithoutCarrying),
+        ("move-what-was-cut", Mutation::MoveWhatWasCut),
+        ("moved-not-synced", Mutation::MovedNotSynced),
         ("serve-bad-frame", Mutation::ServeBadFrame),
         ("serve-bad-snapshot", Mutation::ServeBadSnapshot),
         ("serve-bad-index-record", Mutation::ServeBadIndexRecord),

@@ -29,6 +29,7 @@ use crate::error::{ProposeError, ReadError};
 use crate::host::Peers;
 use crate::liveness::PeerState;
 use crate::machine::Machine;
+use crate::pieces::Incoming;
 use crate::tail_guard::{TailGuard, TailReport};
 use crate::types::{Command, NodeId, ReplicaId, TypeConfig, from_raft_log_id};
 use crate::wire::{Answer, ToReplica, class, decode, encode};
@@ -69,6 +70,8 @@ struct Inner {
     /// The term in which this replica leads and has announced a transfer that failed: openraft lets
     /// it propose nothing more in that term.
     stuck_term: AtomicU64,
+    /// A large snapshot on its way here.
+    incoming: Incoming,
     /// Held while the believed leader is asked whether it leads.
     checking: tokio::sync::Mutex<()>,
     /// Held while a step of a change of replicas is done.
@@ -124,6 +127,7 @@ impl Group {
                 deposed_term: AtomicU64::new(NO_TERM),
                 unheard_term: AtomicU64::new(stored_term),
                 stuck_term: AtomicU64::new(NO_TERM),
+                incoming: Incoming::default(),
                 checking: tokio::sync::Mutex::default(),
                 settling: tokio::sync::Mutex::default(),
             }),
@@ -159,6 +163,10 @@ impl Group {
         if **known != *replicas {
             *known = replicas.into();
         }
+    }
+
+    pub(crate) fn incoming(&self) -> &Incoming {
+        &self.inner.incoming
     }
 
     pub(crate) fn raft(&self) -> &Raft {

@@ -5,7 +5,7 @@
 //! entries as relocated frames, a bounded piece at a time. Readers and appends go on meanwhile; the
 //! writer decides for each entry whether its old place still counts.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver};
@@ -129,6 +129,9 @@ impl Cleaning<'_> {
             let action = Action::Carry(group.clone(), self.plan.below);
             push(self.shared, action, None, 0)?;
         }
+        if mutation::on(Mutation::MovedNotSynced) {
+            return Ok(true);
+        }
         // Done, this also says that whatever killed the victims' entries is durable, since it was
         // queued earlier.
         let done = self.promise();
@@ -235,11 +238,12 @@ fn is_worth_moving(
     moves: &[Move],
     groups: &[Arc<Group>],
 ) -> Result<bool, StorageError> {
-    let lives = |segment: &Segment| {
-        let mut groups = groups.iter();
-        groups.any(|group| group.inner.lock().written.lives_in(segment).entries)
-    };
-    let dead = from_here.iter().filter(|segment| !lives(segment)).count();
+    let mut live_segments = HashSet::new();
+    for group in groups {
+        live_segments.extend(group.inner.lock().written.live_segments());
+    }
+    let is_dead = |segment: &&Arc<Segment>| !live_segments.contains(&segment.base);
+    let dead = from_here.iter().filter(is_dead).count();
     if dead > 0 && dead * 2 >= from_here.len() {
         return Ok(true);
     }

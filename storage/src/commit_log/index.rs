@@ -188,6 +188,11 @@ impl Written {
         here.map(|span| (span.first, span.last)).collect()
     }
 
+    /// The bases of the sealed segments with live entries, each once or more often.
+    pub fn live_segments(&self) -> impl Iterator<Item = u64> {
+        self.spans.iter().map(|span| span.segment.base)
+    }
+
     /// A live entry was moved; what said that it is the last one may have gone with its segment.
     pub fn raise_last(&mut self, moved: LogId) {
         if self.last.is_none_or(|last| last.index < moved.index) {

@@ -395,7 +395,7 @@ impl WriterCore {
             }
             let index = entry.log_id.index;
             let counts = group.inner.lock().written.has_in(from, index);
-            if counts {
+            if counts || mutation::on(Mutation::MoveWhatWasCut) {
                 let content = Content::Relocated {
                     log_id: entry.log_id,
                     kind: entry.kind,

@@ -78,6 +78,28 @@ fn state_and_applied_log_id_come_back_together() {
 }
 
 #[test]
+fn rewinding_undoes_what_is_younger_and_goes_on_from_there() {
+    let setup = Setup::new();
+    let store = setup.open();
+    let group = store.group(G);
+    group.write(vec![put("a", "old")], at(5)).unwrap();
+    group
+        .write(vec![put("a", "new"), put("b", "x")], at(9))
+        .unwrap();
+    group
+        .rewind(vec![put("a", "old"), ("b".into(), None)], at(5))
+        .unwrap();
+    assert_eq!(group.applied().unwrap(), Some(at(5)));
+    group.write(vec![put("c", "y")], at(6)).unwrap();
+    group.flush().unwrap();
+    drop((group, store));
+    let store = setup.open();
+    assert_eq!(store.reset_report(), None, "the fingerprint went along");
+    assert_eq!(keys(&store.group(G), ""), ["a", "c"]);
+    assert!(!store.is_damaged());
+}
+
+#[test]
 fn groups_do_not_see_each_other() {
     let setup = Setup::new();
     let store = setup.open();

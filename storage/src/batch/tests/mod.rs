@@ -141,6 +141,7 @@ proptest! {
             key,
             value: value.map(Bytes::from),
             tag,
+            ttl_ms: None,
             headers: headers.into_iter().map(|(name, value)| (name, Bytes::from(value))).collect(),
         };
         let mut builder = BatchBuilder::new();
