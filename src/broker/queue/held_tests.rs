@@ -148,6 +148,20 @@ fn an_end_is_remembered_for_its_time_and_a_new_one_counts_after_it() {
 }
 
 #[test]
+fn what_was_held_before_a_forgotten_end_is_there_when_the_end_is_applied_again() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[part(7, 0)]));
+    let (last, state) = replica.take_checkpoint();
+    let settled = settle(&mut replica, 10, 7, true);
+    replica.apply(&append(11 + REMEMBER_MS, &[part(7, 0)]));
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    replica.applied = last.index;
+    assert_eq!(settle(&mut replica, 10, 7, true), settled);
+    assert_eq!(settled.parts.len(), 1);
+}
+
+#[test]
 fn a_delayed_batch_is_either_cancelled_or_delivered() {
     let mut replica = Replica::new();
     replica.apply(&append(1, &[until(100), until(200), part(7, 0), None]));

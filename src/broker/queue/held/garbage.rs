@@ -122,10 +122,9 @@ impl Held {
             }
             let id = self.decode(&key, &value)?;
             for (part, spot) in self.parts(&id)? {
-                let key = keys::part(&id, part);
                 // Not what came after the end was forgotten.
-                if spot.index < at && !self.changes.contains_key(&key) {
-                    self.remove(key);
+                if spot.index < at {
+                    self.remove(keys::part_at(&id, part, spot.index));
                     self.remove(keys::batch(spot.index, spot.batch));
                 }
             }

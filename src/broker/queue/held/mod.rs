@@ -115,7 +115,21 @@ impl Held {
         id: &TransactionId,
         part: u32,
     ) -> Result<Option<Place>, StorageError> {
-        let Some(spot) = self.read::<PartSpot>(&keys::part(id, part))? else {
+        let prefix = keys::part(id, part);
+        let stored = self.stored.scan(&prefix)?;
+        let mut last = match stored.last() {
+            Some((key, value)) => Some(self.decode::<PartSpot>(key, value)?),
+            None => None,
+        };
+        // The entry being applied may have brought it just now.
+        let changed = self.changes.range(prefix.clone()..);
+        let changed = changed.take_while(|(key, _)| key.starts_with(&prefix));
+        for (key, value) in changed {
+            if let Some(value) = value {
+                last = Some(self.decode(key, value)?);
+            }
+        }
+        let Some(spot) = last else {
             return Ok(None);
         };
         let ended = self.last_settled(id)?.is_some_and(|s| spot.index < s.at);
@@ -168,7 +182,7 @@ impl Held {
                     count: batch.count,
                     bytes: batch.bytes,
                 };
-                self.store(keys::part(id, *part), &spot);
+                self.store(keys::part_at(id, *part, index), &spot);
             }
         }
     }
@@ -280,9 +294,9 @@ impl Held {
         let prefix = keys::parts(id);
         let stored = self.stored.scan(&prefix)?;
         let each = stored.iter().map(|(key, value)| {
-            let part = key[prefix.len()..].try_into();
-            let part = part.map_err(|_| self.unreadable(key))?;
-            Ok((u32::from_be_bytes(part), self.decode(key, value)?))
+            let part = key[prefix.len()..].first_chunk();
+            let part = part.ok_or_else(|| self.unreadable(key))?;
+            Ok((u32::from_be_bytes(*part), self.decode(key, value)?))
         });
         each.collect()
     }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `b`, index u64, batch u32 | [`HeldBatch`]: all that were held, until they are garbage |
 //! | `d`, due ms u64, index u64, batch u32 | term, count, bytes: the order of delivery, without what was cancelled |
-//! | `p`, transaction (16 bytes), part u32 | [`PartSpot`] |
+//! | `p`, transaction (16 bytes), part u32, index u64 | [`PartSpot`] |
 //! | `s`, transaction (16 bytes), index u64 of its settlement | [`SettledRecord`] |
 //! | `c`, index u64 of a cancellation | index, batch of what it took back |
 //! | `q`, index u64 of a settlement | its transaction |
@@ -147,8 +147,13 @@ pub(super) mod keys {
         [&b"p"[..], id].concat()
     }
 
+    /// All that were held under one number: anew after the end was forgotten, it may be several.
     pub fn part(id: &TransactionId, part: u32) -> Vec<u8> {
         [&parts(id)[..], &part.to_be_bytes()].concat()
+    }
+
+    pub fn part_at(id: &TransactionId, part: u32, index: u64) -> Vec<u8> {
+        [&self::part(id, part)[..], &index.to_be_bytes()].concat()
     }
 
     /// All that is remembered of a transaction's end: settled again after it was forgotten, it may

@@ -4,7 +4,7 @@ use quorate_storage::{LogId, StorageError};
 use serde::{Deserialize, Serialize};
 
 use super::garbage::Floor;
-use super::records::{HeldBatch, PartSpot, SettledRecord, Until, keys};
+use super::records::{HeldBatch, SettledRecord, Until, keys};
 use super::{DueKey, Held, Summary, TransactionId, hash};
 
 /// Records read or written at a time.
@@ -140,13 +140,7 @@ impl Held {
                     }
                     .encode(),
                 ),
-                Until::End { id, part } => {
-                    let key = keys::part(&id, part);
-                    let spot: Option<PartSpot> = self.read(&key)?;
-                    if spot.is_some_and(|spot| spot.index == index) {
-                        self.remove(key);
-                    }
-                }
+                Until::End { id, part } => self.remove(keys::part_at(&id, part, index)),
             }
             self.remove(key.to_vec());
         }
