@@ -1,11 +1,12 @@
 //! What is told of a consumer group: members, who has which queue, and how far each is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use crate::broker::{Broker, BrokerResult, GroupOffset};
+use crate::catalog::TopicId;
 use crate::coordinator::{
     AssignStrategy, CoordinatorView, Delivery, GroupMode, Member, Membership, QueueId, QueueOffset,
 };
@@ -108,7 +109,7 @@ impl Broker {
             }
         });
         let members = members.collect();
-        let offsets = self.group_places(group, &state).await?;
+        let offsets = self.group_places(group, &state, true).await?;
         Ok(GroupDescription {
             mode: state.mode,
             delivery: membership.delivery,
@@ -126,13 +127,19 @@ impl Broker {
         group: &str,
     ) -> BrokerResult<Vec<GroupOffset>> {
         let state = self.group_state(group).await?;
-        let places = self.group_places(group, &state).await?.into_iter();
+        let places = self.group_places(group, &state, false).await?.into_iter();
         let common = places.filter(|place| place.instance.is_none());
         Ok(common.map(|place| place.offset).collect())
     }
 
-    /// Every queue in which the group has committed or has an owner, with the lag there.
-    async fn group_places(&self, group: &str, state: &GroupState) -> BrokerResult<Vec<QueueOwner>> {
+    /// Every queue in which the group has committed or has an owner, with the lag there; with
+    /// `whole_topics` also the other queues of the same topics.
+    async fn group_places(
+        &self,
+        group: &str,
+        state: &GroupState,
+        whole_topics: bool,
+    ) -> BrokerResult<Vec<QueueOwner>> {
         let membership = &state.membership;
         let id = |o: &QueueOffset| QueueId {
             topic: o.topic,
@@ -164,6 +171,15 @@ impl Broker {
             }
         }
         let catalog = self.catalog();
+        if whole_topics && membership.delivery == Delivery::Cluster {
+            let topics: BTreeSet<TopicId> = places.keys().map(|(_, queue)| queue.topic).collect();
+            for topic in topics.iter().filter_map(|id| catalog.topics.get(id)) {
+                for (queue, _) in (0u32..).zip(&topic.queues) {
+                    let topic = topic.id;
+                    places.entry((None, QueueId { topic, queue })).or_default();
+                }
+            }
+        }
         let asked = places
             .into_iter()
             .filter_map(|((instance, queue), (member, offset))| {
