@@ -86,6 +86,13 @@ pub struct QueueOwner {
     pub instance: Option<String>,
 }
 
+/// What is known of one queue of a group, or of one instance.
+#[derive(Default)]
+struct Place {
+    owner: Option<String>,
+    offset: Option<u64>,
+}
+
 impl Broker {
     /// All that is known of a group.
     pub async fn describe_group(&self, group: &str) -> BrokerResult<GroupDescription> {
@@ -145,28 +152,26 @@ impl Broker {
             topic: o.topic,
             queue: o.queue,
         };
-        // By instance and queue: the owner and the offset.
-        let mut places: BTreeMap<(Option<String>, QueueId), (Option<String>, Option<u64>)> =
-            BTreeMap::new();
+        let mut places: BTreeMap<(Option<String>, QueueId), Place> = BTreeMap::new();
         for (queue, turn) in &membership.queues {
             let place = places.entry((None, *queue)).or_default();
-            place.0 = Some(turn.owner.clone());
+            place.owner = Some(turn.owner.clone());
         }
         for offset in &state.offsets {
             let place = places.entry((None, id(offset))).or_default();
-            place.1 = Some(offset.offset);
+            place.offset = Some(offset.offset);
         }
         if membership.delivery == Delivery::Broadcast {
             for (member, known) in &membership.members {
                 for queue in membership.assignment(member) {
                     let place = places.entry((known.instance_id.clone(), queue));
-                    place.or_default().0 = Some(member.clone());
+                    place.or_default().owner = Some(member.clone());
                 }
             }
             for (instance, offsets) in &state.instance_offsets {
                 for offset in offsets {
                     let place = places.entry((Some(instance.clone()), id(offset)));
-                    place.or_default().1 = Some(offset.offset);
+                    place.or_default().offset = Some(offset.offset);
                 }
             }
         }
@@ -180,29 +185,30 @@ impl Broker {
                 }
             }
         }
-        let asked = places
-            .into_iter()
-            .filter_map(|((instance, queue), (member, offset))| {
-                let topic = catalog.topics.get(&queue.topic)?;
-                let raft_group = topic.queues.get(queue.queue as usize)?.group;
-                let name = topic.name.clone();
-                Some(async move {
-                    let (end_offset, lag, lag_ms) = self.lag(raft_group, offset).await?;
-                    let offset = GroupOffset {
-                        topic: name,
-                        queue: queue.queue,
-                        offset,
-                        end_offset,
-                        lag,
-                        lag_ms,
-                    };
-                    Ok(QueueOwner {
-                        offset,
-                        member,
-                        instance,
+        let asked =
+            places
+                .into_iter()
+                .filter_map(|((instance, queue), Place { owner, offset })| {
+                    let topic = catalog.topics.get(&queue.topic)?;
+                    let raft_group = topic.queues.get(queue.queue as usize)?.group;
+                    let name = topic.name.clone();
+                    Some(async move {
+                        let (end_offset, lag, lag_ms) = self.lag(raft_group, offset).await?;
+                        let offset = GroupOffset {
+                            topic: name,
+                            queue: queue.queue,
+                            offset,
+                            end_offset,
+                            lag,
+                            lag_ms,
+                        };
+                        Ok(QueueOwner {
+                            offset,
+                            member: owner,
+                            instance,
+                        })
                     })
-                })
-            });
+                });
         let rows: BrokerResult<Vec<QueueOwner>> = join_all(asked).await.into_iter().collect();
         let mut rows = rows?;
         rows.sort_by(|a, b| {
