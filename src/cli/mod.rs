@@ -10,6 +10,7 @@ mod consume;
 mod error;
 mod exchange;
 mod group;
+mod member;
 mod out;
 mod produce;
 mod server;
