@@ -104,6 +104,13 @@ pub enum PeerRequest {
         version: u64,
         timeout_ms: u64,
     },
+    /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
+    /// with proof that no commit is missing, if asked for.
+    LowestOffsets {
+        coordinator: u32,
+        topics: Vec<u64>,
+        prove: bool,
+    },
 }
 
 /// Why the other node did not do it.
@@ -204,6 +211,11 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
                 .await;
             encode(&answer)
         }
+        PeerRequest::LowestOffsets {
+            coordinator,
+            topics,
+            prove,
+        } => encode(&broker.positions_here(coordinator, &topics, prove).await),
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
         }

@@ -188,7 +188,7 @@ fn encode_batch(
         let Some(message) = request.messages.get(*place) else {
             continue;
         };
-        let bytes = message_bytes(message);
+        let bytes = message.size_bytes();
         let max_bytes = topic.config.max_message_bytes;
         if bytes > max_bytes {
             return Err(BrokerError::MessageTooLarge { bytes, max_bytes });
@@ -198,9 +198,9 @@ fn encode_batch(
                 max_bytes: max_batch_bytes as u64,
             });
         }
-        // One more for the tag.
-        if message.headers.len() >= MAX_RECORD_HEADERS {
-            let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 1);
+        // Two more for the tag and the time to live.
+        if message.headers.len() > MAX_RECORD_HEADERS - 2 {
+            let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 2);
             return Err(BrokerError::InvalidRequest(text));
         }
         let headers = message.headers.iter();
@@ -208,6 +208,7 @@ fn encode_batch(
             key: message.key.clone(),
             value: message.value.clone(),
             tag: message.tag.clone(),
+            ttl_ms: message.ttl_ms,
             headers: headers
                 .map(|(name, value)| (name.clone(), Bytes::copy_from_slice(value.as_bytes())))
                 .collect(),
@@ -218,12 +219,10 @@ fn encode_batch(
     Ok(builder.finish())
 }
 
-/// What the topic's limit counts: key, value, tag and headers.
-pub(super) fn message_bytes(message: &NewMessage) -> u64 {
-    let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
-    let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
-    let value = message.value.as_ref().map_or(0, Bytes::len);
-    (value + text(&message.key) + text(&message.tag) + headers.sum::<usize>()) as u64
+/// The number of records that a batch says it has.
+pub fn records_in(batch: &[u8]) -> u32 {
+    let field = batch.get(57..61).and_then(|f| f.try_into().ok());
+    field.map_or(0, u32::from_be_bytes)
 }
 
 /// The fingerprint of a request that is already in batches.

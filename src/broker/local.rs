@@ -10,6 +10,7 @@ use quorate_raft::{Group, ReadError};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::NodeId;
+use super::backlog::BacklogGate;
 use super::batcher::Submission;
 use super::queue::QueueShared;
 use crate::coordinator::CoordinatorView;
@@ -28,6 +29,7 @@ pub struct LocalQueue {
     /// Of the log as it was found at the start: ready once this has been applied.
     pub recovered_index: Option<u64>,
     pub(super) queued_bytes: AtomicUsize,
+    pub(super) backlog: BacklogGate,
     /// The running batcher, if there is one.
     pub(super) batcher: Mutex<Option<mpsc::UnboundedSender<Submission>>>,
 }
@@ -39,6 +41,7 @@ impl LocalQueue {
             shared,
             recovered_index,
             queued_bytes: AtomicUsize::new(0),
+            backlog: BacklogGate::default(),
             batcher: Mutex::new(None),
         })
     }

@@ -1,19 +1,22 @@
 //! Storing messages: encode, find the leader, wait for the majority, say where they are.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, split};
+use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, TTL_HEADER, parse_ttl, split};
 
 use super::batcher::{SubmitError, submit};
-use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp};
+use super::encode::{
+    Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in,
+};
 use super::queue::BatchOutcome;
 use super::queue::entry::{MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::{
-    Broker, BrokerError, BrokerResult, Durability, FlushMode, ProduceAnswer, ProduceRequest,
+    Broker, BrokerError, BrokerResult, Durability, FlushMode, MAX_TTL_MS, ProduceAnswer, ProduceRequest,
     Stored, message_id,
 };
 use crate::catalog::Topic;
@@ -25,9 +28,24 @@ const MAX_KEY_BYTES: usize = 256;
 /// What is stored, or isn't, of each message of a batch.
 type Results = Vec<Result<Stored, BrokerError>>;
 
+/// A request that was checked: one batch for each queue.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    topic: Arc<Topic>,
+    pub parts: Vec<Part>,
+    producer: Option<ProducerStamp>,
+    pub count: usize,
+}
+
 impl Broker {
     /// Stores the messages, one batch for each queue they go to.
     pub async fn produce(&self, request: ProduceRequest) -> BrokerResult<ProduceAnswer> {
+        let prepared = self.prepare(request).await?;
+        Ok(self.store_prepared(prepared).await)
+    }
+
+    /// Checks a request and makes it ready to be stored.
+    pub(super) async fn prepare(&self, request: ProduceRequest) -> BrokerResult<Prepared> {
         check_key(request.idempotency_key.as_deref())?;
         let topic = self.find_topic(&request.topic).await?;
         let coordinators = self.catalog().coordinators.len();
@@ -44,8 +62,21 @@ impl Broker {
             turn,
             self.config.max_batch_bytes,
         )?;
-        drop(request);
+        Ok(Prepared {
+            topic,
+            parts,
+            producer,
+            count,
+        })
+    }
 
+    pub(super) async fn store_prepared(&self, prepared: Prepared) -> ProduceAnswer {
+        let Prepared {
+            topic,
+            parts,
+            producer,
+            count,
+        } = prepared;
         let mut results: Vec<Option<Result<Stored, BrokerError>>> = vec![None; count];
         let stored = parts
             .into_iter()
@@ -67,7 +98,7 @@ impl Broker {
             .into_iter()
             .map(|r| r.unwrap_or_else(lost))
             .collect();
-        Ok(answer(&topic, results))
+        answer(&topic, results)
     }
 
     async fn produce_part(
@@ -215,12 +246,24 @@ impl Broker {
             return Err(PeerError::NotLeader { leader });
         }
         self.refuse_without_room().map_err(PeerError::Broker)?;
+        let Some((topic, number)) = self.queue_of(group) else {
+            return Err(PeerError::NotHere);
+        };
+        let admitted = self.admit(&queue, &topic, number, &batches).await;
+        let admitted = admitted.map_err(PeerError::Broker)?;
+        if topic.config.quota.is_set() {
+            let messages = batches.iter().map(|b| u64::from(records_in(&b.batch)));
+            let bytes = batches.iter().map(|b| b.batch.len() as u64);
+            self.take_quota(&topic, messages.sum(), bytes.sum())
+                .map_err(PeerError::Broker)?;
+        }
         let submitted = submit(
             &queue,
             &self.local,
             &self.config,
             &self.metrics,
             batches,
+            admitted,
             timeout,
         );
         submitted.await.map_err(|error| match error {
@@ -234,13 +277,18 @@ impl Broker {
     }
 }
 
-/// What begins with the reserved prefix is ours, and of that a client may bring a tag.
+/// What begins with the reserved prefix is ours, and of that a client may bring a tag and a time to
+/// live.
 fn check_reserved(record: &RecordView) -> BrokerResult<()> {
     for header in &record.headers {
         let refused = if header.key == TAG_HEADER.as_bytes() {
             let tag = header.value.as_deref();
             let tag = tag.and_then(|value| std::str::from_utf8(value).ok());
             check_tag(tag.unwrap_or_default()).err()
+        } else if header.key == TTL_HEADER.as_bytes() {
+            let ttl = header.value.as_deref().and_then(parse_ttl);
+            let fits = ttl.is_some_and(|ms| ms <= MAX_TTL_MS);
+            (!fits).then(|| format!("header {TTL_HEADER:?} must be 1 to {MAX_TTL_MS}, in digits"))
         } else if header.key.starts_with(RESERVED_HEADER_PREFIX.as_bytes()) {
             Some(format!(
                 "headers that begin with {RESERVED_HEADER_PREFIX:?} are reserved"
@@ -288,10 +336,12 @@ pub(super) fn explain(
     // Numbers that apply accepted into its tables are never negative.
     let unsigned = |n: i64| u64::try_from(n).unwrap_or(0);
     let error = match outcome {
-        BatchOutcome::Stored(place) | BatchOutcome::Duplicate(place) => {
+        BatchOutcome::Stored(place)
+        | BatchOutcome::Held(place)
+        | BatchOutcome::Duplicate(place) => {
             let stored = |record: u32| Stored {
                 queue,
-                offset: Some(place.base_offset + u64::from(record)),
+                offset: place.offset().map(|base| base + u64::from(record)),
                 message_id: message_id(group, &place, record),
             };
             return (0..count as u32).map(|record| Ok(stored(record))).collect();
@@ -319,6 +369,14 @@ pub(super) fn explain(
         ),
         BatchOutcome::ProducersFull => BrokerError::QuotaExceeded(
             "the queue remembers as many producers as it may; use the ones there are".to_owned(),
+        ),
+        BatchOutcome::TransactionEnded => {
+            BrokerError::Internal("a request was taken for a transaction's".to_owned())
+        }
+        BatchOutcome::HeldFull => BrokerError::BacklogFull(
+            "the queue holds as many delayed messages and parts of transactions as it may; \
+             try again when some of them were delivered"
+                .to_owned(),
         ),
         BatchOutcome::Malformed => {
             BrokerError::Internal("the batch could not be read when it was applied".to_owned())

@@ -230,7 +230,7 @@ fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
     }
 }
 
-fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
+pub(super) fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
     tracing::error!(%error, "a queue cannot be read");
     match &error {
         StorageError::Damaged { path, .. } if path == queue.shared.index().path() => {
@@ -244,7 +244,7 @@ fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
 }
 
 /// The batches from the one that holds `start` on, at least one, then as many as the bounds allow.
-fn collect(
+pub(super) fn collect(
     queue: &LocalQueue,
     start: u64,
     max_messages: usize,

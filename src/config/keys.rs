@@ -109,6 +109,10 @@ section! {
         producers: u64 = 16 * KIB, "limits-producers", "QUORATE_LIMITS_PRODUCERS";
         /// A write that nobody has confirmed after this time is answered 504 with outcome unknown.
         write_timeout_ms: u64 = 5_000, "limits-write-timeout-ms", "QUORATE_LIMITS_WRITE_TIMEOUT_MS";
+        /// Messages a second that one client address may send to this node; over it 429. 0: any number.
+        client_messages_per_s: u64 = 0, "limits-client-messages-per-s", "QUORATE_LIMITS_CLIENT_MESSAGES_PER_S";
+        /// The same in bytes of keys, values, tags and headers.
+        client_bytes_per_s: u64 = 0, "limits-client-bytes-per-s", "QUORATE_LIMITS_CLIENT_BYTES_PER_S";
     }
 }
 

@@ -90,6 +90,8 @@ pub struct Metrics {
     entry_messages: Histogram,
     entry_bytes: Histogram,
     events: Family<EventLabels, Counter>,
+    one_way_stored: Counter,
+    one_way_lost: Counter,
     group_lag: Family<GroupLabels, Gauge>,
     group_lag_series: Mutex<usize>,
     published_messages: Counter,
@@ -130,6 +132,8 @@ impl Metrics {
             entry_messages: counts(),
             entry_bytes: sizes(),
             events: Family::default(),
+            one_way_stored: Counter::default(),
+            one_way_lost: Counter::default(),
             group_lag: Family::default(),
             group_lag_series: Mutex::new(0),
             published_messages: Counter::default(),
@@ -214,6 +218,16 @@ impl Metrics {
             "events",
             "Cluster events seen by this node: elections, nodes up and down",
             self.events.clone(),
+        );
+        r.register(
+            "one_way_stored_messages",
+            "Messages produced with ack=none that were stored",
+            self.one_way_stored.clone(),
+        );
+        r.register(
+            "one_way_lost_messages",
+            "Messages produced with ack=none that were answered 202 and then not stored, or not known to be",
+            self.one_way_lost.clone(),
         );
         r.register(
             "group_lag_messages",
@@ -318,6 +332,12 @@ impl Metrics {
     pub fn observe_entry(&self, messages: u64, bytes: u64) {
         self.entry_messages.observe(messages as f64);
         self.entry_bytes.observe(bytes as f64);
+    }
+
+    /// What became of a request that was answered before it was stored.
+    pub fn observe_one_way(&self, stored: u64, lost: u64) {
+        self.one_way_stored.inc_by(stored);
+        self.one_way_lost.inc_by(lost);
     }
 
     /// Something happened in the cluster: `leader_elected`, `node_down`, …

@@ -4,6 +4,7 @@
 mod support;
 
 mod api;
+mod backlog;
 mod cluster;
 mod consume;
 mod exchanges;
@@ -11,6 +12,9 @@ mod idempotence;
 mod live;
 mod no_room;
 mod offsets;
+mod one_way;
 mod produce;
+mod quotas;
 mod strict;
 mod topics;
+mod ttl;

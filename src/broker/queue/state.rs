@@ -18,7 +18,8 @@ use super::dedupe::{Producer, ProducerTable, Verdict};
 use super::entry::{self, EntryBatch, EntryBody, Mark};
 use super::forwarded::SourceTable;
 use super::idempotency::{KeyTable, KeyVerdict, RememberedKey};
-use super::{BatchOutcome, Place, QueueBounds, QueueShared};
+use super::reply::{self, BatchOutcome, CancelVerdict, QueueReply, Settled};
+use super::{Place, QueueBounds, QueueShared};
 
 const CHECKPOINT_VERSION: u8 = 2;
 
@@ -223,7 +224,7 @@ impl QueueMachine {
 
 impl StateMachine for QueueMachine {
     fn apply(&mut self, log_id: LogId, body: &Bytes) -> Bytes {
-        let outcomes = match entry::decode(body) {
+        let reply = match entry::decode(body) {
             Ok(entry) => {
                 self.state.stamp_ms = self.state.stamp_ms.max(entry.stamp_ms);
                 if mutation::on(Mutation::ApplyWithNodeClock) {
@@ -236,21 +237,26 @@ impl StateMachine for QueueMachine {
                     .saturating_sub(self.limits.key_window_ms);
                 self.state.keys.expire(forget_before);
                 match entry.body {
-                    EntryBody::Append(batches) => self.append(log_id, &batches),
+                    EntryBody::Append(batches) => {
+                        QueueReply::Batches(self.append(log_id, &batches))
+                    }
                     EntryBody::Fence { producer, epoch } => {
                         let stamp_ms = self.state.stamp_ms;
                         self.state.producers.fence(producer, epoch, stamp_ms);
-                        Vec::new()
+                        QueueReply::Done
                     }
+                    EntryBody::Deliver { .. } => QueueReply::Done,
+                    EntryBody::Settle { .. } => QueueReply::Settled(Settled::default()),
+                    EntryBody::Cancel { .. } => QueueReply::Cancelled(CancelVerdict::NotHeld),
                 }
             }
             Err(error) => {
                 tracing::error!(%log_id, %error, "an entry that no version of this program wrote");
-                vec![BatchOutcome::Malformed]
+                QueueReply::Batches(vec![BatchOutcome::Malformed])
             }
         };
         self.publish();
-        postcard::to_stdvec(&outcomes).unwrap_or_default().into()
+        reply::encode(&reply).into()
     }
 
     fn applied_batch(&mut self, _applied: LogId) {
@@ -306,11 +312,6 @@ impl StateMachine for QueueMachine {
     fn state_hash(&self) -> u64 {
         xxh3_64(&self.encode())
     }
-}
-
-/// Reads the reply of [`QueueMachine`]'s apply.
-pub(crate) fn decode_outcomes(reply: &[u8]) -> Option<Vec<BatchOutcome>> {
-    postcard::from_bytes(reply).ok()
 }
 
 #[cfg(test)]

@@ -7,6 +7,7 @@ use quorate_storage::vfs::os::OsVfs;
 use tempfile::TempDir;
 
 use super::*;
+use crate::broker::queue::decode_outcomes;
 use crate::broker::queue::entry::AppendBuilder;
 
 const REMEMBER_MS: u64 = 10_000;
@@ -47,7 +48,7 @@ impl Replica {
         let log_id = LogId::new(1, self.applied);
         let reply = self.machine.apply(log_id, body);
         self.machine.applied_batch(log_id);
-        decode_outcomes(&reply).unwrap()
+        decode_outcomes(&reply).unwrap_or_default()
     }
 
     fn take_checkpoint(&mut self) {

@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use super::super::given;
-use crate::broker::{NewMessage, ProducerMark};
+use crate::broker::{MAX_TTL_MS, NewMessage, ProducerMark};
 use crate::http::error::ApiError;
 use crate::http::object::{self, Object};
 use crate::names::{RESERVED_HEADER_PREFIX, check_tag};
@@ -112,6 +112,7 @@ pub struct MessageBody<'a> {
     pub delay_ms: Option<u64>,
     #[serde(default)]
     pub deliver_at_ms: Option<u64>,
+    /// How long it is delivered once it is visible, in ms.
     #[serde(default)]
     pub ttl_ms: Option<u64>,
     /// Only of a message that is published to an exchange.
@@ -241,7 +242,8 @@ impl ProduceBody<'_> {
 impl MessageBody<'_> {
     /// The message, or why it can't be one.
     pub fn into_message(self, body: &Bytes) -> Result<NewMessage, String> {
-        refuse_later_fields(self.delay_ms, self.deliver_at_ms, self.ttl_ms)?;
+        refuse_later_fields(self.delay_ms, self.deliver_at_ms)?;
+        check_ttl(self.ttl_ms)?;
         if self.routing_key.is_some() {
             return Err("routing_key: a topic has none; publish to an exchange".to_owned());
         }
@@ -263,6 +265,7 @@ impl MessageBody<'_> {
             key: self.key,
             tag: self.tag,
             headers: self.headers.0,
+            ttl_ms: self.ttl_ms,
             queue: self.queue,
         })
     }
@@ -272,18 +275,26 @@ impl MessageBody<'_> {
 pub fn refuse_later_fields(
     delay_ms: Option<u64>,
     deliver_at_ms: Option<u64>,
-    ttl_ms: Option<u64>,
 ) -> Result<(), String> {
     let given = [
         ("delay_ms", delay_ms, "delay messages"),
         ("deliver_at_ms", deliver_at_ms, "delay messages"),
-        ("ttl_ms", ttl_ms, "expire messages by ttl"),
     ];
     match given.iter().find(|(_, value, _)| value.is_some()) {
         None => Ok(()),
         Some((name, _, what)) => Err(format!(
             "{name}: this version can't {what} yet; leave the field out"
         )),
+    }
+}
+
+/// A time to live is at least a millisecond.
+pub fn check_ttl(ttl_ms: Option<u64>) -> Result<(), String> {
+    match ttl_ms {
+        Some(ms) if !(1..=MAX_TTL_MS).contains(&ms) => {
+            Err(format!("ttl_ms is {ms}; it must be 1 to {MAX_TTL_MS}"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -377,7 +388,7 @@ mod tests {
             (r#"{"value_base64":"?"}"#, "messages[1]: value_base64"),
             (r#"{"delay_ms":5}"#, "can't delay messages yet"),
             (r#"{"deliver_at_ms":5}"#, "can't delay messages yet"),
-            (r#"{"ttl_ms":5}"#, "can't expire messages by ttl yet"),
+            (r#"{"ttl_ms":0}"#, "ttl_ms is 0; it must be 1"),
             (r#"{"queue":-1}"#, "line 1 column"),
             (r#"{"tag":"a||b"}"#, "||"),
             (r#"{"tag":""}"#, "1 to 255"),
