@@ -2,12 +2,12 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use quorate_raft::{Group, ReadError};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::NodeId;
 use super::backlog::BacklogGate;
@@ -30,6 +30,8 @@ pub struct LocalQueue {
     pub recovered_index: Option<u64>,
     pub(super) queued_bytes: AtomicUsize,
     pub(super) backlog: BacklogGate,
+    /// What is due is being delivered.
+    pub(super) delivering: AtomicBool,
     /// The running batcher, if there is one.
     pub(super) batcher: Mutex<Option<mpsc::UnboundedSender<Submission>>>,
 }
@@ -42,6 +44,7 @@ impl LocalQueue {
             recovered_index,
             queued_bytes: AtomicUsize::new(0),
             backlog: BacklogGate::default(),
+            delivering: AtomicBool::new(false),
             batcher: Mutex::new(None),
         })
     }
@@ -63,6 +66,8 @@ pub struct LocalGroups {
     coordinators: RwLock<HashMap<u32, Arc<LocalCoordinator>>>,
     /// Bytes waiting in all batchers of this node.
     pub(super) queued_bytes: Arc<AtomicUsize>,
+    /// Told when a queue has something due earlier than was known.
+    pub(super) due_earlier: Arc<Notify>,
     catching_up: Turns,
 }
 
@@ -92,7 +97,10 @@ impl LocalGroups {
     /// Adds a replica that was just opened, and has it catch up in the background.
     pub fn insert_queue(&self, queue: Arc<LocalQueue>) {
         self.bring_up(queue.group.clone(), queue.recovered_index);
+        queue.shared.tell_due(self.due_earlier.clone());
         self.queues.write().insert(queue.group.id().0, queue);
+        // It may have something due already.
+        self.due_earlier.notify_one();
     }
 
     pub fn remove_queue(&self, group: u64) {

@@ -8,6 +8,7 @@ mod backlog;
 mod batcher;
 mod cluster;
 mod config;
+mod deliver;
 mod describe;
 mod encode;
 mod error;
@@ -26,6 +27,7 @@ pub mod queue;
 pub mod quota;
 mod read;
 mod reset;
+mod retention;
 mod route;
 mod topics;
 pub(crate) mod ttl;
@@ -127,6 +129,7 @@ impl Broker {
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
         });
         events::start(&broker);
+        deliver::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -263,7 +263,8 @@ impl Opener {
                 let path = self.dir.join(format!("{}.index", placement.group));
                 let index = Arc::new(QueueIndex::open(self.vfs.clone(), path).unwrap());
                 let shared = QueueShared::new(index.clone(), Arc::default());
-                let machine = QueueMachine::new(index, shared.clone(), state.limits);
+                let held = self.derived.group(placement.id());
+                let machine = QueueMachine::new(index, shared.clone(), held, state.limits);
                 let spec = spec(LogRetention::Messages);
                 let Ok(group) = self.host.open_group(spec, Box::new(machine)).await else {
                     return;

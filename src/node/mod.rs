@@ -181,9 +181,11 @@ impl Node {
         };
         tokio::spawn(mender.run(damage, stop.clone(), fatal_tx.clone()));
         tokio::spawn(replicas.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
+        let clean_every = environment.clean_every;
+        let clean_every = clean_every.map(|pause| pause.min(config.broker.retention_check));
         let register = register(config, broker.clone(), identity, catalog, fatal_tx);
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));
-        if let Some(pause) = environment.clean_every {
+        if let Some(pause) = clean_every {
             tokio::spawn(clean(log.clone(), pause, stop.clone()));
             tokio::spawn(scrub::run(log.clone(), scrubbed, stop.clone()));
         }
@@ -193,6 +195,8 @@ impl Node {
         }));
         let forward = broker.clone().forward_exchanges();
         tokio::spawn(stop.clone().run_until_cancelled_owned(forward));
+        let retention = broker.clone().enforce_retention();
+        tokio::spawn(stop.clone().run_until_cancelled_owned(retention));
         let settle = settle_tails(run.clone(), broker.clone());
         tokio::spawn(stop.clone().run_until_cancelled_owned(settle));
         Ok(Self {
