@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, StartAt};
+use crate::broker::{Broker, BrokerError, StartAt, TransactionQuery};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -110,6 +110,10 @@ pub enum PeerRequest {
         coordinator: u32,
         topics: Vec<u64>,
         prove: bool,
+    },
+    Transactions {
+        coordinator: u32,
+        query: TransactionQuery,
     },
 }
 
@@ -226,6 +230,9 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let patience = Duration::from_millis(timeout_ms);
             broker.await_catalog_here(version, patience).await;
             encode(&PeerResult::Ok(()))
+        }
+        PeerRequest::Transactions { coordinator, query } => {
+            encode(&broker.transactions_here(coordinator, &query).await)
         }
     }
 }

@@ -10,8 +10,8 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::BrokerConfig;
 use crate::broker::queue::QueueLimits;
+use crate::broker::{BrokerConfig, WebhookPolicy};
 use crate::config::ServerConfig;
 use crate::http::{self, HttpState};
 use crate::metrics::Metrics;
@@ -119,6 +119,10 @@ fn node_config(config: &ServerConfig) -> NodeConfig {
         checkpoint_every: config.raft.checkpoint_every,
         broker: BrokerConfig {
             write_timeout: ms(config.limits.write_timeout_ms),
+            webhooks: WebhookPolicy {
+                allow: config.transactions.webhook_allow.0.clone(),
+                secret: config.transactions.webhook_secret.0.clone(),
+            },
             retention_check: ms(config.log.retention_check_ms),
             ..BrokerConfig::default()
         },

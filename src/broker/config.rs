@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::WebhookPolicy;
+
 /// Bounds of one node's broker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BrokerConfig {
@@ -25,6 +27,8 @@ pub struct BrokerConfig {
     pub max_queued_bytes: usize,
     /// A queue's batcher ends after this long without work.
     pub batcher_idle: Duration,
+    /// Where producers may have their transactions' checks sent.
+    pub webhooks: WebhookPolicy,
     /// Between two looks for messages that their topic keeps no longer.
     pub retention_check: Duration,
 }
@@ -42,6 +46,7 @@ impl Default for BrokerConfig {
             max_queued_bytes_per_queue: 64 << 20,
             max_queued_bytes: 256 << 20,
             batcher_idle: Duration::from_secs(30),
+            webhooks: WebhookPolicy::default(),
             retention_check: Duration::from_secs(30),
         }
     }

@@ -81,6 +81,20 @@ pub enum BrokerError {
         "offset {offset} is behind the committed offset {committed}; pass \"allow_rewind\": true or use offsets/reset to go back"
     )]
     OffsetConflict { offset: u64, committed: u64 },
+    #[error(
+        "a transaction holds the offset of consumer group {group:?} in queue {queue} of topic {topic:?}; commit or roll the transaction back first"
+    )]
+    OffsetHeld {
+        group: String,
+        topic: String,
+        queue: u32,
+    },
+    #[error("transaction {id} is not known: it never was, or it ended too long ago")]
+    TransactionNotFound { id: String },
+    #[error("transaction {id} has ended: it is {state}")]
+    TransactionEnded { id: String, state: String },
+    #[error("messages of transaction {id} are still being stored; try again when that is answered")]
+    TransactionBusy { id: String },
     #[error("offset {offset} is outside {earliest_offset} to {end_offset}")]
     OffsetOutOfRange {
         offset: u64,
@@ -160,6 +174,8 @@ impl BrokerError {
                 | Self::RateExceeded { .. }
                 | Self::BacklogFull(_)
                 | Self::ShuttingDown
+                | Self::OffsetHeld { .. }
+                | Self::TransactionBusy { .. }
         )
     }
 }

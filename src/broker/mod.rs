@@ -30,6 +30,7 @@ mod reset;
 mod retention;
 mod route;
 mod topics;
+mod transactions;
 pub(crate) mod ttl;
 mod types;
 
@@ -49,6 +50,11 @@ pub use exchanges::{
     BindingDescription, ExchangeDescription, PublishAnswer, PublishRequest, Published,
 };
 pub use message_id::message_id;
+pub use transactions::{
+    BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,
+    WebhookPolicy, check_webhook_allowed, parse_transaction_id, transaction_results,
+    transaction_text,
+};
 pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
@@ -130,6 +136,7 @@ impl Broker {
         });
         events::start(&broker);
         deliver::start(&broker);
+        tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

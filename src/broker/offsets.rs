@@ -46,6 +46,11 @@ impl Broker {
                             committed,
                         })
                     }
+                    Some(CommitVerdict::Held) => Err(BrokerError::OffsetHeld {
+                        group: request.group.clone(),
+                        topic: commit.topic,
+                        queue: commit.queue,
+                    }),
                     Some(CommitVerdict::Fenced) => Err(BrokerError::FencedMember {
                         group: request.group.clone(),
                         member: member.as_ref().map_or(String::new(), |m| m.id.clone()),
@@ -81,7 +86,7 @@ impl Broker {
     }
 
     /// The queue must exist and the offset must not be beyond its end.
-    async fn check_commit(&self, commit: &OffsetCommit) -> BrokerResult<QueueOffset> {
+    pub(super) async fn check_commit(&self, commit: &OffsetCommit) -> BrokerResult<QueueOffset> {
         let (topic, group) = self.find_queue(&commit.topic, commit.queue).await?;
         let checked = QueueOffset {
             topic: topic.id,

@@ -52,9 +52,16 @@ impl Broker {
         if verdicts.iter().all(|v| *v == CommitVerdict::Done) {
             return Ok(results);
         }
-        Err(super::BrokerError::Internal(
-            "a reset was refused".to_owned(),
-        ))
+        let held = verdicts.iter().zip(&results);
+        let held = held.into_iter().find(|(v, _)| **v == CommitVerdict::Held);
+        Err(match held {
+            Some((_, result)) => super::BrokerError::OffsetHeld {
+                group: request.group,
+                topic: result.topic.clone(),
+                queue: result.queue,
+            },
+            None => super::BrokerError::Internal("a reset was refused".to_owned()),
+        })
     }
 }
 

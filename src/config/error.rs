@@ -30,6 +30,12 @@ pub enum ConfigError {
         min: u64,
         max: u64,
     },
+    #[error("transactions.webhook_allow has {url:?}: {reason}; correct it or take it out")]
+    BadWebhook { url: String, reason: String },
+    #[error(
+        "transactions.webhook_secret has less than 16 characters; what is sent to the URLs of transactions.webhook_allow is signed with it"
+    )]
+    NoWebhookSecret,
     #[error(
         "{small} = {small_value} must be at least {factor} times {large} = {large_value}; raise {small} or lower {large}"
     )]

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use super::nodes::NodeList;
 use super::section::section;
+use super::webhooks::{Secret, UrlList};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -117,6 +118,16 @@ section! {
         client_messages_per_s: u64 = 0, "limits-client-messages-per-s", "QUORATE_LIMITS_CLIENT_MESSAGES_PER_S";
         /// The same in bytes of keys, values, tags and headers.
         client_bytes_per_s: u64 = 0, "limits-client-bytes-per-s", "QUORATE_LIMITS_CLIENT_BYTES_PER_S";
+    }
+}
+
+section! {
+    /// Checks of transactions that nobody ends.
+    TransactionsConfig, TransactionsKeys, "transactions" {
+        /// What a transaction's check_url may begin with: `["http://host:port/path"]` in the file, with commas elsewhere; empty: none is called.
+        webhook_allow: UrlList = UrlList::default(), "transactions-webhook-allow", "QUORATE_TRANSACTIONS_WEBHOOK_ALLOW";
+        /// Signs what is sent to a check_url; needed with webhook_allow, the same on every node.
+        webhook_secret: Secret = Secret::default(), "transactions-webhook-secret", "QUORATE_TRANSACTIONS_WEBHOOK_SECRET";
     }
 }
 

@@ -10,6 +10,7 @@ mod section;
 #[cfg(test)]
 mod tests;
 mod validate;
+mod webhooks;
 
 use std::path::{Path, PathBuf};
 
@@ -20,9 +21,11 @@ pub use error::ConfigError;
 pub use keys::{
     ClusterConfig, ClusterKeys, HttpConfig, HttpKeys, LimitsConfig, LimitsKeys, LogConfig,
     LogFormat, LogKeys, PeerConfig, PeerKeys, RaftConfig, RaftKeys, TelemetryConfig, TelemetryKeys,
+    TransactionsConfig, TransactionsKeys,
 };
 pub use nodes::{NodeList, NodeSpec};
 pub use section::KeyDoc;
+pub use webhooks::{Secret, UrlList};
 
 /// Where `--dev` keeps its data when no directory is given.
 pub const DEV_DATA_DIR: &str = ".quorate/dev";
@@ -57,6 +60,8 @@ pub struct ServerArgs {
     #[command(flatten)]
     pub limits: LimitsKeys,
     #[command(flatten)]
+    pub transactions: TransactionsKeys,
+    #[command(flatten)]
     pub telemetry: TelemetryKeys,
 }
 
@@ -73,6 +78,7 @@ impl ServerArgs {
             log: self.log.over(below.log),
             raft: self.raft.over(below.raft),
             limits: self.limits.over(below.limits),
+            transactions: self.transactions.over(below.transactions),
             telemetry: self.telemetry.over(below.telemetry),
         }
     }
@@ -90,6 +96,7 @@ pub struct ServerConfig {
     pub log: LogConfig,
     pub raft: RaftConfig,
     pub limits: LimitsConfig,
+    pub transactions: TransactionsConfig,
     pub telemetry: TelemetryConfig,
 }
 
@@ -117,6 +124,7 @@ impl ServerConfig {
             log: LogConfig::default(),
             raft: RaftConfig::default(),
             limits: LimitsConfig::default(),
+            transactions: TransactionsConfig::default(),
             telemetry: TelemetryConfig::default(),
         };
         config.complete();
@@ -166,6 +174,7 @@ impl ServerConfig {
         rows.extend(LogConfig::key_docs());
         rows.extend(RaftConfig::key_docs());
         rows.extend(LimitsConfig::key_docs());
+        rows.extend(TransactionsConfig::key_docs());
         rows.extend(TelemetryConfig::key_docs());
         rows
     }
@@ -204,6 +213,7 @@ impl ServerConfig {
             log: args.log.resolve(LogConfig::default()),
             raft: args.raft.resolve(RaftConfig::default()),
             limits: args.limits.resolve(LimitsConfig::default()),
+            transactions: args.transactions.resolve(TransactionsConfig::default()),
             telemetry: args.telemetry.resolve(TelemetryConfig::default()),
         };
         config.complete();

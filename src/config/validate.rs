@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use tracing_subscriber::EnvFilter;
 
 use super::{ConfigError, ServerConfig};
+use crate::broker::check_webhook_allowed;
 use crate::names::is_valid_name;
 
 const MIB: u64 = 1 << 20;
@@ -87,10 +88,25 @@ impl ServerConfig {
             100,
             600_000,
         )?;
+        self.validate_webhooks()?;
         EnvFilter::try_new(&self.telemetry.filter).map_err(|reason| ConfigError::BadLogFilter {
             filter: self.telemetry.filter.clone(),
             reason: reason.to_string(),
         })?;
+        Ok(())
+    }
+
+    fn validate_webhooks(&self) -> Result<(), ConfigError> {
+        let webhooks = &self.transactions;
+        for url in &webhooks.webhook_allow.0 {
+            check_webhook_allowed(url).map_err(|reason| ConfigError::BadWebhook {
+                url: url.clone(),
+                reason,
+            })?;
+        }
+        if !webhooks.webhook_allow.0.is_empty() && webhooks.webhook_secret.0.len() < 16 {
+            return Err(ConfigError::NoWebhookSecret);
+        }
         Ok(())
     }
 

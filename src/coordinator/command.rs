@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::MemberMark;
 use crate::catalog::TopicId;
+use crate::coordinator::transactions::{TransactionCommand, TransactionReply};
 
 /// A consumer group's next offset in one queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +26,9 @@ pub enum CoordinatorCommand {
         member: Option<MemberMark>,
     },
     /// Without a name: a new producer. With one: the same producer, its epoch raised.
-    RegisterProducer { name: Option<String> },
+    RegisterProducer {
+        name: Option<String>,
+    },
     /// Says that a named producer is about to write to a queue, so that its next registration
     /// knows where to fence it.
     AttachProducer {
@@ -33,6 +36,7 @@ pub enum CoordinatorCommand {
         epoch: i16,
         queue_group: u64,
     },
+    Transaction(TransactionCommand),
 }
 
 /// How a consumer group goes through its messages. Its first use decides, for its whole life.
@@ -47,8 +51,12 @@ pub enum GroupMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum CommitVerdict {
     Done,
-    Conflict { committed: u64 },
+    Conflict {
+        committed: u64,
+    },
     Fenced,
+    /// A transaction holds the offset until it ends.
+    Held,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +77,7 @@ pub enum CoordinatorReply {
     /// The consumer group goes through its messages in the other way.
     OtherMode(GroupMode),
     Invalid(String),
+    Transaction(TransactionReply),
 }
 
 /// The log entry of a command that its leader proposes at `now_ms`.

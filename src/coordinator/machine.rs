@@ -17,6 +17,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
 use super::records::{Content, CoordinatorView, Records, TIME_KEY};
+use crate::broker::MemberMark;
 use crate::names::MAX_NAME_CHARS;
 use crate::soundness::Soundness;
 
@@ -26,6 +27,8 @@ pub struct CoordinatorMachine {
     pub(super) number: u32,
     pub(super) records: Records,
     soundness: Arc<Soundness>,
+    /// By the command that is being applied, maybe.
+    transactions_changed: bool,
 }
 
 impl CoordinatorMachine {
@@ -35,6 +38,7 @@ impl CoordinatorMachine {
             number,
             records: Records::new(store),
             soundness: Arc::new(Soundness::new(repair)),
+            transactions_changed: false,
         }
     }
 
@@ -62,10 +66,9 @@ impl CoordinatorMachine {
                 if let Some(other) = self.claim_mode(&group, GroupMode::Offsets)? {
                     return Ok(CoordinatorReply::OtherMode(other));
                 }
-                let fenced = member.is_some() && !mutation::on(Mutation::NoMemberCheck);
+                let fenced = !self.may_commit(&group, member.as_ref())?;
                 let each = offsets.iter();
                 let verdicts = each.map(|offset| match fenced {
-                    // There are no members to be one of, yet.
                     true => Ok(CommitVerdict::Fenced),
                     false => self.commit(&group, *offset, allow_rewind),
                 });
@@ -82,7 +85,21 @@ impl CoordinatorMachine {
                 epoch,
                 queue_group,
             } => self.attach(id, epoch, queue_group)?,
+            CoordinatorCommand::Transaction(command) => {
+                self.transactions_changed = true;
+                CoordinatorReply::Transaction(self.transact(command)?)
+            }
         })
+    }
+
+    /// Whether offsets of the group may be committed in this member's name.
+    pub(super) fn may_commit(
+        &self,
+        _group: &str,
+        member: Option<&MemberMark>,
+    ) -> Result<bool, StorageError> {
+        // There are no members to be one of, yet.
+        Ok(member.is_none() || mutation::on(Mutation::NoMemberCheck))
     }
 
     /// The log's time: the largest stamp so far. Decisions that depend on time depend on this one.
@@ -105,7 +122,9 @@ impl CoordinatorMachine {
             let number = self.number;
             StorageError::InvalidArgument(format!("coordinator {number}'s state: {e}"))
         })?;
-        self.records.replace(content, log_id)
+        self.records.replace(content, log_id)?;
+        self.records.tell_transactions();
+        Ok(())
     }
 
     fn try_apply(&mut self, log_id: LogId, body: &Bytes) -> Result<Bytes, StorageError> {
@@ -123,6 +142,9 @@ impl CoordinatorMachine {
             }
         };
         self.records.commit(log_id)?;
+        if std::mem::take(&mut self.transactions_changed) {
+            self.records.tell_transactions();
+        }
         Ok(postcard::to_stdvec(&reply).unwrap_or_default().into())
     }
 }

@@ -8,6 +8,7 @@ mod offsets;
 mod positions;
 mod producers;
 mod records;
+pub mod transactions;
 
 pub use command::{
     CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, QueueOffset, stamp,

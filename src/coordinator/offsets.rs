@@ -13,6 +13,9 @@ impl CoordinatorMachine {
         offset: QueueOffset,
         allow_rewind: bool,
     ) -> Result<CommitVerdict, StorageError> {
+        if self.holder_of(group, offset.topic, offset.queue)?.is_some() {
+            return Ok(CommitVerdict::Held);
+        }
         let key = offset_key(group, offset.topic, offset.queue);
         let known = self.records.get(&key)?;
         let known = known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?)));

@@ -8,6 +8,7 @@
 //! | `i`, producer id i64 | its name |
 //! | `n` | the last producer number given |
 //! | `t` | the log's time, ms u64 |
+//! | `T`, `U`, `w`, `h` | transactions: see `transactions/records.rs` |
 //!
 //! Keys are made of the store's ordered fields, numbers in values are big-endian.
 
@@ -18,6 +19,7 @@ use quorate_storage::derived::{DerivedGroup, KeyBuilder, KeyReader};
 use quorate_storage::{LogId, StorageError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use super::QueueOffset;
 
@@ -38,6 +40,7 @@ pub(super) struct Records {
     stored: DerivedGroup,
     /// None: removed.
     changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
+    transactions: watch::Sender<()>,
 }
 
 impl Records {
@@ -45,13 +48,20 @@ impl Records {
         Self {
             stored,
             changes: BTreeMap::new(),
+            transactions: watch::Sender::new(()),
         }
     }
 
     pub(super) fn view(&self) -> CoordinatorView {
         CoordinatorView {
             records: self.stored.clone(),
+            transactions: self.transactions.subscribe(),
         }
+    }
+
+    /// Wakes who waits for a change of transactions.
+    pub(super) fn tell_transactions(&self) {
+        self.transactions.send_replace(());
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, StorageError> {
@@ -145,9 +155,19 @@ impl Records {
 #[derive(Debug, Clone)]
 pub struct CoordinatorView {
     pub(super) records: DerivedGroup,
+    transactions: watch::Receiver<()>,
 }
 
 impl CoordinatorView {
+    pub(super) fn records(&self) -> &DerivedGroup {
+        &self.records
+    }
+
+    /// Changes whenever a transaction may have changed.
+    pub fn watch_transactions(&self) -> watch::Receiver<()> {
+        self.transactions.clone()
+    }
+
     /// All that a consumer group has committed, in order of topic and queue.
     pub fn offsets(&self, group: &str) -> Result<Vec<QueueOffset>, StorageError> {
         let prefix = group_prefix(group).build();

@@ -9,6 +9,7 @@ mod collectors;
 mod sample;
 #[cfg(test)]
 mod tests;
+mod transactions;
 
 use std::fmt;
 use std::time::Duration;

@@ -147,6 +147,7 @@ impl Node {
         metrics.collect_damage(config.node_id, catalog.clone());
         let scrubbed: Arc<Scrubbed> = Arc::default();
         metrics.collect_scrub(scrubbed.clone());
+        metrics.collect_transactions(locals.clone());
         let broker = Broker::new(BrokerParts {
             host: host.clone(),
             log: log.clone(),

@@ -17,4 +17,5 @@ mod produce;
 mod quotas;
 mod strict;
 mod topics;
+mod transactions;
 mod ttl;

@@ -112,6 +112,18 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "Sequence out of order",
         ),
         B::OffsetConflict { .. } => (S::CONFLICT, "offset_conflict", "Offset conflict"),
+        B::OffsetHeld { .. } => (S::CONFLICT, "offset_conflict", "Offset conflict"),
+        B::TransactionNotFound { .. } => (
+            S::NOT_FOUND,
+            "transaction_not_found",
+            "Transaction not found",
+        ),
+        B::TransactionEnded { .. } => (S::CONFLICT, "transaction_ended", "Transaction has ended"),
+        B::TransactionBusy { .. } => (
+            S::CONFLICT,
+            "transaction_busy",
+            "Transaction is being prepared",
+        ),
         B::OffsetOutOfRange { .. } => (
             S::RANGE_NOT_SATISFIABLE,
             "offset_out_of_range",

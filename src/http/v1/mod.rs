@@ -8,6 +8,7 @@ pub mod offsets;
 pub mod produce;
 pub mod replica;
 pub mod topics;
+pub mod transactions;
 
 use serde::{Deserialize, Deserializer};
 

@@ -2,7 +2,7 @@
 
 mod answer;
 mod lines;
-pub(super) mod wire;
+pub mod wire;
 
 use std::time::Instant;
 

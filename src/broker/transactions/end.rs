@@ -1,0 +1,152 @@
+//! The second half: the decision is recorded, then every participant applies it.
+
+use std::sync::Arc;
+
+use futures_util::StreamExt;
+use futures_util::stream;
+use tokio::time::Instant;
+
+use super::{ended, not_found, transaction_text, unexpected};
+use crate::broker::batcher::now_ms;
+use crate::broker::queue::entry::{self, TransactionId};
+use crate::broker::queue::{Place, decode_settled};
+use crate::broker::route::{Backoff, UNKNOWN};
+use crate::broker::{Broker, BrokerError, BrokerResult};
+use crate::coordinator::transactions::{
+    Decision, Transaction, TransactionCommand, TransactionReply,
+};
+use crate::coordinator::{CoordinatorCommand, CoordinatorReply, owner_of_name};
+
+/// Participants of one transaction that are told the decision at the same time.
+const TOLD_AT_ONCE: usize = 32;
+
+impl Broker {
+    /// Commits or rolls back. From the moment the decision is recorded it stands; the answer waits
+    /// for the participants, and says by its state if some have not applied it in time.
+    pub async fn end_transaction(
+        self: &Arc<Self>,
+        id: &TransactionId,
+        decision: Decision,
+    ) -> BrokerResult<Transaction> {
+        let mut backoff = Backoff::until(Instant::now() + self.config.write_timeout);
+        loop {
+            let command = TransactionCommand::Decide { id: *id, decision };
+            match self.transact(id, command).await? {
+                TransactionReply::Is(decided) if decided.done_ms.is_some() => return Ok(*decided),
+                TransactionReply::Is(decided) => {
+                    return Ok(self.settle_transaction(&decided).await);
+                }
+                TransactionReply::Ended(transaction) => return Err(ended(&transaction)),
+                TransactionReply::NotFound => return Err(not_found(id)),
+                TransactionReply::NotPrepared if backoff.wait().await => {}
+                TransactionReply::NotPrepared => return Err(busy(id)),
+                other => return Err(unexpected(&other)),
+            }
+        }
+    }
+
+    /// Has every participant apply the decision, once. Gives the transaction as it is then: done,
+    /// or with participants that have to be told again.
+    pub(super) async fn settle_transaction(&self, decided: &Transaction) -> Transaction {
+        let id = &decided.id;
+        let commit = decided.decision.is_some_and(Decision::is_commit);
+        let queues = decided.unsettled_queues();
+        let queues: Vec<_> = stream::iter(queues)
+            .map(|group| async move {
+                let settled = self.settle_queue(id, group, commit).await;
+                (group, settled)
+            })
+            .buffer_unordered(TOLD_AT_ONCE)
+            .collect()
+            .await;
+        let groups = decided.unsettled_offsets().map(str::to_owned);
+        let groups: Vec<_> = stream::iter(groups.collect::<Vec<_>>())
+            .map(|group| async move {
+                let settled = self.settle_offsets(id, &group, commit).await;
+                (group, settled)
+            })
+            .buffer_unordered(TOLD_AT_ONCE)
+            .collect()
+            .await;
+        for error in queues.iter().filter_map(|(_, s)| s.as_ref().err()) {
+            tracing::debug!(%error, "a queue has not applied a transaction's end yet");
+        }
+        for error in groups.iter().filter_map(|(_, s)| s.as_ref().err()) {
+            tracing::debug!(%error, "a consumer group has not applied a transaction's end yet");
+        }
+        let command = TransactionCommand::Settled {
+            id: *id,
+            queues: queues
+                .into_iter()
+                .filter_map(|(group, settled)| Some((group, settled.ok()?)))
+                .collect(),
+            offset_groups: groups
+                .into_iter()
+                .filter_map(|(group, settled)| settled.ok().map(|()| group))
+                .collect(),
+        };
+        match self.transact(id, command).await {
+            Ok(TransactionReply::Is(transaction)) => *transaction,
+            // The record says less than is true: the duty tells the participants again.
+            Ok(other) => {
+                tracing::debug!(?other, "the end of a transaction was not recorded");
+                decided.clone()
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the end of a transaction was not recorded");
+                decided.clone()
+            }
+        }
+    }
+
+    /// Where the parts in this queue are after a commit.
+    async fn settle_queue(
+        &self,
+        id: &TransactionId,
+        group: u64,
+        commit: bool,
+    ) -> BrokerResult<Vec<(u32, Place)>> {
+        if self.is_deleted(group).await {
+            return Ok(Vec::new());
+        }
+        // The queue's own last stamp counts if this clock is behind it.
+        let proposed = self
+            .propose(group, entry::settle(now_ms(), id, commit))
+            .await;
+        let reply = match proposed {
+            Err(_) if self.is_deleted(group).await => return Ok(Vec::new()),
+            other => other?,
+        };
+        let settled = decode_settled(&reply).ok_or(UNKNOWN)?;
+        if settled.commit != commit {
+            // Nobody but the coordinator's decision settles, and that never changes.
+            let id = transaction_text(id);
+            tracing::error!(%id, group, commit, "a queue ended a transaction the other way");
+        }
+        Ok(settled.parts)
+    }
+
+    async fn settle_offsets(
+        &self,
+        id: &TransactionId,
+        group: &str,
+        commit: bool,
+    ) -> BrokerResult<()> {
+        let coordinator = owner_of_name(group, self.catalog().coordinators.len());
+        let command = CoordinatorCommand::Transaction(TransactionCommand::SettleOffsets {
+            id: *id,
+            group: group.to_owned(),
+            commit,
+        });
+        match self.coordinate(coordinator, &command).await? {
+            CoordinatorReply::Transaction(TransactionReply::OffsetsSettled) => Ok(()),
+            other => Err(crate::broker::producers::unexpected(&other)),
+        }
+    }
+}
+
+pub(super) fn busy(id: &TransactionId) -> BrokerError {
+    BrokerError::TransactionBusy {
+        id: transaction_text(id),
+    }
+}

@@ -1,0 +1,142 @@
+//! Offsets as participants of transactions, in the coordinator of their consumer group.
+//!
+//! A held offset was checked and nobody else moves the group there, so committing it cannot fail.
+//! After the end a mark stays until no late hold can come any more.
+
+use quorate_storage::StorageError;
+
+use super::records::{
+    HeldOffset, MARK_TIME_PREFIX, hold_key, hold_prefix, mark_key, mark_time_key, read_hold,
+    read_mark_time,
+};
+use super::{HoldVerdict, TransactionReply};
+use crate::broker::MemberMark;
+use crate::broker::queue::entry::TransactionId;
+use crate::coordinator::GroupMode;
+use crate::coordinator::command::QueueOffset;
+use crate::coordinator::machine::CoordinatorMachine;
+use crate::coordinator::records::offset_key;
+use crate::names::MAX_NAME_CHARS;
+
+/// A hold is refused minutes after its transaction's time
+/// for preparing at the latest. The mark outlives that by far, so clocks may differ by minutes.
+const MARK_KEPT_MS: u64 = 3_600_000;
+/// Old marks that one command removes: more than it makes.
+const MARKS_AT_ONCE: usize = 3;
+/// Offsets that one transaction may hold in one consumer group.
+const MAX_HELD: usize = 10_000;
+
+impl CoordinatorMachine {
+    pub(super) fn hold_offsets(
+        &mut self,
+        id: &TransactionId,
+        group: &str,
+        offsets: &[QueueOffset],
+        member: Option<&MemberMark>,
+        until_ms: u64,
+    ) -> Result<TransactionReply, StorageError> {
+        if group.len() > MAX_NAME_CHARS || offsets.len() > MAX_HELD {
+            let text = format!("a consumer group's name or more than {MAX_HELD} offsets of it");
+            return Ok(TransactionReply::Invalid(text));
+        }
+        let over = self.records.get(&mark_key(group, id))?.is_some();
+        if over || self.now_ms()? > until_ms {
+            return Ok(TransactionReply::HoldTooLate);
+        }
+        if let Some(other) = self.claim_mode(group, GroupMode::Offsets)? {
+            return Ok(TransactionReply::OtherMode(other));
+        }
+        let fenced = !self.may_commit(group, member)?;
+        let each = offsets.iter().map(|offset| match fenced {
+            true => Ok(HoldVerdict::Fenced),
+            false => self.judge_hold(id, group, offset),
+        });
+        let verdicts = each.collect::<Result<Vec<_>, StorageError>>()?;
+        if verdicts.iter().all(|v| *v == HoldVerdict::Fine) {
+            for offset in offsets {
+                let held = HeldOffset {
+                    transaction: *id,
+                    offset: offset.offset,
+                };
+                let key = hold_key(group, offset.topic, offset.queue);
+                self.records.store(key, &held);
+            }
+        }
+        Ok(TransactionReply::Held(verdicts))
+    }
+
+    fn judge_hold(
+        &self,
+        id: &TransactionId,
+        group: &str,
+        offset: &QueueOffset,
+    ) -> Result<HoldVerdict, StorageError> {
+        let holder = self.holder_of(group, offset.topic, offset.queue)?;
+        if holder.is_some_and(|holder| holder != *id) {
+            return Ok(HoldVerdict::HeldByOther);
+        }
+        let key = offset_key(group, offset.topic, offset.queue);
+        let known = self.records.get(&key)?;
+        let known = known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?)));
+        Ok(match known {
+            Some(committed) if offset.offset < committed => HoldVerdict::Behind { committed },
+            _ => HoldVerdict::Fine,
+        })
+    }
+
+    /// The transaction that holds a group's offset in a queue: nobody else may move it.
+    pub(in crate::coordinator) fn holder_of(
+        &self,
+        group: &str,
+        topic: u64,
+        queue: u32,
+    ) -> Result<Option<TransactionId>, StorageError> {
+        let held: Option<HeldOffset> = self.records.read(&hold_key(group, topic, queue))?;
+        Ok(held.map(|held| held.transaction))
+    }
+
+    pub(super) fn settle_offsets(
+        &mut self,
+        id: &TransactionId,
+        group: &str,
+        commit: bool,
+    ) -> Result<TransactionReply, StorageError> {
+        if group.len() > MAX_NAME_CHARS {
+            let text = "the consumer group's name is too long".to_owned();
+            return Ok(TransactionReply::Invalid(text));
+        }
+        for (key, value) in self.records.scan(&hold_prefix(group), None, usize::MAX)? {
+            let held: Option<HeldOffset> = postcard::from_bytes(&value).ok();
+            let Some(held) = held.filter(|held| held.transaction == *id) else {
+                continue;
+            };
+            if let Some((topic, queue)) = read_hold(group, &key).filter(|_| commit) {
+                let offset = held.offset.to_be_bytes().to_vec();
+                self.records.put(offset_key(group, topic, queue), offset);
+            }
+            self.records.remove(key);
+        }
+        self.mark_over(id, group)?;
+        Ok(TransactionReply::OffsetsSettled)
+    }
+
+    fn mark_over(&mut self, id: &TransactionId, group: &str) -> Result<(), StorageError> {
+        let now_ms = self.now_ms()?;
+        for (key, _) in self.records.scan(MARK_TIME_PREFIX, None, MARKS_AT_ONCE)? {
+            match read_mark_time(&key) {
+                Some((forget_ms, _)) if forget_ms > now_ms => break,
+                Some((_, mark)) => self.records.remove(mark),
+                None => {}
+            }
+            self.records.remove(key);
+        }
+        let mark = mark_key(group, id);
+        if self.records.get(&mark)?.is_none() {
+            self.records.put(mark, Vec::new());
+            let forget_ms = now_ms.saturating_add(MARK_KEPT_MS);
+            self.records
+                .put(mark_time_key(forget_ms, group, id), Vec::new());
+        }
+        Ok(())
+    }
+}

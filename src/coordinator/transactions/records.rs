@@ -1,0 +1,141 @@
+//! Keys of the records of transactions.
+//!
+//! | key | value |
+//! |---|---|
+//! | `T`, id | the transaction |
+//! | `U` 0, due ms u64, id | nothing: when something has to be done about it |
+//! | `U` 1, done ms u64, id | nothing: ended ones in the order of their end |
+//! | `U` 2 | counts |
+//! | `U` 3, producer group | u32: how many of it are undecided |
+//! | `U` 4, forget at ms u64, consumer group, id | nothing: when a mark may go |
+//! | `w`, producer group, class u8, id | nothing |
+//! | `h`, consumer group, 0, topic u64, queue u32 | the offset a transaction holds there |
+//! | `h`, consumer group, 1, id | nothing: a mark that the transaction is over here |
+
+use quorate_storage::derived::{KeyBuilder, KeyReader};
+use serde::{Deserialize, Serialize};
+
+use super::{Transaction, TransactionState};
+use crate::broker::queue::entry::TransactionId;
+
+pub(super) const COUNTS_KEY: &[u8] = &[b'U', 2];
+pub(super) const DUE_PREFIX: &[u8] = &[b'U', 0];
+pub(super) const ENDED_PREFIX: &[u8] = &[b'U', 1];
+pub(super) const MARK_TIME_PREFIX: &[u8] = &[b'U', 4];
+pub(super) const LISTED_PREFIX: &[u8] = b"w";
+
+/// An offset that a transaction will commit or let go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct HeldOffset {
+    pub transaction: TransactionId,
+    pub offset: u64,
+}
+
+/// By what transactions are listed: a part of the key, so that few of one class are found among
+/// many of another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    Undecided = 0,
+    NeedsCheck = 1,
+    Decided = 2,
+}
+
+impl From<TransactionState> for Class {
+    fn from(state: TransactionState) -> Self {
+        use TransactionState as S;
+        match state {
+            S::Preparing | S::Open => Self::Undecided,
+            S::NeedsCheck => Self::NeedsCheck,
+            S::Committing | S::Committed | S::RollingBack | S::RolledBack | S::Expired => {
+                Self::Decided
+            }
+        }
+    }
+}
+
+pub(super) fn transaction_key(id: &TransactionId) -> Vec<u8> {
+    [b"T", &id[..]].concat()
+}
+
+pub(super) fn due_key(due_ms: u64, id: &TransactionId) -> Vec<u8> {
+    timed(DUE_PREFIX, due_ms, id)
+}
+
+pub(super) fn ended_key(done_ms: u64, id: &TransactionId) -> Vec<u8> {
+    timed(ENDED_PREFIX, done_ms, id)
+}
+
+fn timed(prefix: &[u8], time_ms: u64, id: &TransactionId) -> Vec<u8> {
+    [prefix, &time_ms.to_be_bytes(), id].concat()
+}
+
+/// Time and id of a key of one of the two orders.
+pub(super) fn read_timed(key: &[u8]) -> Option<(u64, TransactionId)> {
+    let (time, id) = key.get(DUE_PREFIX.len()..)?.split_first_chunk::<8>()?;
+    Some((u64::from_be_bytes(*time), id.try_into().ok()?))
+}
+
+pub(super) fn open_count_key(producer_group: &str) -> Vec<u8> {
+    let key = KeyBuilder::new().u8(b'U').u8(3);
+    key.text(producer_group).build()
+}
+
+pub(super) fn listed_prefix(producer_group: &str, class: Option<Class>) -> Vec<u8> {
+    let key = KeyBuilder::new().u8(b'w').text(producer_group);
+    match class {
+        Some(class) => key.u8(class as u8).build(),
+        None => key.build(),
+    }
+}
+
+pub(super) fn listed_key(transaction: &Transaction) -> Vec<u8> {
+    let class = Class::from(transaction.state());
+    let mut key = listed_prefix(&transaction.producer_group, Some(class));
+    key.extend_from_slice(&transaction.id);
+    key
+}
+
+/// The id at the end of a key made by [`listed_key`].
+pub(super) fn listed_id(key: &[u8]) -> Option<TransactionId> {
+    key.last_chunk::<16>().copied()
+}
+
+fn of_group(group: &str) -> KeyBuilder {
+    KeyBuilder::new().u8(b'h').text(group)
+}
+
+pub(super) fn hold_prefix(group: &str) -> Vec<u8> {
+    of_group(group).u8(0).build()
+}
+
+pub(super) fn hold_key(group: &str, topic: u64, queue: u32) -> Vec<u8> {
+    of_group(group).u8(0).u64(topic).u32(queue).build()
+}
+
+/// Topic and queue of a hold.
+pub(super) fn read_hold(group: &str, key: &[u8]) -> Option<(u64, u32)> {
+    let mut fields = KeyReader::new(key.get(hold_prefix(group).len()..)?);
+    Some((fields.u64()?, fields.u32()?))
+}
+
+pub(super) fn mark_key(group: &str, id: &TransactionId) -> Vec<u8> {
+    let mut key = of_group(group).u8(1).build();
+    key.extend_from_slice(id);
+    key
+}
+
+pub(super) fn mark_time_key(forget_ms: u64, group: &str, id: &TransactionId) -> Vec<u8> {
+    let key = KeyBuilder::new().u8(b'U').u8(4).u64(forget_ms);
+    let mut key = key.text(group).build();
+    key.extend_from_slice(id);
+    key
+}
+
+/// When a mark may go, and its key.
+pub(super) fn read_mark_time(key: &[u8]) -> Option<(u64, Vec<u8>)> {
+    let id = listed_id(key)?;
+    let fields = key.get(MARK_TIME_PREFIX.len()..key.len() - id.len())?;
+    let mut fields = KeyReader::new(fields);
+    let forget_ms = fields.u64()?;
+    Some((forget_ms, mark_key(&fields.text()?, &id)))
+}

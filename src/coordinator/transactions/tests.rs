@@ -1,0 +1,529 @@
+use std::sync::Arc;
+
+use quorate_raft::StateMachine;
+use quorate_storage::derived::DerivedStore;
+use quorate_storage::{LogId, RaftGroupId};
+
+use super::*;
+use crate::coordinator::{
+    CommitVerdict, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, stamp,
+};
+
+/// A coordinator in memory, with a clock of its own.
+pub(super) struct Fixture {
+    pub machine: CoordinatorMachine,
+    pub now_ms: u64,
+    pub store: DerivedStore,
+    applied: u64,
+}
+
+pub(super) const ID: TransactionId = [7; 16];
+
+impl Fixture {
+    pub fn new() -> Self {
+        let store = DerivedStore::in_memory();
+        let group = store.group(RaftGroupId(16));
+        let mut machine = CoordinatorMachine::new(0, group, Arc::default());
+        machine.restore(None, None).unwrap();
+        Self {
+            machine,
+            now_ms: 1_000_000,
+            store,
+            applied: 0,
+        }
+    }
+
+    pub fn apply(&mut self, command: CoordinatorCommand) -> CoordinatorReply {
+        self.applied += 1;
+        let body = stamp(self.now_ms, &postcard::to_stdvec(&command).unwrap());
+        let reply = self.machine.apply(LogId::new(1, self.applied), &body);
+        postcard::from_bytes(&reply).unwrap()
+    }
+
+    pub fn transact(&mut self, command: TransactionCommand) -> TransactionReply {
+        match self.apply(CoordinatorCommand::Transaction(command)) {
+            CoordinatorReply::Transaction(reply) => reply,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn begin(&mut self, parts: Vec<Part>, offset_groups: &[&str]) {
+        let reply = self.transact(begin(ID, parts, offset_groups));
+        assert!(
+            matches!(reply, TransactionReply::Recorded { first_part: 0, .. }),
+            "{reply:?}"
+        );
+    }
+
+    fn prepared(&mut self, first: u32, count: u32, offsets: bool) -> TransactionReply {
+        let parts = PreparedParts {
+            first,
+            count,
+            offsets,
+        };
+        self.transact(TransactionCommand::Prepared { id: ID, parts })
+    }
+
+    fn decide(&mut self, decision: Decision) -> TransactionReply {
+        self.transact(TransactionCommand::Decide { id: ID, decision })
+    }
+
+    fn settled(&mut self, queue_group: u64, places: Vec<(u32, Place)>) -> TransactionReply {
+        self.transact(TransactionCommand::Settled {
+            id: ID,
+            queues: vec![(queue_group, places)],
+            offset_groups: Vec::new(),
+        })
+    }
+
+    fn due(&mut self) -> TransactionState {
+        match self.transact(TransactionCommand::Due { id: ID }) {
+            TransactionReply::Is(now) => now.state(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn state(&self) -> TransactionState {
+        self.get().unwrap().state()
+    }
+
+    fn get(&self) -> Option<Transaction> {
+        self.machine.view().transaction(&ID).unwrap()
+    }
+
+    fn listed(&self, group: Option<&str>, state: Option<TransactionState>) -> usize {
+        let filter = TransactionFilter {
+            producer_group: group.map(str::to_owned),
+            state,
+            limit: 10,
+        };
+        self.machine.view().transactions(&filter).unwrap().len()
+    }
+
+    fn hold(&mut self, id: TransactionId, queue: u32, offset: u64) -> TransactionReply {
+        let offsets = vec![QueueOffset {
+            topic: 1,
+            queue,
+            offset,
+        }];
+        self.transact(TransactionCommand::HoldOffsets {
+            id,
+            group: "g".to_owned(),
+            offsets,
+            member: None,
+            until_ms: self.now_ms + 1_000,
+        })
+    }
+
+    fn settle_offsets(&mut self, id: TransactionId, commit: bool) {
+        let group = "g".to_owned();
+        let reply = self.transact(TransactionCommand::SettleOffsets { id, group, commit });
+        assert_eq!(reply, TransactionReply::OffsetsSettled);
+    }
+
+    fn commit(&mut self, queue: u32, offset: u64) -> CommitVerdict {
+        let command = CoordinatorCommand::Commit {
+            group: "g".to_owned(),
+            offsets: vec![QueueOffset {
+                topic: 1,
+                queue,
+                offset,
+            }],
+            allow_rewind: true,
+            member: None,
+        };
+        match self.apply(command) {
+            CoordinatorReply::Committed(verdicts) => verdicts[0],
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn committed(&self) -> Vec<u64> {
+        let offsets = self.machine.view().offsets("g").unwrap();
+        offsets.into_iter().map(|o| o.offset).collect()
+    }
+}
+
+pub(super) fn part(queue_group: u64, messages: &[u32]) -> Part {
+    Part {
+        topic: "t".to_owned(),
+        queue: queue_group as u32,
+        queue_group,
+        messages: messages.to_vec(),
+        bytes: 10,
+    }
+}
+
+pub(super) fn begin(
+    id: TransactionId,
+    parts: Vec<Part>,
+    offset_groups: &[&str],
+) -> TransactionCommand {
+    let new = NewTransaction {
+        producer_group: "p".to_owned(),
+        timing: Timing {
+            timeout_ms: 100,
+            check_interval_ms: 1_000,
+            max_checks: 2,
+        },
+        check_url: None,
+        parts,
+        offset_groups: offset_groups.iter().map(|g| (*g).to_owned()).collect(),
+    };
+    TransactionCommand::Begin { id, new }
+}
+
+pub(super) fn place(index: u64) -> Place {
+    Place {
+        base_offset: index * 10,
+        count: 1,
+        term: 1,
+        index,
+        batch: 0,
+    }
+}
+
+#[test]
+fn ids_name_their_coordinator() {
+    for coordinator in [0, 1, 255, 65_535] {
+        let id = new_transaction_id(coordinator, [0xab; 16]).unwrap();
+        assert_eq!(owner_of_transaction(&id), coordinator);
+        assert_eq!(id[2..], [0xab; 14]);
+    }
+    assert_eq!(new_transaction_id(65_536, [0; 16]), None);
+}
+
+#[test]
+fn the_way_of_a_commit() {
+    let mut machine = Fixture::new();
+    machine.begin(vec![part(20, &[1]), part(21, &[0, 2])], &[]);
+    assert_eq!(machine.state(), TransactionState::Preparing);
+    assert_eq!(machine.prepared(0, 1, false), machine.prepared(0, 1, false));
+    assert_eq!(
+        machine.decide(Decision::Commit),
+        TransactionReply::NotPrepared
+    );
+    machine.prepared(1, 1, false);
+    assert_eq!(machine.state(), TransactionState::Open);
+    assert_eq!(machine.machine.view().transaction_counts().unwrap().open, 1);
+    machine.decide(Decision::Commit);
+    assert_eq!(machine.state(), TransactionState::Committing);
+    machine.settled(20, vec![(0, place(5))]);
+    // A queue that takes no part, and one that is told again, change nothing.
+    machine.settled(99, vec![(1, place(9))]);
+    machine.settled(20, vec![(0, place(6))]);
+    assert_eq!(machine.state(), TransactionState::Committing);
+    machine.settled(21, vec![(1, place(7))]);
+    let done = machine.get().unwrap();
+    assert_eq!(done.state(), TransactionState::Committed);
+    let places: Vec<_> = done.parts.iter().map(|p| p.place.unwrap().index).collect();
+    assert_eq!(places, [5, 7]);
+    assert_eq!(done.due_ms(), None);
+    let again = machine.decide(Decision::Commit);
+    assert_eq!(again, TransactionReply::Is(Box::new(done.clone())));
+    let opposite = machine.decide(Decision::Rollback);
+    assert_eq!(opposite, TransactionReply::Ended(Box::new(done)));
+    let counts = machine.machine.view().transaction_counts().unwrap();
+    assert_eq!((counts.open, counts.committed, counts.ended), (0, 1, 1));
+}
+
+#[test]
+fn a_rollback_needs_nothing_prepared_and_stands() {
+    let mut machine = Fixture::new();
+    machine.begin(vec![part(20, &[0])], &["g"]);
+    machine.decide(Decision::Rollback);
+    assert_eq!(machine.state(), TransactionState::RollingBack);
+    assert!(matches!(
+        machine.prepared(0, 1, true),
+        TransactionReply::Ended(_)
+    ));
+    assert!(matches!(
+        machine.decide(Decision::Commit),
+        TransactionReply::Ended(_)
+    ));
+    let parts = vec![part(21, &[0])];
+    let extended = machine.transact(TransactionCommand::Extend { id: ID, parts });
+    assert!(matches!(extended, TransactionReply::Ended(_)));
+    machine.settled(20, vec![(0, place(3))]);
+    assert_eq!(machine.state(), TransactionState::RollingBack);
+    machine.transact(TransactionCommand::Settled {
+        id: ID,
+        queues: Vec::new(),
+        offset_groups: vec!["g".to_owned()],
+    });
+    assert_eq!(machine.state(), TransactionState::RolledBack);
+    assert_eq!(machine.get().unwrap().parts[0].place, None);
+}
+
+#[test]
+fn more_messages_must_be_prepared_before_the_commit() {
+    let mut machine = Fixture::new();
+    machine.begin(Vec::new(), &[]);
+    assert_eq!(machine.state(), TransactionState::Open);
+    for number in 0..2 {
+        let parts = vec![part(20, &[0]), part(21, &[1])];
+        let reply = machine.transact(TransactionCommand::Extend { id: ID, parts });
+        let expected = TransactionReply::Recorded {
+            first_part: number * 2,
+            prepare_by_ms: machine.now_ms + PREPARE_MS,
+        };
+        assert_eq!(reply, expected);
+    }
+    machine.prepared(0, 2, false);
+    assert_eq!(
+        machine.decide(Decision::Commit),
+        TransactionReply::NotPrepared
+    );
+    machine.prepared(2, 2, false);
+    let open = machine.get().unwrap();
+    let numbers: Vec<_> = open
+        .parts
+        .iter()
+        .flat_map(|p| p.part.messages.clone())
+        .collect();
+    assert_eq!((numbers, open.messages), (vec![0, 1, 2, 3], 4));
+    assert!(matches!(
+        machine.decide(Decision::Commit),
+        TransactionReply::Is(_)
+    ));
+}
+
+#[test]
+fn what_is_never_prepared_is_rolled_back() {
+    let mut machine = Fixture::new();
+    machine.begin(vec![part(20, &[0])], &[]);
+    assert_eq!(machine.due(), TransactionState::Preparing);
+    machine.now_ms += PREPARE_MS;
+    assert_eq!(machine.due(), TransactionState::RollingBack);
+}
+
+#[test]
+fn checks_come_at_their_times_and_end() {
+    let mut machine = Fixture::new();
+    machine.begin(Vec::new(), &[]);
+    machine.now_ms += 99;
+    assert_eq!(machine.due(), TransactionState::Open);
+    machine.now_ms += 1;
+    for checks in 1..=2 {
+        for _ in 0..2 {
+            // However often it is looked at, each time counts once.
+            assert_eq!(machine.due(), TransactionState::NeedsCheck);
+            assert_eq!(machine.get().unwrap().checks, checks);
+        }
+        assert_eq!(
+            machine.listed(Some("p"), Some(TransactionState::NeedsCheck)),
+            1
+        );
+        assert_eq!(machine.listed(Some("p"), Some(TransactionState::Open)), 0);
+        assert_eq!(machine.listed(Some("q"), None), 0);
+        machine.now_ms += 1_000;
+    }
+    assert_eq!(machine.due(), TransactionState::Expired);
+    assert_eq!(machine.listed(None, Some(TransactionState::Expired)), 1);
+    assert!(matches!(
+        machine.decide(Decision::Commit),
+        TransactionReply::Ended(_)
+    ));
+    assert!(matches!(
+        machine.decide(Decision::Rollback),
+        TransactionReply::Is(_)
+    ));
+    assert_eq!(machine.state(), TransactionState::Expired);
+    assert_eq!(
+        machine.machine.view().transaction_counts().unwrap().expired,
+        1
+    );
+}
+
+#[test]
+fn the_due_index_has_each_undone_transaction_once() {
+    let mut machine = Fixture::new();
+    machine.begin(vec![part(20, &[0])], &[]);
+    let due = |machine: &Fixture| machine.machine.view().due_transactions(10).unwrap();
+    let begun = machine.now_ms;
+    assert_eq!(due(&machine), [(begun + PREPARE_MS, ID)]);
+    machine.prepared(0, 1, false);
+    assert_eq!(due(&machine), [(begun + 100, ID)]);
+    machine.now_ms += 50;
+    machine.decide(Decision::Commit);
+    assert_eq!(due(&machine), [(machine.now_ms + RESUME_AFTER_MS, ID)]);
+    machine.settled(20, vec![(0, place(1))]);
+    assert_eq!(due(&machine), []);
+}
+
+#[test]
+fn ended_transactions_are_forgotten_after_a_day() {
+    let mut machine = Fixture::new();
+    machine.begin(Vec::new(), &[]);
+    machine.decide(Decision::Commit);
+    let at = machine.machine.view().forget_transactions_at().unwrap();
+    assert_eq!(at, Some(machine.now_ms + KEPT_MS));
+    machine.now_ms += KEPT_MS - 1;
+    machine.transact(TransactionCommand::Forget);
+    assert_eq!(machine.state(), TransactionState::Committed);
+    machine.now_ms += 1;
+    machine.transact(TransactionCommand::Forget);
+    assert_eq!(machine.get(), None);
+    assert_eq!(machine.listed(None, None), 0);
+    assert_eq!(
+        machine.machine.view().transaction_counts().unwrap().ended,
+        0
+    );
+    assert_eq!(machine.decide(Decision::Commit), TransactionReply::NotFound);
+}
+
+#[test]
+fn the_oldest_ended_go_first_when_there_are_too_many() {
+    let mut machine = Fixture::new();
+    let id = |n: u64| {
+        let mut id = [0; 16];
+        id[8..].copy_from_slice(&n.to_be_bytes());
+        id
+    };
+    for n in 0..MAX_ENDED + 5 {
+        machine.now_ms += 1;
+        machine.transact(begin(id(n), Vec::new(), &[]));
+        let decision = Decision::Rollback;
+        machine.transact(TransactionCommand::Decide {
+            id: id(n),
+            decision,
+        });
+    }
+    let view = machine.machine.view();
+    assert_eq!(view.transaction_counts().unwrap().ended, MAX_ENDED);
+    assert_eq!(view.transaction(&id(4)).unwrap(), None);
+    assert!(view.transaction(&id(5)).unwrap().is_some());
+}
+
+#[test]
+fn a_transaction_and_a_producer_group_have_bounds() {
+    let mut machine = Fixture::new();
+    let all: Vec<u32> = (0..MAX_MESSAGES).collect();
+    machine.begin(vec![part(20, &all)], &[]);
+    machine.prepared(0, 1, false);
+    let parts = vec![part(20, &[0])];
+    let reply = machine.transact(TransactionCommand::Extend { id: ID, parts });
+    assert!(matches!(reply, TransactionReply::Invalid(text) if text.contains("1000")));
+    let large = Part {
+        bytes: MAX_BYTES + 1,
+        ..part(20, &[0])
+    };
+    let reply = machine.transact(begin([8; 16], vec![large], &[]));
+    assert!(matches!(reply, TransactionReply::Invalid(_)));
+    let lying = part(20, &[5]);
+    let reply = machine.transact(begin([8; 16], vec![lying], &[]));
+    assert!(matches!(reply, TransactionReply::Invalid(_)));
+    for n in 1..MAX_OPEN_PER_GROUP {
+        let mut id = [9; 16];
+        id[..4].copy_from_slice(&n.to_be_bytes());
+        machine.transact(begin(id, Vec::new(), &[]));
+    }
+    let reply = machine.transact(begin([8; 16], Vec::new(), &[]));
+    assert!(matches!(reply, TransactionReply::TooMany(_)), "{reply:?}");
+    machine.decide(Decision::Rollback);
+    let reply = machine.transact(begin([8; 16], Vec::new(), &[]));
+    assert!(
+        matches!(reply, TransactionReply::Recorded { .. }),
+        "{reply:?}"
+    );
+}
+
+#[test]
+fn a_held_offset_is_moved_by_its_transaction_alone() {
+    let mut machine = Fixture::new();
+    let fine = TransactionReply::Held(vec![HoldVerdict::Fine]);
+    assert_eq!(machine.commit(0, 3), CommitVerdict::Done);
+    let behind = TransactionReply::Held(vec![HoldVerdict::Behind { committed: 3 }]);
+    assert_eq!(machine.hold(ID, 0, 2), behind);
+    assert_eq!(machine.hold(ID, 0, 5), fine);
+    assert_eq!(machine.hold(ID, 0, 5), fine);
+    let other = TransactionReply::Held(vec![HoldVerdict::HeldByOther]);
+    assert_eq!(machine.hold([8; 16], 0, 6), other);
+    assert_eq!(machine.commit(0, 9), CommitVerdict::Held);
+    assert_eq!(machine.commit(1, 1), CommitVerdict::Done);
+    assert_eq!(machine.committed(), [3, 1]);
+    // Another transaction's end is none of its.
+    machine.settle_offsets([8; 16], true);
+    assert_eq!(machine.commit(0, 9), CommitVerdict::Held);
+    for _ in 0..2 {
+        machine.settle_offsets(ID, true);
+        assert_eq!(machine.committed(), [5, 1]);
+    }
+    assert_eq!(machine.commit(0, 4), CommitVerdict::Done);
+    machine.settle_offsets(ID, true);
+    assert_eq!(machine.committed(), [4, 1]);
+}
+
+#[test]
+fn a_rollback_lets_go_and_a_late_hold_is_refused() {
+    let mut machine = Fixture::new();
+    machine.hold(ID, 0, 5);
+    machine.settle_offsets(ID, false);
+    assert_eq!(machine.committed(), [0u64; 0]);
+    assert_eq!(machine.commit(0, 1), CommitVerdict::Done);
+    assert_eq!(machine.hold(ID, 0, 5), TransactionReply::HoldTooLate);
+    // Never prepared here, but over all the same.
+    machine.settle_offsets([8; 16], false);
+    assert_eq!(machine.hold([8; 16], 0, 5), TransactionReply::HoldTooLate);
+    let late = TransactionCommand::HoldOffsets {
+        id: [9; 16],
+        group: "g".to_owned(),
+        offsets: Vec::new(),
+        member: None,
+        until_ms: machine.now_ms - 1,
+    };
+    assert_eq!(machine.transact(late), TransactionReply::HoldTooLate);
+}
+
+#[test]
+fn marks_go_when_no_late_hold_can_come() {
+    let mut machine = Fixture::new();
+    let marks = |machine: &Fixture| {
+        let group = machine.store.group(RaftGroupId(16));
+        let marks = group.scan(&records::mark_key("g", &[0; 16])[..4]).unwrap();
+        let times = group.scan(records::MARK_TIME_PREFIX).unwrap();
+        assert_eq!(marks.len(), times.len());
+        marks.len()
+    };
+    for n in 0..10 {
+        machine.settle_offsets([n; 16], false);
+    }
+    assert_eq!(marks(&machine), 10);
+    machine.now_ms += 3_600_000;
+    for n in 10..20 {
+        machine.settle_offsets([n; 16], false);
+    }
+    assert_eq!(marks(&machine), 10);
+}
+
+#[test]
+fn one_bad_offset_holds_none() {
+    let mut machine = Fixture::new();
+    machine.commit(1, 9);
+    let at = |queue, offset| QueueOffset {
+        topic: 1,
+        queue,
+        offset,
+    };
+    let hold = TransactionCommand::HoldOffsets {
+        id: ID,
+        group: "g".to_owned(),
+        offsets: vec![at(0, 1), at(1, 1)],
+        member: None,
+        until_ms: u64::MAX,
+    };
+    let expected = vec![HoldVerdict::Fine, HoldVerdict::Behind { committed: 9 }];
+    assert_eq!(machine.transact(hold), TransactionReply::Held(expected));
+    assert_eq!(machine.commit(0, 3), CommitVerdict::Done);
+}
+
+#[test]
+fn whoever_waits_is_woken() {
+    let mut machine = Fixture::new();
+    let mut watched = machine.machine.view().watch_transactions();
+    watched.mark_unchanged();
+    machine.commit(0, 1);
+    assert!(!watched.has_changed().unwrap());
+    machine.begin(Vec::new(), &[]);
+    assert!(watched.has_changed().unwrap());
+}
