@@ -29,9 +29,9 @@ pub struct LocalQueue {
     /// Of the log as it was found at the start: ready once this has been applied.
     pub recovered_index: Option<u64>,
     pub(super) queued_bytes: AtomicUsize,
-    pub(super) backlog: BacklogGate,
     /// What is due is being delivered.
     pub(super) delivering: AtomicBool,
+    pub(super) backlog: BacklogGate,
     /// The running batcher, if there is one.
     pub(super) batcher: Mutex<Option<mpsc::UnboundedSender<Submission>>>,
 }
@@ -43,8 +43,8 @@ impl LocalQueue {
             shared,
             recovered_index,
             queued_bytes: AtomicUsize::new(0),
-            backlog: BacklogGate::default(),
             delivering: AtomicBool::new(false),
+            backlog: BacklogGate::default(),
             batcher: Mutex::new(None),
         })
     }

@@ -49,7 +49,7 @@ pub use error::{BrokerError, Outcome};
 pub use exchanges::{
     BindingDescription, ExchangeDescription, PublishAnswer, PublishRequest, Published,
 };
-pub use message_id::message_id;
+pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use transactions::{
     BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,
     WebhookPolicy, check_webhook_allowed, parse_transaction_id, transaction_results,

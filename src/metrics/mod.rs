@@ -207,6 +207,11 @@ impl Metrics {
             self.fetched_bytes.clone(),
         );
         r.register(
+            "delivered_batches",
+            "Batches of delayed messages that became visible, in queues led here",
+            self.delivered_batches.clone(),
+        );
+        r.register(
             "entry_messages",
             "Messages in one proposed Raft entry",
             self.entry_messages.clone(),
@@ -329,6 +334,11 @@ impl Metrics {
     /// Offsets of a consumer group were committed.
     pub fn observe_commit(&self, took: Duration) {
         self.commit_seconds.observe(took.as_secs_f64());
+    }
+
+    /// Delayed messages became visible.
+    pub fn observe_delivered(&self, batches: u64) {
+        self.delivered_batches.inc_by(batches);
     }
 
     /// One Raft entry was proposed.

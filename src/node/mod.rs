@@ -144,6 +144,7 @@ impl Node {
         metrics.collect_commit_log(log.clone());
         metrics.collect_disk(dir.clone());
         metrics.collect_raft(&host);
+        metrics.collect_held(&locals);
         metrics.collect_damage(config.node_id, catalog.clone());
         let scrubbed: Arc<Scrubbed> = Arc::default();
         metrics.collect_scrub(scrubbed.clone());
