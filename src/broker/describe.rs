@@ -32,6 +32,7 @@ impl Broker {
             node: self.node_id(),
             replica: own.map_or(0, |r| r.replica),
             applied_index: applied.map_or(0, |id| id.index),
+            purged_index: group.log().state().purged.map_or(0, |id| id.index),
             state_hash,
             leads: group.is_leader(),
         })

@@ -399,6 +399,8 @@ pub struct ReplicaDescription {
     pub replica: u64,
     /// Raft index of the last entry applied; 0 before the first.
     pub applied_index: u64,
+    /// Raft index up to which the log was purged; 0 while it has everything.
+    pub purged_index: u64,
     /// Of the state after that entry: equal on replicas at the same index.
     pub state_hash: u64,
     pub leads: bool,

@@ -15,6 +15,7 @@ mod offsets;
 mod one_way;
 mod produce;
 mod quotas;
+mod retention;
 mod strict;
 mod topics;
 mod transactions;

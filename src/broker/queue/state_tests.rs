@@ -304,11 +304,56 @@ fn what_a_forwarder_brings_again_is_stored_once_however_late() {
     assert_eq!(replica.machine.shared.bounds().end, 2);
 }
 
+#[test]
+fn a_trim_moves_the_beginning_forward_only_and_not_beyond_the_end() {
+    let mut replica = Replica::new();
+    replica.apply(&plain(1, 3));
+    replica.apply(&plain(2, 3));
+    let bounds = |replica: &Replica| {
+        let bounds = replica.machine.shared.bounds();
+        (bounds.earliest, bounds.end)
+    };
+    assert_eq!(replica.machine.oldest_needed().unwrap(), 1);
+    assert_eq!(replica.apply(&entry::trim(3, 4)), []);
+    assert_eq!(bounds(&replica), (4, 6));
+    assert!(replica.machine.wants_checkpoint());
+    assert!(!replica.machine.wants_checkpoint(), "once");
+    // The batch that holds offset 4 is still needed, the one before it is not.
+    assert_eq!(replica.machine.oldest_needed().unwrap(), 2);
+    replica.apply(&entry::trim(4, 2));
+    assert_eq!(bounds(&replica), (4, 6));
+    assert!(!replica.machine.wants_checkpoint(), "nothing changed");
+    replica.apply(&entry::trim(5, 99));
+    assert_eq!(bounds(&replica), (6, 6));
+    assert_eq!(replica.machine.oldest_needed().unwrap(), u64::MAX);
+    assert_eq!(stored(replica.apply(&plain(6, 1))[0]), (6, 1));
+}
+
+#[test]
+fn a_checkpoint_from_before_a_trim_needs_nothing_that_was_trimmed() {
+    let mut log = vec![plain(1, 3), plain(2, 3)];
+    let mut replica = Replica::new();
+    replica.apply(&log[0]);
+    replica.take_checkpoint();
+    let (at, old) = replica.checkpoint.clone().unwrap();
+    replica.apply(&log[1]);
+    log.push(entry::trim(3, 5));
+    replica.apply(&log[2]);
+    replica.take_checkpoint();
+    let hash = replica.machine.state_hash();
+    replica.checkpoint = Some((at, old));
+    let again = replica.restart(&log);
+    assert_eq!(again.machine.state_hash(), hash);
+    assert_eq!(again.machine.shared.bounds().earliest, 5);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Entry(Bytes),
     Checkpoint,
     Restart,
+    /// A newcomer takes its place: the boundary, then everything after it.
+    Replace,
 }
 
 fn any_mark(key: u8, number: u64) -> Mark {
@@ -342,6 +387,7 @@ fn any_entry() -> impl Strategy<Value = Bytes> {
         1 => (0..2 * REMEMBER_MS, 0..4u16).prop_map(|(ms, n)| entry::deliver(ms, n)),
         1 => (0..3u8, any::<bool>()).prop_map(|(id, end)| entry::settle(1, &[id; 16], end)),
         1 => (1..40u64, 0..3u16).prop_map(|(i, n)| entry::cancel(1, LogId::new(1, i), n)),
+        2 => (0..60u64).prop_map(|offset| entry::trim(1, offset)),
         1 => proptest::collection::vec(any::<u8>(), 0..20).prop_map(Bytes::from),
     ]
 }
@@ -351,6 +397,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         8 => any_entry().prop_map(Step::Entry),
         1 => Just(Step::Checkpoint),
         1 => Just(Step::Restart),
+        1 => Just(Step::Replace),
     ]
 }
 
@@ -371,14 +418,31 @@ proptest! {
                 }
                 Step::Checkpoint => drop(shaken.take_checkpoint()),
                 Step::Restart => shaken = shaken.restart(&log),
+                Step::Replace => {
+                    // Only a checkpoint from before everything needed may be its boundary.
+                    let needed = shaken.machine.oldest_needed().unwrap();
+                    let boundary = shaken.checkpoint.clone();
+                    if let Some((last, state)) = boundary.filter(|(last, _)| last.index < needed) {
+                        let mut newcomer = Replica::new();
+                        newcomer.machine.install(last, &state).unwrap();
+                        newcomer.applied = last.index;
+                        newcomer.checkpoint = Some((last, state));
+                        for body in &log[last.index as usize..] {
+                            newcomer.apply(body);
+                        }
+                        shaken = newcomer;
+                    }
+                }
             }
             prop_assert_eq!(steady.machine.state_hash(), shaken.machine.state_hash());
         }
         let ends = (steady.machine.index.end_offset(), shaken.machine.index.end_offset());
         prop_assert_eq!(ends.0, ends.1);
+        let bounds = (steady.machine.shared.bounds(), shaken.machine.shared.bounds());
+        prop_assert_eq!(bounds.0, bounds.1);
         prop_assert_eq!(
-            steady.machine.index.find_from(0, 1000).unwrap(),
-            shaken.machine.index.find_from(0, 1000).unwrap()
+            steady.machine.index.find_from(bounds.0.earliest, 1000).unwrap(),
+            shaken.machine.index.find_from(bounds.0.earliest, 1000).unwrap()
         );
     }
 }

@@ -20,6 +20,8 @@ pub struct ReplicaBody {
     replica: u64,
     /// Raft index of the last entry applied; 0 before the first.
     applied_index: u64,
+    /// Raft index up to which its log was purged by retention; 0 while it has everything.
+    purged_index: u64,
     /// Of the state after that entry, in hexadecimal: the same on all replicas at one index.
     state_hash: String,
     /// `leader` or `follower`.
@@ -32,6 +34,7 @@ impl From<&ReplicaDescription> for ReplicaBody {
             node: replica.node,
             replica: replica.replica,
             applied_index: replica.applied_index,
+            purged_index: replica.purged_index,
             state_hash: format!("{:016x}", replica.state_hash),
             role: if replica.leads { "leader" } else { "follower" },
         }

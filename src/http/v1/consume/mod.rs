@@ -1,6 +1,7 @@
 //! Consume: fetch with long poll, live stream, many queues at once, stored batches.
 
 mod batches;
+mod out_of_range;
 mod query;
 mod render;
 mod stream;
@@ -68,6 +69,7 @@ where
         ("tag" = Option<String>, Query, description = "`created||paid`: only messages with one of these tags"),
         ("consistency" = Option<String>, Query, description = "`linearizable` (default) or `stale`"),
         ("encoding" = Option<String>, Query, description = "`base64` forces value_base64"),
+        ("on_out_of_range" = Option<String>, Query, description = "`earliest` or `latest`: go on there where the offset is gone or was never there; default `error`, a 416"),
         ("Last-Event-ID" = Option<u64>, Header, description = "Event stream: offset of the last message seen"),
     ),
     responses(
@@ -92,11 +94,11 @@ pub async fn fetch(
             stream::response(state, fetch, last).await
         }
         Form::Batches => {
-            let answer = fetch_raw(&state, fetch.request).await?;
+            let answer = fetch_raw(&state, &fetch).await?;
             batches::response(answer, &state.budget)
         }
         Form::Json => {
-            let answer = fetch_one(&state, fetch.request).await?;
+            let answer = fetch_one(&state, &fetch).await?;
             render::response(&answer, fetch.encoding, &state.budget)
         }
     }
@@ -107,14 +109,16 @@ fn unwaited(begun: Instant, wait_ms: u64) -> Option<Duration> {
     (wait_ms == 0).then(|| begun.elapsed())
 }
 
-async fn fetch_one(state: &HttpState, request: FetchRequest) -> BrokerResult<FetchAnswer> {
+async fn fetch_one(state: &HttpState, fetch: &Fetch) -> BrokerResult<FetchAnswer> {
+    let request = &fetch.request;
     let (begun, wait) = (Instant::now(), request.wait_ms);
     let answer = until_shutdown(state, wait, |broker, wait_ms| {
         let asked = FetchRequest {
             wait_ms,
             ..request.clone()
         };
-        async move { broker.fetch(asked).await }
+        let fallback = fetch.on_out_of_range;
+        async move { out_of_range::fetch(asked, fallback, |r| broker.fetch(r)).await }
     })
     .await?;
     let (messages, bytes) = (answer.messages.len(), render::value_bytes(&answer.messages));
@@ -124,14 +128,16 @@ async fn fetch_one(state: &HttpState, request: FetchRequest) -> BrokerResult<Fet
     Ok(answer)
 }
 
-async fn fetch_raw(state: &HttpState, request: FetchRequest) -> BrokerResult<RawFetchAnswer> {
+async fn fetch_raw(state: &HttpState, fetch: &Fetch) -> BrokerResult<RawFetchAnswer> {
+    let request = &fetch.request;
     let (begun, wait) = (Instant::now(), request.wait_ms);
     let answer = until_shutdown(state, wait, |broker, wait_ms| {
         let asked = FetchRequest {
             wait_ms,
             ..request.clone()
         };
-        async move { broker.fetch_raw(asked).await }
+        let fallback = fetch.on_out_of_range;
+        async move { out_of_range::fetch(asked, fallback, |r| broker.fetch_raw(r)).await }
     })
     .await?;
     let bytes: usize = answer.batches.iter().map(bytes::Bytes::len).sum();

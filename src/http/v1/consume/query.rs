@@ -5,6 +5,7 @@ use serde::Deserialize;
 use utoipa::ToSchema;
 
 use super::super::produce::BATCHES;
+use super::out_of_range;
 use crate::broker::{Consistency, FetchRequest, MultiFetchRequest, StartAt};
 use crate::http::error::ApiError;
 use crate::http::object;
@@ -66,6 +67,8 @@ pub enum Encoding {
 pub struct Fetch {
     pub request: FetchRequest,
     pub encoding: Encoding,
+    /// Where to go on instead of answering 416.
+    pub on_out_of_range: Option<StartAt>,
 }
 
 impl Fetch {
@@ -79,6 +82,7 @@ impl Fetch {
             "tag",
             "consistency",
             "encoding",
+            "on_out_of_range",
         ])?;
         let tags = params.get("tag").map(tags).transpose()?.unwrap_or_default();
         let encoding = encoding(params.get("encoding"))?;
@@ -97,7 +101,11 @@ impl Fetch {
             tags,
             consistency: consistency(params.get("consistency"))?,
         };
-        Ok(Self { request, encoding })
+        Ok(Self {
+            request,
+            encoding,
+            on_out_of_range: out_of_range::parse(params.get("on_out_of_range"))?,
+        })
     }
 }
 
@@ -278,7 +286,8 @@ mod tests {
             fetch,
             Fetch {
                 request: expected,
-                encoding: Encoding::Auto
+                encoding: Encoding::Auto,
+                on_out_of_range: None,
             }
         );
     }

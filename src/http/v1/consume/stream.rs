@@ -11,6 +11,7 @@ use bytes::Bytes;
 use futures_util::stream;
 use tokio::time::Instant;
 
+use super::out_of_range;
 use super::query::{Encoding, Fetch};
 use super::render::{MessageOut, value_bytes};
 use crate::broker::{BrokerError, FetchAnswer, FetchRequest, StartAt};
@@ -28,6 +29,7 @@ struct Live {
     /// What the stream began with: a topic that is made again is another one.
     group: u64,
     encoding: Encoding,
+    on_out_of_range: Option<StartAt>,
     ready: VecDeque<Bytes>,
     last_sign: Instant,
     ended: bool,
@@ -56,13 +58,16 @@ pub async fn response(
         request.start = StartAt::Offset(last.saturating_add(1));
     }
     request.wait_ms = 0;
-    let first = state.broker.fetch(request.clone()).await?;
+    let on_out_of_range = fetch.on_out_of_range;
+    let ask = |request| state.broker.fetch(request);
+    let first = out_of_range::fetch(request.clone(), on_out_of_range, ask).await?;
     let mut live = Live {
         last_sign: Instant::now(),
         state,
         request,
         group: first.group,
         encoding: fetch.encoding,
+        on_out_of_range,
         ready: VecDeque::new(),
         ended: false,
     };
@@ -134,6 +139,12 @@ impl Live {
                     Ok(answer) => if !self.take(&answer) {
                         pause_until(ping_at).await;
                     },
+                    // A slow reader, and retention has overtaken it.
+                    Err(BrokerError::OffsetOutOfRange { .. })
+                        if let Some(start) = self.on_out_of_range =>
+                    {
+                        self.request.start = start;
+                    }
                     // Between two leaders: the stream waits, pings go on.
                     Err(error) if waits(&error) => pause_until(ping_at).await,
                     Err(error) => {
