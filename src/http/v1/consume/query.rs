@@ -9,7 +9,7 @@ use super::out_of_range;
 use crate::broker::{Consistency, FetchRequest, MultiFetchRequest, StartAt};
 use crate::http::error::ApiError;
 use crate::http::object;
-use crate::http::path::{TopicQueue, checked_name};
+use crate::http::path::{TopicQueue, checked_topic};
 use crate::http::query::{Params, bounded};
 
 const DEFAULT_MESSAGES: usize = 100;
@@ -225,7 +225,7 @@ impl FetchManyBody {
             )));
         }
         for from in &self.queues {
-            checked_name("topic name", &from.topic)?;
+            checked_topic(&from.topic)?;
         }
         Ok(MultiFetchRequest {
             queues: self
