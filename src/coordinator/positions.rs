@@ -47,11 +47,14 @@ impl CoordinatorView {
     }
 }
 
-/// The queue that a committed offset is for.
+/// The queue that a users' group committed an offset for. The server's own groups say by theirs
+/// where forwarders are, in other queues.
 fn place(key: &[u8]) -> Option<(TopicId, u32)> {
     let mut fields = KeyReader::new(key);
     fields.u8()?;
-    fields.bytes()?;
+    if fields.bytes()?.starts_with(b"_") {
+        return None;
+    }
     Some((fields.u64()?, fields.u32()?))
 }
 
@@ -75,12 +78,16 @@ mod tests {
         commit("a\0b", 7, 0, 3);
         commit("c", 7, 1, 9);
         commit("c", 8, 0, 1);
+        commit("_exchange.1", 7, 0, 1);
         for n in 0..2 * PAGE as u64 {
             commit(&format!("many-{n}"), 9, 0, 4000 - n);
         }
         records.commit(LogId::new(1, 1)).unwrap();
         let found = records.view().lowest_offsets(&[7, 9]).unwrap();
         let found: Vec<_> = found.iter().map(|o| (o.topic, o.queue, o.offset)).collect();
-        assert_eq!(found, [(7, 0, 3), (7, 1, 9), (9, 0, 4001 - 2 * PAGE as u64)]);
+        assert_eq!(
+            found,
+            [(7, 0, 3), (7, 1, 9), (9, 0, 4001 - 2 * PAGE as u64)]
+        );
     }
 }

@@ -77,7 +77,8 @@ impl Metrics {
             let queues = local.upgrade().map(|local| local.queues());
             let held = queues.unwrap_or_default();
             let held: u64 = held.iter().map(|queue| queue.shared.held()).sum();
-            let help = "Delayed messages and parts of open transactions in the replicas of this node";
+            let help =
+                "Delayed messages and parts of open transactions in the replicas of this node";
             vec![("held_batches", help, Sample::Gauge(held as f64))]
         });
     }

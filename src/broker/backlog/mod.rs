@@ -138,7 +138,9 @@ impl Broker {
     pub(super) fn queue_of(&self, group: u64) -> Option<(Arc<Topic>, u32)> {
         let catalog = self.catalog();
         match catalog.owner(RaftGroupId(group))? {
-            GroupOwner::Queue { topic, queue } => Some((catalog.topics.get(&topic)?.clone(), queue)),
+            GroupOwner::Queue { topic, queue } => {
+                Some((catalog.topics.get(&topic)?.clone(), queue))
+            }
             _ => None,
         }
     }
@@ -311,7 +313,10 @@ mod tests {
             oldest_age_ms: 0,
         };
         assert_eq!(judge(&ten, held(7), load(2, 9), load(1, 9)), Verdict::Fits);
-        assert_eq!(judge(&ten, held(7), load(3, 9), load(1, 9)), Verdict::InFlight);
+        assert_eq!(
+            judge(&ten, held(7), load(3, 9), load(1, 9)),
+            Verdict::InFlight
+        );
         assert_eq!(judge(&ten, held(10), load(0, 0), load(1, 9)), Verdict::Full);
         assert_eq!(judge(&ten, held(9), load(0, 0), load(2, 9)), Verdict::Full);
     }
@@ -324,7 +329,10 @@ mod tests {
         };
         let bytes = limits(None, Some(100), None);
         assert_eq!(judge(&bytes, held, load(0, 0), load(1, 10)), Verdict::Fits);
-        assert_eq!(judge(&bytes, held, load(1, 1), load(1, 10)), Verdict::InFlight);
+        assert_eq!(
+            judge(&bytes, held, load(1, 1), load(1, 10)),
+            Verdict::InFlight
+        );
         assert_eq!(judge(&bytes, held, load(0, 0), load(1, 11)), Verdict::Full);
         let age = |max| judge(&limits(None, None, Some(max)), held, load(9, 9), load(9, 9));
         assert_eq!((age(50), age(49)), (Verdict::Fits, Verdict::Full));
