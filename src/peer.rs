@@ -104,16 +104,16 @@ pub enum PeerRequest {
         version: u64,
         timeout_ms: u64,
     },
+    Transactions {
+        coordinator: u32,
+        query: TransactionQuery,
+    },
     /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
     /// with proof that no commit is missing, if asked for.
     LowestOffsets {
         coordinator: u32,
         topics: Vec<u64>,
         prove: bool,
-    },
-    Transactions {
-        coordinator: u32,
-        query: TransactionQuery,
     },
 }
 

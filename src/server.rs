@@ -119,6 +119,7 @@ fn node_config(config: &ServerConfig) -> NodeConfig {
         checkpoint_every: config.raft.checkpoint_every,
         broker: BrokerConfig {
             write_timeout: ms(config.limits.write_timeout_ms),
+            transaction_prepare: ms(config.limits.write_timeout_ms.max(5_000) * 6),
             webhooks: WebhookPolicy {
                 allow: config.transactions.webhook_allow.0.clone(),
                 secret: config.transactions.webhook_secret.0.clone(),

@@ -27,6 +27,9 @@ pub struct BrokerConfig {
     pub max_queued_bytes: usize,
     /// A queue's batcher ends after this long without work.
     pub batcher_idle: Duration,
+    /// A transaction is rolled back if what it is made of was not stored in this time. More than a
+    /// write may take.
+    pub transaction_prepare: Duration,
     /// Where producers may have their transactions' checks sent.
     pub webhooks: WebhookPolicy,
     /// Between two looks for messages that their topic keeps no longer.
@@ -46,6 +49,7 @@ impl Default for BrokerConfig {
             max_queued_bytes_per_queue: 64 << 20,
             max_queued_bytes: 256 << 20,
             batcher_idle: Duration::from_secs(30),
+            transaction_prepare: Duration::from_secs(30),
             webhooks: WebhookPolicy::default(),
             retention_check: Duration::from_secs(30),
         }

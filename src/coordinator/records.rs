@@ -159,10 +159,6 @@ pub struct CoordinatorView {
 }
 
 impl CoordinatorView {
-    pub(super) fn records(&self) -> &DerivedGroup {
-        &self.records
-    }
-
     /// Changes whenever a transaction may have changed.
     pub fn watch_transactions(&self) -> watch::Receiver<()> {
         self.transactions.clone()

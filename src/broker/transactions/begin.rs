@@ -30,15 +30,15 @@ const HOLD_SLACK_MS: u64 = 600_000;
 const MAX_LIFE_MS: u64 = 7 * 24 * 3_600_000;
 
 /// One batch on its way into its queue.
-struct Prepare {
+pub(super) struct Prepare {
     topic: Arc<Topic>,
-    part: Part,
+    pub part: Part,
     batch: NewBatch,
 }
 
 /// A consumer group's offsets on their way into its coordinator.
-struct Offsets {
-    group: String,
+pub(super) struct Offsets {
+    pub group: String,
     asked: Vec<TransactionOffset>,
     offsets: Vec<QueueOffset>,
     member: Option<MemberMark>,
@@ -62,6 +62,7 @@ impl Broker {
             check_url: request.check_url,
             parts: batches.iter().map(|b| b.part.clone()).collect(),
             offset_groups: offsets.iter().map(|o| o.group.clone()).collect(),
+            prepare_ms: self.prepare_ms(),
         };
         let command = TransactionCommand::Begin { id, new };
         self.record_and_prepare(&id, command, batches, offsets)
@@ -76,9 +77,17 @@ impl Broker {
     ) -> BrokerResult<Transaction> {
         let batches = self.encode_messages(messages).await?;
         let parts = batches.iter().map(|b| b.part.clone()).collect();
-        let command = TransactionCommand::Extend { id: *id, parts };
+        let command = TransactionCommand::Extend {
+            id: *id,
+            parts,
+            prepare_ms: self.prepare_ms(),
+        };
         self.record_and_prepare(id, command, batches, Vec::new())
             .await
+    }
+
+    fn prepare_ms(&self) -> u64 {
+        self.config.transaction_prepare.as_millis() as u64
     }
 
     fn check_begin(&self, request: &BeginTransaction) -> BrokerResult<()> {
@@ -106,7 +115,7 @@ impl Broker {
     }
 
     /// One batch for each queue the messages go to.
-    async fn encode_messages(
+    pub(super) async fn encode_messages(
         &self,
         messages: Vec<TransactionMessage>,
     ) -> BrokerResult<Vec<Prepare>> {
@@ -157,7 +166,10 @@ impl Broker {
     }
 
     /// Looks at what can be looked at before anything is recorded, and sorts by consumer group.
-    async fn check_offsets(&self, asked: Vec<TransactionOffset>) -> BrokerResult<Vec<Offsets>> {
+    pub(super) async fn check_offsets(
+        &self,
+        asked: Vec<TransactionOffset>,
+    ) -> BrokerResult<Vec<Offsets>> {
         let mut groups: Vec<Offsets> = Vec::new();
         for offset in asked {
             check_group_name(&offset.group)?;
@@ -243,7 +255,7 @@ impl Broker {
         }
     }
 
-    async fn prepare_part(
+    pub(super) async fn prepare_part(
         &self,
         id: &TransactionId,
         number: u32,
@@ -270,7 +282,7 @@ impl Broker {
         }
     }
 
-    async fn hold_offsets(
+    pub(super) async fn hold_offsets(
         &self,
         id: &TransactionId,
         offsets: Offsets,

@@ -100,7 +100,7 @@ impl Broker {
     }
 
     /// Where the parts in this queue are after a commit.
-    async fn settle_queue(
+    pub(super) async fn settle_queue(
         &self,
         id: &TransactionId,
         group: u64,
@@ -126,7 +126,7 @@ impl Broker {
         Ok(settled.parts)
     }
 
-    async fn settle_offsets(
+    pub(super) async fn settle_offsets(
         &self,
         id: &TransactionId,
         group: &str,

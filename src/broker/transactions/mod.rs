@@ -11,6 +11,9 @@ mod end;
 mod read;
 mod webhook;
 
+#[cfg(test)]
+mod tests;
+
 pub(super) use duty::run as run_duty;
 pub use read::TransactionQuery;
 pub use webhook::{WebhookPolicy, check_allowed as check_webhook_allowed};

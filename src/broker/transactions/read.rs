@@ -78,6 +78,8 @@ impl Broker {
             }
         }
         found.sort_by_key(|t| (t.created_ms, t.id));
+        // Seen in two states while it changed.
+        found.dedup_by_key(|t| t.id);
         found.truncate(filter.limit as usize);
         Ok(found)
     }

@@ -11,7 +11,7 @@ use super::records::{
 };
 use super::{
     Decision, KEPT_MS, MAX_BYTES, MAX_ENDED, MAX_MESSAGES, MAX_OFFSET_GROUPS, MAX_OPEN,
-    MAX_OPEN_PER_GROUP, NewTransaction, OffsetsRecord, PREPARE_MS, Part, PartRecord, PreparedParts,
+    MAX_OPEN_PER_GROUP, NewTransaction, OffsetsRecord, Part, PartRecord, PreparedParts,
     Transaction, TransactionCommand, TransactionCounts, TransactionReply, TransactionState,
 };
 use crate::broker::queue::Place;
@@ -29,9 +29,13 @@ impl CoordinatorMachine {
     pub(in crate::coordinator) fn transact(&mut self, command: TransactionCommand) -> Answer {
         match command {
             TransactionCommand::Begin { id, new } => self.begin_transaction(id, new),
-            TransactionCommand::Extend { id, parts } => {
-                self.change_transaction(&id, |found, now_ms| extend(found, parts, now_ms))
-            }
+            TransactionCommand::Extend {
+                id,
+                parts,
+                prepare_ms,
+            } => self.change_transaction(&id, |found, now_ms| {
+                extend(found, parts, now_ms.saturating_add(prepare_ms))
+            }),
             TransactionCommand::Prepared { id, parts } => {
                 self.change_transaction(&id, |found, now_ms| prepared(found, parts, now_ms))
             }
@@ -113,7 +117,8 @@ impl CoordinatorMachine {
             decided_ms: 0,
             done_ms: None,
         };
-        let reply = match add_parts(&mut transaction, new.parts, now_ms) {
+        let prepare_by_ms = now_ms.saturating_add(new.prepare_ms);
+        let reply = match add_parts(&mut transaction, new.parts, prepare_by_ms) {
             Ok(reply) => reply,
             Err(refused) => return Ok(refused),
         };
@@ -281,7 +286,7 @@ fn ended(transaction: &Transaction) -> TransactionReply {
 fn add_parts(
     transaction: &mut Transaction,
     parts: Vec<Part>,
-    now_ms: u64,
+    prepare_by_ms: u64,
 ) -> Result<TransactionReply, TransactionReply> {
     let count: usize = parts.iter().map(|p| p.messages.len()).sum();
     let bytes = parts
@@ -316,7 +321,6 @@ fn add_parts(
             place: None,
         }
     }));
-    let prepare_by_ms = now_ms.saturating_add(PREPARE_MS);
     transaction.prepare_by_ms = Some(prepare_by_ms);
     Ok(TransactionReply::Recorded {
         first_part,
@@ -332,7 +336,7 @@ fn settle_preparation(transaction: &mut Transaction) {
     }
 }
 
-fn extend(transaction: &mut Transaction, parts: Vec<Part>, now_ms: u64) -> TransactionReply {
+fn extend(transaction: &mut Transaction, parts: Vec<Part>, prepare_by_ms: u64) -> TransactionReply {
     if transaction.decision.is_some() {
         return ended(transaction);
     }
@@ -341,7 +345,7 @@ fn extend(transaction: &mut Transaction, parts: Vec<Part>, now_ms: u64) -> Trans
     }
     // An earlier request that is being prepared keeps its time.
     let earlier = transaction.prepare_by_ms;
-    match add_parts(transaction, parts, now_ms) {
+    match add_parts(transaction, parts, prepare_by_ms) {
         Ok(reply) => {
             transaction.prepare_by_ms = earlier.or(transaction.prepare_by_ms);
             settle_preparation(transaction);

@@ -39,8 +39,6 @@ pub const MAX_OPEN: u64 = 50_000;
 /// An ended transaction is remembered this long, unless more than [`MAX_ENDED`] ended since.
 pub const KEPT_MS: u64 = 24 * 3_600_000;
 pub const MAX_ENDED: u64 = 20_000;
-/// Until when all participants must be prepared; a client that died before is not waited for.
-pub const PREPARE_MS: u64 = 30_000;
 /// Whoever decided settles the participants. If they are not settled after this time, the
 /// coordinator's leader does it.
 pub const RESUME_AFTER_MS: u64 = 2_000;
@@ -90,6 +88,8 @@ pub struct NewTransaction {
     pub parts: Vec<Part>,
     /// Consumer groups, each once.
     pub offset_groups: Vec<String>,
+    /// All must be prepared in this time: who began it may have died.
+    pub prepare_ms: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -123,7 +123,11 @@ pub enum TransactionCommand {
         new: NewTransaction,
     },
     /// Records more of them.
-    Extend { id: TransactionId, parts: Vec<Part> },
+    Extend {
+        id: TransactionId,
+        parts: Vec<Part>,
+        prepare_ms: u64,
+    },
     Prepared {
         id: TransactionId,
         parts: PreparedParts,

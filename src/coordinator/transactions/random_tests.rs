@@ -10,7 +10,7 @@ use quorate_raft::StateMachine;
 use quorate_storage::derived::DerivedStore;
 use quorate_storage::{LogId, RaftGroupId};
 
-use super::tests::{begin, part, place};
+use super::tests::{PREPARE_MS, begin, part, place};
 use super::*;
 use crate::coordinator::{CoordinatorCommand, CoordinatorMachine, stamp};
 
@@ -106,6 +106,7 @@ fn command(
         Step::Extend => TransactionCommand::Extend {
             id,
             parts: vec![part(22, &[0])],
+            prepare_ms: PREPARE_MS,
         },
         Step::Prepared {
             first,

@@ -8,7 +8,7 @@
 //! | `U` 2 | counts |
 //! | `U` 3, producer group | u32: how many of it are undecided |
 //! | `U` 4, forget at ms u64, consumer group, id | nothing: when a mark may go |
-//! | `w`, producer group, class u8, id | nothing |
+//! | `w`, state u8, producer group, id | nothing: by what transactions are listed |
 //! | `h`, consumer group, 0, topic u64, queue u32 | the offset a transaction holds there |
 //! | `h`, consumer group, 1, id | nothing: a mark that the transaction is over here |
 
@@ -22,35 +22,12 @@ pub(super) const COUNTS_KEY: &[u8] = &[b'U', 2];
 pub(super) const DUE_PREFIX: &[u8] = &[b'U', 0];
 pub(super) const ENDED_PREFIX: &[u8] = &[b'U', 1];
 pub(super) const MARK_TIME_PREFIX: &[u8] = &[b'U', 4];
-pub(super) const LISTED_PREFIX: &[u8] = b"w";
 
 /// An offset that a transaction will commit or let go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct HeldOffset {
     pub transaction: TransactionId,
     pub offset: u64,
-}
-
-/// By what transactions are listed: a part of the key, so that few of one class are found among
-/// many of another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Class {
-    Undecided = 0,
-    NeedsCheck = 1,
-    Decided = 2,
-}
-
-impl From<TransactionState> for Class {
-    fn from(state: TransactionState) -> Self {
-        use TransactionState as S;
-        match state {
-            S::Preparing | S::Open => Self::Undecided,
-            S::NeedsCheck => Self::NeedsCheck,
-            S::Committing | S::Committed | S::RollingBack | S::RolledBack | S::Expired => {
-                Self::Decided
-            }
-        }
-    }
 }
 
 pub(super) fn transaction_key(id: &TransactionId) -> Vec<u8> {
@@ -80,17 +57,17 @@ pub(super) fn open_count_key(producer_group: &str) -> Vec<u8> {
     key.text(producer_group).build()
 }
 
-pub(super) fn listed_prefix(producer_group: &str, class: Option<Class>) -> Vec<u8> {
-    let key = KeyBuilder::new().u8(b'w').text(producer_group);
-    match class {
-        Some(class) => key.u8(class as u8).build(),
+/// Of the transactions in one state; of one producer group among them.
+pub(super) fn listed_prefix(state: TransactionState, producer_group: Option<&str>) -> Vec<u8> {
+    let key = KeyBuilder::new().u8(b'w').u8(state as u8);
+    match producer_group {
+        Some(group) => key.text(group).build(),
         None => key.build(),
     }
 }
 
 pub(super) fn listed_key(transaction: &Transaction) -> Vec<u8> {
-    let class = Class::from(transaction.state());
-    let mut key = listed_prefix(&transaction.producer_group, Some(class));
+    let mut key = listed_prefix(transaction.state(), Some(&transaction.producer_group));
     key.extend_from_slice(&transaction.id);
     key
 }

@@ -18,6 +18,15 @@ pub(super) struct Fixture {
 }
 
 pub(super) const ID: TransactionId = [7; 16];
+pub(super) const PREPARE_MS: u64 = 30_000;
+
+fn extend(parts: Vec<Part>) -> TransactionCommand {
+    TransactionCommand::Extend {
+        id: ID,
+        parts,
+        prepare_ms: PREPARE_MS,
+    }
+}
 
 impl Fixture {
     pub fn new() -> Self {
@@ -169,6 +178,7 @@ pub(super) fn begin(
         check_url: None,
         parts,
         offset_groups: offset_groups.iter().map(|g| (*g).to_owned()).collect(),
+        prepare_ms: PREPARE_MS,
     };
     TransactionCommand::Begin { id, new }
 }
@@ -242,7 +252,7 @@ fn a_rollback_needs_nothing_prepared_and_stands() {
         TransactionReply::Ended(_)
     ));
     let parts = vec![part(21, &[0])];
-    let extended = machine.transact(TransactionCommand::Extend { id: ID, parts });
+    let extended = machine.transact(extend(parts));
     assert!(matches!(extended, TransactionReply::Ended(_)));
     machine.settled(20, vec![(0, place(3))]);
     assert_eq!(machine.state(), TransactionState::RollingBack);
@@ -262,7 +272,7 @@ fn more_messages_must_be_prepared_before_the_commit() {
     assert_eq!(machine.state(), TransactionState::Open);
     for number in 0..2 {
         let parts = vec![part(20, &[0]), part(21, &[1])];
-        let reply = machine.transact(TransactionCommand::Extend { id: ID, parts });
+        let reply = machine.transact(extend(parts));
         let expected = TransactionReply::Recorded {
             first_part: number * 2,
             prepare_by_ms: machine.now_ms + PREPARE_MS,
@@ -402,7 +412,7 @@ fn a_transaction_and_a_producer_group_have_bounds() {
     machine.begin(vec![part(20, &all)], &[]);
     machine.prepared(0, 1, false);
     let parts = vec![part(20, &[0])];
-    let reply = machine.transact(TransactionCommand::Extend { id: ID, parts });
+    let reply = machine.transact(extend(parts));
     assert!(matches!(reply, TransactionReply::Invalid(text) if text.contains("1000")));
     let large = Part {
         bytes: MAX_BYTES + 1,
