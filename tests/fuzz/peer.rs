@@ -79,6 +79,11 @@ fn write_the_corpus() {
         consumer_group: "billing".to_owned(),
     };
     keep("offsets", encode(&offsets));
+    let catalog = PeerRequest::AwaitCatalog {
+        version: 300,
+        timeout_ms: 1000,
+    };
+    keep("catalog", encode(&catalog));
     let view = GroupView {
         leader: Some(2),
         term: 7,
