@@ -70,7 +70,10 @@ impl Api {
     }
 
     /// An error: nobody knows what became of the request. The next one goes to another node.
-    fn read(&mut self, answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Result<Answer> {
+    fn read(
+        &mut self,
+        answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+    ) -> Result<Answer> {
         let answer = (|| {
             let mut answer = answer?;
             let status = answer.status().as_u16();

@@ -20,7 +20,12 @@ pub struct Service {
 }
 
 impl Service {
-    pub fn new(part: &'static str, number: usize, settings: &Settings, until_ms: u64) -> Result<Self> {
+    pub fn new(
+        part: &'static str,
+        number: usize,
+        settings: &Settings,
+        until_ms: u64,
+    ) -> Result<Self> {
         let name = format!("{part}-{number}");
         let log = settings.home.join(format!("{name}.log"));
         let log = File::options().create(true).append(true).open(log)?;

@@ -115,7 +115,14 @@ fn settle(settings: &Settings, api: &mut Api, services: &mut [Service]) -> Resul
 
 /// What is not settled yet.
 fn left(settings: &Settings, api: &mut Api) -> Result<Option<String>> {
-    for state in ["open", "needs_check"] {
+    // Also those that are decided: their messages become visible a moment later.
+    for state in [
+        "preparing",
+        "open",
+        "needs_check",
+        "committing",
+        "rolling_back",
+    ] {
         let path = format!("/v1/transactions?producer_group={PRODUCER_GROUP}&state={state}");
         let answer = api.get(&path)?;
         let Some(open) = answer.body["transactions"].as_array() else {
@@ -131,7 +138,9 @@ fn left(settings: &Settings, api: &mut Api) -> Result<Option<String>> {
         let end = topic["queues"][queue]["end_offset"].as_u64();
         let next = points::next_offset(&db, queue)?;
         if end != Some(next) {
-            return Ok(Some(format!("queue {queue} is consumed to {next} of {end:?}")));
+            return Ok(Some(format!(
+                "queue {queue} is consumed to {next} of {end:?}"
+            )));
         }
     }
     Ok(None)

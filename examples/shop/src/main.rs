@@ -43,13 +43,17 @@ impl Settings {
     fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
         let mut settings = Self {
             home: PathBuf::from("shop-data"),
-            urls: (1..=3).map(|n| format!("http://127.0.0.1:808{n}")).collect(),
+            urls: (1..=3)
+                .map(|n| format!("http://127.0.0.1:808{n}"))
+                .collect(),
             until_ms: u64::MAX,
             seconds: 60,
             cluster: None,
         };
         while let Some(name) = arguments.next() {
-            let value = arguments.next().with_context(|| format!("{name} needs a value"))?;
+            let value = arguments
+                .next()
+                .with_context(|| format!("{name} needs a value"))?;
             match name.as_str() {
                 "--home" => settings.home = value.into(),
                 "--urls" => settings.urls = value.split(',').map(str::to_owned).collect(),

@@ -85,10 +85,7 @@ fn order(api: &mut Api, db: &mut Connection) -> Result<()> {
         std::thread::sleep(Duration::from_millis(2500));
     }
     let local = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    local.execute(
-        "insert into decisions values (?1, 'commit')",
-        params![id],
-    )?;
+    local.execute("insert into decisions values (?1, 'commit')", params![id])?;
     local.execute(
         "insert into orders values (?1, ?2, ?3, ?4)",
         params![order_id, customer, amount, id],
@@ -109,9 +106,8 @@ fn end(api: &mut Api, id: &str, decision: &str) -> Result<()> {
 /// Ends what nobody has ended.
 fn check_back(settings: &Settings) {
     let mut api = Api::new(&settings.urls);
-    let path = format!(
-        "/v1/transactions?producer_group={PRODUCER_GROUP}&state=needs_check&wait_ms=5000"
-    );
+    let path =
+        format!("/v1/transactions?producer_group={PRODUCER_GROUP}&state=needs_check&wait_ms=5000");
     loop {
         let checked = open(settings).and_then(|db| {
             loop {

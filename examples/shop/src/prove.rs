@@ -25,9 +25,10 @@ pub fn books(settings: &Settings) -> Result<bool> {
     let missing = missing.count();
     let invented = delivered.keys().filter(|id| !ordered.contains_key(*id));
     let invented = invented.count();
-    let points: i64 = accounts.query_row("select coalesce(sum(points), 0) from points", [], |row| {
-        row.get(0)
-    })?;
+    let points: i64 =
+        accounts.query_row("select coalesce(sum(points), 0) from points", [], |row| {
+            row.get(0)
+        })?;
     let (sum, rolled_back) = (
         ordered.values().sum::<i64>(),
         shop.query_row(
