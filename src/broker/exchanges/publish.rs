@@ -218,10 +218,13 @@ impl Broker {
     }
 }
 
+/// A stored message: its id and its routes.
+type Kept = (String, Vec<Route>);
+
 /// What becomes of each message of a request.
 #[derive(Debug)]
 struct Plan {
-    results: Vec<Option<BrokerResult<(String, Vec<Route>)>>>,
+    results: Vec<Option<BrokerResult<Kept>>>,
     /// Of the messages that are stored: their places in the request and their routes.
     kept: Vec<(usize, Vec<Route>)>,
 }
