@@ -160,6 +160,8 @@ impl Broker {
         deliver::start(&broker);
         groups::start(&broker);
         broker.metrics.collect_groups(broker.sessions.clone());
+        deliver::start(&broker);
+        tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

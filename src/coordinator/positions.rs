@@ -47,11 +47,14 @@ impl CoordinatorView {
     }
 }
 
-/// The queue that a committed offset is for.
+/// The queue that a users' group committed an offset for. The server's own groups say by theirs
+/// where forwarders are, in other queues.
 fn place(key: &[u8]) -> Option<(TopicId, u32)> {
     let mut fields = KeyReader::new(key);
     fields.u8()?;
-    fields.bytes()?;
+    if fields.bytes()?.starts_with(b"_") {
+        return None;
+    }
     Some((fields.u64()?, fields.u32()?))
 }
 
@@ -75,6 +78,7 @@ mod tests {
         commit("a\0b", 7, 0, 3);
         commit("c", 7, 1, 9);
         commit("c", 8, 0, 1);
+        commit("_exchange.1", 7, 0, 1);
         for n in 0..2 * PAGE as u64 {
             commit(&format!("many-{n}"), 9, 0, 4000 - n);
         }

@@ -245,6 +245,8 @@ mod tests {
             "POST /v1/transactions/{transaction}/commit",
             "POST /v1/transactions/{transaction}/messages",
             "POST /v1/transactions/{transaction}/rollback",
+            "PUT /v1/exchanges/{exchange}",
+            "PUT /v1/exchanges/{exchange}/bindings/{topic}",
             "PUT /v1/groups/{group}/offsets",
             "PUT /v1/groups/{group}/retry_policy",
         ];

@@ -20,6 +20,7 @@ use quorate::coordinator::{
     AssignStrategy, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, Delivery, GroupStart,
     Newcomer, QueueId, QueueOffset, TopicShape, stamp,
 };
+use quorate::exchange::{Binding, ExchangeKind};
 use quorate_raft::StateMachine;
 use quorate_storage::batch::{BatchBuilder, RecordInput};
 use quorate_storage::derived::DerivedStore;
@@ -277,9 +278,38 @@ fn catalog() {
             },
         ),
         (
+            "8a-exchange",
+            CatalogCommand::PutExchange {
+                name: "shop".to_owned(),
+                kind: ExchangeKind::Topic,
+                avoid: vec![],
+            },
+        ),
+        (
+            "8b-bind",
+            CatalogCommand::PutBinding {
+                exchange: "shop".to_owned(),
+                topic: "orders".to_owned(),
+                binding: Binding::Keys(["order.*".to_owned(), "#".to_owned()].into()),
+            },
+        ),
+        (
+            "8c-unbind",
+            CatalogCommand::DeleteBinding {
+                exchange: "shop".to_owned(),
+                topic: "orders".to_owned(),
+            },
+        ),
+        (
             "9-delete",
             CatalogCommand::DeleteTopic {
                 name: "orders".to_owned(),
+            },
+        ),
+        (
+            "9a-delete-exchange",
+            CatalogCommand::DeleteExchange {
+                name: "shop".to_owned(),
             },
         ),
     ];

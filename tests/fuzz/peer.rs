@@ -119,6 +119,11 @@ fn write_the_corpus() {
         queues: vec![(QueueId { topic: 1, queue: 2 }, Some(7))],
     });
     keep("seat", encode(&PeerResult::Ok(seat)));
+    let catalog = PeerRequest::AwaitCatalog {
+        version: 300,
+        timeout_ms: 1000,
+    };
+    keep("catalog", encode(&catalog));
     let view = GroupView {
         leader: Some(2),
         term: 7,

@@ -492,3 +492,51 @@ async fn what_was_for_a_deleted_topic_goes_nowhere() {
     wait_for(&api, "a", 2).await;
     assert_eq!(content(&api, "b").await.len(), 0);
 }
+
+#[tokio::test]
+async fn a_full_topic_gets_the_rest_when_it_has_room_and_holds_up_only_itself() {
+    let api = Api::start().await.unwrap();
+    let small = json!({"name": "small", "queues": 1, "backlog": {"max_messages": 10}});
+    api.post("/v1/topics", &small).await.expect(201);
+    api.topic("a", 2).await;
+    exchange(&api, "x", "fanout").await;
+    for topic in ["small", "a"] {
+        bind(&api, "x", topic, &json!({})).await.expect(201);
+    }
+    let first = json!({"offsets": [{"topic": "small", "queue": 0, "offset": 0}]});
+    api.call(Method::PUT, "/v1/groups/g/offsets", &first)
+        .await
+        .expect(200);
+    let expected: Vec<String> = (100..125).map(|n| n.to_string()).collect();
+    let messages: Vec<Value> = expected
+        .iter()
+        .map(|n| json!({"value": n, "key": "k"}))
+        .collect();
+    publish(&api, "x", messages.into()).await.expect(200);
+    wait_for(&api, "a", 25).await;
+    wait_for(&api, "small", 10).await;
+    for consumed in [4, 14, 20] {
+        let so_far = json!({"offsets": [{"topic": "small", "queue": 0, "offset": consumed}]});
+        api.call(Method::PUT, "/v1/groups/g/offsets", &so_far)
+            .await
+            .expect(200);
+        wait_for(&api, "small", (consumed + 10).min(25)).await;
+    }
+    let found = content(&api, "small").await;
+    let found: Vec<_> = found.iter().map(|m| m["value"].as_str().unwrap()).collect();
+    assert_eq!(found, expected, "in order");
+}
+
+#[tokio::test]
+async fn a_time_to_live_goes_on_in_the_topic() {
+    let api = Api::start().await.unwrap();
+    api.topic("a", 1).await;
+    exchange(&api, "x", "fanout").await;
+    bind(&api, "x", "a", &json!({})).await.expect(201);
+    let messages = json!([{"value": "short", "ttl_ms": 1500}, {"value": "long"}]);
+    publish(&api, "x", messages).await.expect(200);
+    let found = wait_for(&api, "a", 2).await;
+    assert_eq!(values(&found), ["long", "short"]);
+    let found = wait_for(&api, "a", 1).await;
+    assert_eq!(values(&found), ["long"]);
+}

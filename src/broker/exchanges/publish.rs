@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use futures_util::future::join_all;
 use quorate_storage::batch::{BatchView, MessageRecord};
 
-use super::super::encode::{Part, encode, message_bytes, producer_stamp};
+use super::super::encode::{Part, encode, producer_stamp};
 use super::super::partition::queue_of_key;
 use super::super::produce::{check_key, explain};
 use super::super::queue::{BatchOutcome, Place};
@@ -218,10 +218,13 @@ impl Broker {
     }
 }
 
+/// A stored message: its id and its routes.
+type Kept = (String, Vec<Route>);
+
 /// What becomes of each message of a request.
 #[derive(Debug)]
 struct Plan {
-    results: Vec<Option<BrokerResult<(String, Vec<Route>)>>>,
+    results: Vec<Option<BrokerResult<Kept>>>,
     /// Of the messages that are stored: their places in the request and their routes.
     kept: Vec<(usize, Vec<Route>)>,
 }
@@ -303,7 +306,7 @@ impl QueueChoice {
 }
 
 fn too_large(message: &NewMessage, topics: &[&Arc<Topic>]) -> Option<BrokerError> {
-    let bytes = message_bytes(message);
+    let bytes = message.size_bytes();
     let limits = topics.iter().map(|topic| topic.config.max_message_bytes);
     let max_bytes = limits.min().unwrap_or(u64::MAX);
     (bytes > max_bytes).then_some(BrokerError::MessageTooLarge { bytes, max_bytes })

@@ -388,6 +388,10 @@ fn any_entry() -> impl Strategy<Value = Bytes> {
         1 => (0..2 * REMEMBER_MS, 0..4u16).prop_map(|(ms, n)| entry::deliver(ms, n)),
         1 => (0..3u8, any::<bool>()).prop_map(|(id, end)| entry::settle(1, &[id; 16], end)),
         1 => (1..40u64, 0..3u16).prop_map(|(i, n)| entry::cancel(1, LogId::new(1, i), n)),
+        1 => (0..2 * REMEMBER_MS, 0..4u16).prop_map(|(ms, n)| entry::deliver(ms, n)),
+        1 => (0..3u8, any::<bool>()).prop_map(|(id, end)| entry::settle(1, &[id; 16], end)),
+        1 => (1..40u64, 0..3u16).prop_map(|(i, n)| entry::cancel(1, LogId::new(1, i), n)),
+        2 => (0..60u64).prop_map(|offset| entry::trim(1, offset)),
         1 => proptest::collection::vec(any::<u8>(), 0..20).prop_map(Bytes::from),
     ]
 }

@@ -9,22 +9,26 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, sleep_until};
 
+use super::super::super::batcher::now_ms;
+use super::bring::bring;
 use super::chunk::Chunk;
 use super::lanes::Lanes;
 use crate::broker::local::LocalQueue;
-use crate::broker::queue::BatchOutcome;
-use crate::broker::{Broker, BrokerError, BrokerResult};
+use crate::broker::queue::entry;
+use crate::broker::{Broker, BrokerResult};
 use crate::catalog::{Topic, TopicId};
 use crate::coordinator::{CoordinatorCommand, QueueOffset};
 
 /// Progress is saved so long after the first of it.
 const SAVE_AFTER: Duration = Duration::from_millis(500);
+/// What is done is removed so long after it was saved, at most this often.
+const TRIM_AFTER: Duration = Duration::from_secs(60);
 const RETRY_MIN: Duration = Duration::from_millis(50);
-const RETRY_MAX: Duration = Duration::from_secs(5);
+const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// The queue whose messages are brought.
 #[derive(Debug, Clone)]
@@ -42,13 +46,6 @@ impl Source {
     }
 }
 
-/// By this a queue knows what comes from this one.
-fn mark_of(group: u64) -> [u8; 16] {
-    let mut source = *b"exchange\0\0\0\0\0\0\0\0";
-    source[8..].copy_from_slice(&group.to_be_bytes());
-    source
-}
-
 fn pause(failures: u32) -> Duration {
     let doubled = RETRY_MIN.saturating_mul(1 << failures.saturating_sub(1).min(10));
     doubled.min(RETRY_MAX)
@@ -58,12 +55,25 @@ fn pause(failures: u32) -> Duration {
 enum Done {
     Brought {
         topic: TopicId,
+        /// By queue: everything before this offset.
+        reached: BTreeMap<u32, u64>,
         result: BrokerResult<u64>,
     },
-    Saved(BrokerResult<()>),
+    Saved {
+        /// Everything before it is done.
+        done: u64,
+        result: BrokerResult<()>,
+    },
+    Trimmed,
 }
 
 type Step = BoxFuture<'static, Done>;
+
+/// What a topic that did not take everything is tried again with.
+struct Retry {
+    due: Instant,
+    reached: BTreeMap<u32, u64>,
+}
 
 pub(super) struct Forwarder {
     broker: Arc<Broker>,
@@ -72,14 +82,18 @@ pub(super) struct Forwarder {
     lanes: Lanes,
     /// What the scan read last.
     chunk: Option<Arc<Chunk>>,
-    /// When a lane that failed is tried again.
-    retries: BTreeMap<TopicId, Instant>,
+    /// The lanes that failed.
+    retries: BTreeMap<TopicId, Retry>,
     /// When the scan goes on after a failure.
     rescan: Option<Instant>,
     /// When progress is to be saved; none when it is, or is being.
     save_at: Option<Instant>,
     saving: bool,
     save_failures: u32,
+    /// Everything before it is done, for whoever comes next too.
+    saved: u64,
+    /// When what is done may be removed; none when nothing is.
+    trim_at: Option<Instant>,
 }
 
 impl Forwarder {
@@ -95,6 +109,8 @@ impl Forwarder {
             save_at: None,
             saving: false,
             save_failures: 0,
+            saved: 0,
+            trim_at: None,
         }
     }
 
@@ -133,6 +149,8 @@ impl Forwarder {
                 Ok(saved) => {
                     let own = saved.iter().filter(|o| o.queue == self.source.queue);
                     self.lanes = Lanes::load(own.map(|o| (o.topic, o.offset)));
+                    self.saved = self.lanes.done();
+                    self.trim_at = (self.saved > 0).then(|| Instant::now() + TRIM_AFTER);
                     return;
                 }
                 Err(error) => {
@@ -155,9 +173,7 @@ impl Forwarder {
         while self.lanes.may_scan() && self.lanes.scan() < self.queue.shared.bounds().end {
             match Chunk::read(&self.broker, self.group(), self.lanes.scan()).await {
                 Ok(Some(chunk)) => {
-                    if chunk.unreadable > 0 {
-                        self.broker.metrics.count_forward_skipped(chunk.unreadable);
-                    }
+                    self.broker.metrics.count_forward_skipped(chunk.skipped);
                     self.lanes.scanned(chunk.next, chunk.topics());
                     self.chunk = Some(Arc::new(chunk));
                     self.note_progress();
@@ -180,7 +196,11 @@ impl Forwarder {
         let mut steps: Vec<Step> = Vec::new();
         let waiting: Vec<_> = self.lanes.waiting().collect();
         for (topic, at, _) in waiting {
-            if self.retries.get(&topic).is_some_and(|due| *due > now) {
+            if self
+                .retries
+                .get(&topic)
+                .is_some_and(|retry| retry.due > now)
+            {
                 continue;
             }
             match catalog.topics.get(&topic) {
@@ -190,21 +210,26 @@ impl Forwarder {
                 }
                 None if catalog.knew_topic(topic) => self.forget(topic),
                 // Made a moment ago: this node's catalog is behind the publisher's.
-                None => self.retry_later(topic),
+                None => self.retry_later(topic, BTreeMap::new()),
             }
         }
         if !self.saving && self.save_at.is_some_and(|at| at <= now) {
             self.report_lag(Some(self.queue.shared.bounds().end));
             steps.push(self.save());
         }
+        if self.trim_at.is_some_and(|at| at <= now) {
+            self.trim_at = None;
+            steps.extend(self.trim());
+        }
         steps
     }
 
     fn next_time(&self) -> Option<Instant> {
         let waiting = self.lanes.waiting();
-        let retries = waiting.filter_map(|(topic, ..)| self.retries.get(&topic).copied());
+        let retries = waiting.filter_map(|(topic, ..)| Some(self.retries.get(&topic)?.due));
         let save = self.save_at.filter(|_| !self.saving);
-        retries.chain(self.rescan).chain(save).min()
+        let others = self.rescan.into_iter().chain(save).chain(self.trim_at);
+        retries.chain(others).min()
     }
 
     fn end_step(&mut self, done: Done) {
@@ -212,6 +237,7 @@ impl Forwarder {
             Done::Brought {
                 topic,
                 result: Ok(next),
+                ..
             } => {
                 self.retries.remove(&topic);
                 self.lanes.advance(topic, next);
@@ -219,32 +245,47 @@ impl Forwarder {
             }
             Done::Brought {
                 topic,
+                reached,
                 result: Err(error),
             } => {
                 let group = self.group();
                 tracing::debug!(group, topic, %error, "a topic does not take what is for it now");
-                self.retry_later(topic);
+                self.retry_later(topic, reached);
             }
-            Done::Saved(Ok(())) => (self.saving, self.save_failures) = (false, 0),
-            Done::Saved(Err(error)) => {
+            Done::Saved {
+                done,
+                result: Ok(()),
+            } => {
+                (self.saving, self.save_failures) = (false, 0);
+                self.saved = self.saved.max(done);
+                self.trim_at
+                    .get_or_insert_with(|| Instant::now() + TRIM_AFTER);
+            }
+            Done::Saved {
+                result: Err(error), ..
+            } => {
                 let group = self.group();
                 tracing::debug!(group, %error, "where the forwarder is was not saved");
                 self.save_failures += 1;
                 self.saving = false;
                 self.save_at = Some(Instant::now() + pause(self.save_failures));
             }
+            Done::Trimmed => {
+                let left = self.queue.shared.bounds().earliest < self.saved;
+                self.trim_at = left.then(|| Instant::now() + TRIM_AFTER);
+            }
         }
     }
 
-    fn retry_later(&mut self, topic: TopicId) {
-        let failures = self.lanes.fail(topic);
-        self.retries.insert(topic, Instant::now() + pause(failures));
+    fn retry_later(&mut self, topic: TopicId, reached: BTreeMap<u32, u64>) {
+        let due = Instant::now() + pause(self.lanes.fail(topic));
+        self.retries.insert(topic, Retry { due, reached });
     }
 
     /// The topic was deleted: what was for it goes nowhere.
     fn forget(&mut self, topic: TopicId) {
         let chunk = self.chunk.as_ref();
-        let left = chunk.map(|chunk| chunk.for_topic(topic, 0, [0; 16]));
+        let left = chunk.map(|chunk| chunk.for_topic(topic, 0, &BTreeMap::new(), [0; 16]));
         let left = left
             .iter()
             .flatten()
@@ -262,11 +303,16 @@ impl Forwarder {
 
     fn bring(&self, topic: Arc<Topic>, at: u64) -> Step {
         let (broker, group) = (self.broker.clone(), self.group());
+        let reached = self.retries.get(&topic.id).map(|r| r.reached.clone());
+        let mut reached = reached.unwrap_or_default();
         let shared = self.chunk.clone().filter(|chunk| chunk.covers(at));
         Box::pin(async move {
-            let id = topic.id;
-            let result = bring(&broker, group, shared, &topic, at).await;
-            Done::Brought { topic: id, result }
+            let result = bring(&broker, group, shared, &topic, at, &mut reached).await;
+            Done::Brought {
+                topic: topic.id,
+                reached,
+                result,
+            }
         })
     }
 
@@ -287,11 +333,36 @@ impl Forwarder {
             allow_rewind: false,
             member: None,
         };
-        let broker = self.broker.clone();
+        let (broker, done) = (self.broker.clone(), self.lanes.done());
         Box::pin(async move {
             let saved = broker.commit(&group, &command).await;
-            Done::Saved(saved.map(drop))
+            Done::Saved {
+                done,
+                result: saved.map(drop),
+            }
         })
+    }
+
+    /// Removes what is done, but for what a retry of its publisher may ask for.
+    fn trim(&self) -> Option<Step> {
+        let window_ms = self.broker.catalog().limits.key_window_ms;
+        let since_ms = now_ms().saturating_sub(window_ms);
+        let index = self.queue.shared.index();
+        // Where the index is broken, whoever reads the queue has it mended.
+        let asked_for = index.offset_at_time(since_ms).ok()?;
+        let to = asked_for.map_or(self.saved, |offset| offset.min(self.saved));
+        let (broker, group) = (self.broker.clone(), self.group());
+        let needed = to > self.queue.shared.bounds().earliest;
+        Some(Box::pin(async move {
+            if needed {
+                let body = entry::trim(now_ms(), to);
+                let trimmed = broker.propose_here(group, body, broker.config.write_timeout);
+                if let Err(error) = trimmed.await {
+                    tracing::debug!(group, ?error, "what is forwarded was not removed yet");
+                }
+            }
+            Done::Trimmed
+        }))
     }
 
     /// For each topic how much of the queue up to `end` it has not seen; none at the very end.
@@ -312,49 +383,6 @@ impl Forwarder {
 impl Drop for Forwarder {
     fn drop(&mut self) {
         self.report_lag(None);
-    }
-}
-
-/// Brings one topic what it gets of one chunk, and says where the next one begins.
-async fn bring(
-    broker: &Broker,
-    group: u64,
-    shared: Option<Arc<Chunk>>,
-    topic: &Topic,
-    at: u64,
-) -> BrokerResult<u64> {
-    let chunk = match shared {
-        Some(chunk) => chunk,
-        None => match Chunk::read(broker, group, at).await? {
-            Some(chunk) => Arc::new(chunk),
-            None => return Err(super::super::NO_LEADER),
-        },
-    };
-    let queues = chunk.for_topic(topic.id, at, mark_of(group));
-    let stored = queues.into_iter().map(|(queue, batches)| async move {
-        let count = batches.len() as u64;
-        let outcomes = broker.store(topic, queue, batches, &[]).await?;
-        for outcome in outcomes {
-            accepted(outcome)?;
-        }
-        broker.metrics.count_forwarded(count);
-        Ok(())
-    });
-    // All are waited for: none of this chunk is under way when the next one leaves.
-    let stored: BrokerResult<()> = join_all(stored).await.into_iter().collect();
-    stored.map(|()| chunk.next)
-}
-
-fn accepted(outcome: BatchOutcome) -> BrokerResult<()> {
-    match outcome {
-        BatchOutcome::Stored(_) | BatchOutcome::Duplicate(_) | BatchOutcome::AlreadyForwarded => {
-            Ok(())
-        }
-        other => {
-            tracing::warn!(?other, "a queue refuses what is brought to it");
-            let text = format!("the queue refuses what is brought to it: {other:?}");
-            Err(BrokerError::Internal(text))
-        }
     }
 }
 

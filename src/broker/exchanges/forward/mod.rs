@@ -1,5 +1,6 @@
 //! The duty of forwarding: one task for each queue of an exchange that is led by this node.
 
+mod bring;
 mod chunk;
 mod forwarder;
 mod lanes;

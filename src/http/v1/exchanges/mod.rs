@@ -11,6 +11,7 @@ use super::produce::wire::ProduceBody;
 use crate::broker::PublishRequest;
 use crate::http::HttpState;
 use crate::http::body::{BodyReader, JsonBody, is_json, media_type, parse_json, wrong_media_type};
+use crate::http::clients::ClientAddress;
 use crate::http::error::{ApiError, Problem};
 use crate::http::multi::json;
 use crate::http::path::{ExchangeName, ExchangeTopic};
@@ -187,6 +188,7 @@ pub async fn delete_binding(
 pub async fn publish(
     State(state): State<HttpState>,
     ExchangeName(exchange): ExchangeName,
+    client: ClientAddress,
     params: Params,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -203,6 +205,9 @@ pub async fn publish(
         .await?;
     let parsed: ProduceBody<'_> = parse_json(&whole.bytes)?;
     let (messages, producer) = parsed.into_routed(&whole.bytes)?;
+    let bytes = messages.iter().map(|(message, _)| message.size_bytes());
+    let count = messages.len() as u64;
+    state.clients.take(client, count, bytes.sum())?;
     let answer = state.broker.publish_messages(PublishRequest {
         exchange,
         messages,
