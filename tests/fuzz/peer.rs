@@ -3,9 +3,9 @@
 use std::fs;
 
 use bytes::Bytes;
-use quorate::broker::StartAt;
 use quorate::broker::queue::BatchOutcome;
 use quorate::broker::queue::entry::Mark;
+use quorate::broker::{StartAt, TransactionQuery};
 use quorate::coordinator::QueueOffset;
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
