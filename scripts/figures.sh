@@ -12,6 +12,8 @@ Usage: scripts/figures.sh [WHAT…]
   restart     kill -9 of a node whose log holds 2,000,000 messages: time to ready, bytes read
   failover    kill -9, ten times, of the node that leads most, with 1 and with 100 busy queues:
               the longest time a retrying client waits for an acknowledgement
+  delayed     1,000,000 delayed messages: the memory of each node while they wait, the restart of a
+              killed one, and how late each message becomes visible
 
 Without WHAT: all of them.
 
@@ -19,6 +21,7 @@ Environment:
   QUORATE_BIN       this binary instead of the one built here
   FIGURES_SECONDS   length of each load of `throughput` (default 10)
   FIGURES_MESSAGES  messages for `restart` (default 2000000)
+  FIGURES_DELAYED   messages for `delayed` (default 1000000)
   FIGURES_KILLS     kills for `failover` (default 10)
 EOF
 }
@@ -58,8 +61,15 @@ fresh() {
 
 bench() { "$binary" bench --url "$urls" --nodes "$urls" "$@"; }
 
+memory() {
+  local node
+  for node in 1 2 3; do
+    echo "node $node: $(awk '/^VmRSS/ { printf "%d MiB\n", $2 / 1024 }' "/proc/$(pid "$node")/status")"
+  done
+}
+
 throughput() {
-  local seconds=${FIGURES_SECONDS:-10} shape node
+  local seconds=${FIGURES_SECONDS:-10} shape
   fresh
   for shape in "--queues 1 --in-flight 1" "--queues 1 --in-flight 64" \
     "--queues 16 --in-flight 256" "--queues 16 --in-flight 256 --to-leaders" \
@@ -69,9 +79,7 @@ throughput() {
     "$binary" bench --url "$urls" --size 1024 --duration "${seconds}s" $shape
   done
   say "memory of each node after that"
-  for node in 1 2 3; do
-    echo "node $node: $(awk '/^VmRSS/ { printf "%d MiB\n", $2 / 1024 }' "/proc/$(pid "$node")/status")"
-  done
+  memory
 }
 
 # Processor time of node N so far, in clock ticks.
@@ -144,11 +152,38 @@ failover() {
   done
 }
 
+delayed() {
+  local messages=${FIGURES_DELAYED:-1000000} load node begun over
+  over=$((messages / 10000 > 30 ? messages / 10000 : 30))
+  fresh
+  say "memory of each node before"
+  memory
+  bench --topic delayed --queues 4 --delayed "$messages" --batch 500 --in-flight 8 --size 100 \
+    --after "$((over + 60))s" --over "${over}s" >"$work/late" 2>"$work/stored" &
+  load=$!
+  until grep -q 'messages wait' "$work/stored"; do
+    kill -0 "$load" 2>/dev/null || { cat "$work/stored" >&2; exit 1; }
+    pause_for 0.5
+  done
+  say "$(cat "$work/stored")"
+  say "memory of each node while they wait"
+  memory
+  du -sh "$QUORATE_HOME/node-1/data/derived" | awk '{ print "derived store on disk: " $1 }'
+  "$here/cluster.sh" kill 1
+  begun=$(now_ms)
+  "$here/cluster.sh" restart 1 >/dev/null
+  echo "node 1 killed and ready again after $(($(now_ms) - begun)) ms"
+  memory
+  say "how late they became visible, spread over $over s"
+  wait "$load"
+  cat "$work/late"
+}
+
 all=("$@")
-((${#all[@]} > 0)) || all=(throughput idle restart failover)
+((${#all[@]} > 0)) || all=(throughput idle restart failover delayed)
 for what in "${all[@]}"; do
   case $what in
-  throughput | idle | restart | failover) ;;
+  throughput | idle | restart | failover | delayed) ;;
   -h | --help | help) usage; exit 0 ;;
   *) usage >&2; exit 2 ;;
   esac

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::broker::groups::GroupQuestion;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, StartAt, TransactionQuery};
+use crate::broker::{Broker, BrokerError, MessagePlace, StartAt, TransactionQuery};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -115,6 +115,11 @@ pub enum PeerRequest {
     Group {
         coordinator: u32,
         question: GroupQuestion,
+        timeout_ms: u64,
+    },
+    /// Take a delayed message back, in a queue that the other node leads.
+    Cancel {
+        place: MessagePlace,
         timeout_ms: u64,
     },
 }
@@ -236,6 +241,10 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let timeout = Duration::from_millis(timeout_ms);
             let answer = broker.group_here(coordinator, question, timeout).await;
             encode(&answer)
+        }
+        PeerRequest::Cancel { place, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            encode(&broker.cancel_here(place, timeout).await)
         }
     }
 }

@@ -183,3 +183,91 @@ fn reserved_headers_are_refused() {
         Err(BrokerError::InvalidRequest(_))
     ));
 }
+
+fn delayed(delay: Delay) -> NewMessage {
+    NewMessage {
+        delay: Some(delay),
+        ..message(None, Some(0))
+    }
+}
+
+fn holds(parts: &[Part]) -> Vec<(Vec<usize>, bool)> {
+    let each = parts.iter().map(|part| {
+        let batch = part.batch.as_ref().unwrap();
+        (part.places.clone(), batch.hold.is_some())
+    });
+    each.collect()
+}
+
+#[test]
+fn each_delayed_message_is_a_batch_of_its_own() {
+    let messages = vec![
+        message(None, Some(0)),
+        delayed(Delay::For(1000)),
+        delayed(Delay::For(0)),
+        delayed(Delay::For(1000)),
+        delayed(Delay::Until(5)),
+    ];
+    let parts = encode(&topic(1, 1), &request(messages), None, 0, MAX).unwrap();
+    let expected = [
+        (vec![0, 2], false),
+        (vec![1], true),
+        (vec![3], true),
+        // Past: visible at once, and by itself all the same, as it was before that time.
+        (vec![4], false),
+    ];
+    assert_eq!(holds(&parts), expected);
+}
+
+#[test]
+fn a_producers_numbers_follow_each_other_through_its_batches() {
+    let mut mixed = request(vec![
+        message(None, Some(0)),
+        message(None, Some(0)),
+        delayed(Delay::For(1000)),
+        message(None, Some(0)),
+    ]);
+    mixed.producer = Some(ProducerMark {
+        id: "9".to_owned(),
+        epoch: 0,
+        sequence: 4,
+    });
+    let parts = encode(&topic(1, 1), &mixed, Some(STAMP), 0, MAX).unwrap();
+    let expected = [(vec![0, 1], false), (vec![2], true), (vec![3], false)];
+    assert_eq!(holds(&parts), expected);
+    let sequences = parts.iter().map(|part| {
+        let batch = part.batch.as_ref().unwrap().batch.clone();
+        BatchView::parse(batch)
+            .unwrap()
+            .producer()
+            .unwrap()
+            .base_sequence
+    });
+    assert_eq!(sequences.collect::<Vec<_>>(), [4, 6, 7]);
+    mixed.messages = vec![delayed(Delay::For(1000)); REMEMBERED_BATCHES + 1];
+    let refused = encode(&topic(1, 1), &mixed, Some(STAMP), 0, MAX);
+    assert!(matches!(refused, Err(BrokerError::InvalidRequest(_))));
+}
+
+#[test]
+fn under_a_key_every_batch_has_its_own_hash_and_the_delays_count() {
+    let mut keyed = request(vec![delayed(Delay::For(1000)), delayed(Delay::For(1000))]);
+    keyed.idempotency_key = Some("k".to_owned());
+    let marks = |request: &ProduceRequest| -> Vec<Mark> {
+        let parts = encode(&topic(1, 1), request, None, 0, MAX).unwrap();
+        parts
+            .into_iter()
+            .map(|part| part.batch.unwrap().mark)
+            .collect()
+    };
+    let first = marks(&keyed);
+    assert_ne!(first[0], first[1]);
+    assert_eq!(marks(&keyed), first, "whatever the time is");
+    keyed.messages[1].delay = Some(Delay::For(1001));
+    let [Mark::Key { hash, fingerprint }, _] = marks(&keyed)[..] else {
+        panic!("keys");
+    };
+    assert!(
+        matches!(first[0], Mark::Key { hash: h, fingerprint: f } if h == hash && f != fingerprint)
+    );
+}

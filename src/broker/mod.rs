@@ -6,8 +6,11 @@
 
 mod backlog;
 mod batcher;
+
+mod cancel;
 mod cluster;
 mod config;
+mod delay;
 mod deliver;
 mod describe;
 mod encode;
@@ -37,13 +40,17 @@ mod types;
 #[cfg(test)]
 mod cluster_tests;
 #[cfg(test)]
+mod held_tests;
+#[cfg(test)]
 mod path_tests;
 #[cfg(test)]
 mod state_path_tests;
 #[cfg(test)]
 mod testing;
 
+pub use cancel::Cancelled;
 pub use config::BrokerConfig;
+pub use delay::Delay;
 pub use encode::records_in;
 pub use error::{BrokerError, Outcome};
 pub use message_id::{MessagePlace, message_id, parse_message_id};

@@ -11,9 +11,11 @@ use quorate_storage::batch::{
 };
 
 use super::batcher::{SubmitError, submit};
-use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in};
+use super::encode::{
+    Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in, stamp_at,
+};
 use super::queue::BatchOutcome;
-use super::queue::entry::{MAX_BATCHES, Mark};
+use super::queue::entry::{Hold, MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::{
     Broker, BrokerError, BrokerResult, Durability, FlushMode, MAX_TTL_MS, ProduceAnswer,
@@ -78,14 +80,20 @@ impl Broker {
             count,
         } = prepared;
         let mut results: Vec<Option<Result<Stored, BrokerError>>> = vec![None; count];
-        let stored = parts
+        // They come queue by queue.
+        let mut by_queue: Vec<Vec<Part>> = Vec::new();
+        for part in parts {
+            match by_queue.last_mut() {
+                Some(last) if last.last().is_some_and(|p| p.queue == part.queue) => last.push(part),
+                _ => by_queue.push(vec![part]),
+            }
+        }
+        let stored = by_queue
             .into_iter()
-            .map(|part| self.produce_part(&topic, part, producer));
-        for (places, part_results) in join_all(stored).await {
-            for (place, result) in places.into_iter().zip(part_results) {
-                if let Some(slot) = results.get_mut(place) {
-                    *slot = Some(result);
-                }
+            .map(|parts| self.produce_parts(&topic, parts, producer));
+        for (place, result) in join_all(stored).await.into_iter().flatten() {
+            if let Some(slot) = results.get_mut(place) {
+                *slot = Some(result);
             }
         }
         // Every message is in exactly one part, and a part has a result for each of its own.
@@ -101,26 +109,64 @@ impl Broker {
         answer(&topic, results)
     }
 
-    async fn produce_part(
+    /// Stores the batches of one queue, in order. What can't be encoded keeps the others out too.
+    async fn produce_parts(
         &self,
         topic: &Topic,
-        part: Part,
+        parts: Vec<Part>,
         producer: Option<ProducerStamp>,
-    ) -> (Vec<usize>, Results) {
-        let count = part.places.len();
-        let result = async {
-            let batch = part.batch?;
-            let outcomes = self
-                .store(topic, part.queue, vec![batch], &[producer])
-                .await?;
-            outcomes.into_iter().next().ok_or(UNKNOWN)
-        };
-        let group = topic.queues.get(part.queue as usize).map_or(0, |q| q.group);
-        let results = match result.await {
-            Ok(outcome) => explain(group, part.queue, outcome, count, producer),
-            Err(error) => vec![Err(error); count],
-        };
-        (part.places, results)
+    ) -> Vec<(usize, Result<Stored, BrokerError>)> {
+        let mut batches = Vec::with_capacity(parts.len());
+        let mut places = Vec::with_capacity(parts.len());
+        let mut failed = None;
+        let queue = parts.first().map_or(0, |part| part.queue);
+        for part in parts {
+            match part.batch {
+                Ok(batch) => batches.push(batch),
+                Err(error) => failed = failed.or(Some(error)),
+            }
+            places.push(part.places);
+        }
+        let mut results = Vec::new();
+        let stamps = places.iter().map(|places| {
+            let first = places.first().copied().unwrap_or(0);
+            producer.map(|producer| stamp_at(producer, first))
+        });
+        let stamps: Vec<_> = stamps.collect();
+        let group = topic.queues.get(queue as usize).map_or(0, |q| q.group);
+        for (at, places) in (0..).step_by(MAX_BATCHES).zip(places.chunks(MAX_BATCHES)) {
+            let range = at..at + places.len();
+            let outcomes = match &failed {
+                Some(error) => Err(error.clone()),
+                None => {
+                    let batches = batches[range.clone()].to_vec();
+                    let stored = self.store(topic, queue, batches, &stamps[range.clone()]);
+                    stored.await
+                }
+            };
+            match outcomes {
+                Ok(outcomes) => {
+                    for (n, places) in range.zip(places) {
+                        let outcome = outcomes.get(n - at).copied();
+                        let due_ms = batches.get(n).and_then(due_of);
+                        let each = match outcome {
+                            Some(outcome) => {
+                                let producer = stamps.get(n).copied().flatten();
+                                explain(group, queue, outcome, places.len(), producer, due_ms)
+                            }
+                            None => vec![Err(UNKNOWN); places.len()],
+                        };
+                        results.extend(places.iter().copied().zip(each));
+                    }
+                }
+                Err(error) => {
+                    let places = places.iter().flatten();
+                    results.extend(places.map(|place| (*place, Err(error.clone()))));
+                    failed = Some(error);
+                }
+            }
+        }
+        results
     }
 
     /// RecordBatch v2 bytes (one or more batches) for one queue, stored as they are.
@@ -159,7 +205,7 @@ impl Broker {
         let results = each
             .flat_map(|(outcome, view)| {
                 let count = view.record_count() as usize;
-                explain(group, queue, outcome, count, view.producer())
+                explain(group, queue, outcome, count, view.producer(), None)
             })
             .collect();
         Ok(answer(&topic, results))
@@ -324,6 +370,13 @@ fn answer(topic: &Topic, results: Results) -> ProduceAnswer {
     }
 }
 
+fn due_of(batch: &NewBatch) -> Option<u64> {
+    match batch.hold {
+        Some(Hold::Until { deliver_at_ms }) => Some(deliver_at_ms),
+        _ => None,
+    }
+}
+
 /// What apply's verdict on a batch means for each of its messages.
 pub(super) fn explain(
     group: u64,
@@ -331,6 +384,7 @@ pub(super) fn explain(
     outcome: BatchOutcome,
     count: usize,
     producer: Option<ProducerStamp>,
+    due_ms: Option<u64>,
 ) -> Results {
     let (id, epoch, sequence) = producer.map_or((0, 0, 0), |p| (p.id, p.epoch, p.base_sequence));
     // Numbers that apply accepted into its tables are never negative.
@@ -342,6 +396,10 @@ pub(super) fn explain(
             let stored = |record: u32| Stored {
                 queue,
                 offset: place.offset().map(|base| base + u64::from(record)),
+                deliver_at_ms: match outcome {
+                    BatchOutcome::Held(_) => due_ms,
+                    _ => None,
+                },
                 message_id: message_id(group, &place, record),
             };
             return (0..count as u32).map(|record| Ok(stored(record))).collect();

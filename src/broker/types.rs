@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 pub use quorate_raft::NodeId;
 
+use super::Delay;
+
 /// A topic's configuration. Sizes in bytes, times in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TopicConfig {
@@ -128,6 +130,8 @@ pub struct NewMessage {
     pub headers: BTreeMap<String, String>,
     /// How long it is delivered once it is visible; the topic's counts too if it is shorter.
     pub ttl_ms: Option<u64>,
+    /// None: visible at once.
+    pub delay: Option<Delay>,
     /// Beats the key's hash, which beats round robin.
     pub queue: Option<u32>,
 }
@@ -165,6 +169,8 @@ pub struct Stored {
     pub queue: u32,
     /// None while the message is not visible yet.
     pub offset: Option<u64>,
+    /// Of a delayed message that was stored just now: when it is due.
+    pub deliver_at_ms: Option<u64>,
     pub message_id: String,
 }
 

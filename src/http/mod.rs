@@ -106,6 +106,7 @@ fn routes() -> OpenApiRouter<HttpState> {
         ))
         .routes(routes!(v1::topics::queue_of_key))
         .routes(routes!(v1::produce::produce))
+        .routes(routes!(v1::cancel::cancel_message))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
         .routes(routes!(v1::consume::fetch_many))
@@ -170,6 +171,7 @@ mod tests {
             "DELETE /v1/groups/{group}",
             "DELETE /v1/groups/{group}/members/{member}",
             "DELETE /v1/topics/{topic}",
+            "DELETE /v1/topics/{topic}/messages/{message_id}",
             "GET /health/live",
             "GET /health/ready",
             "GET /metrics",

@@ -8,6 +8,8 @@ mod backlog;
 mod cluster;
 mod consume;
 mod groups;
+mod delayed;
+mod delayed_faults;
 mod idempotence;
 mod live;
 mod no_room;

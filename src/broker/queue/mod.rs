@@ -16,6 +16,7 @@ mod shared;
 mod sizes;
 mod state;
 
+pub(in crate::broker) use dedupe::{REMEMBERED_BATCHES, advance};
 pub use reply::{BatchOutcome, CancelVerdict, QueueReply, Settled};
 pub(crate) use reply::{decode_cancelled, decode_delivered, decode_outcomes, decode_settled};
 pub use shared::{QueueBounds, QueueShared};

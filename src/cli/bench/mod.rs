@@ -1,9 +1,11 @@
-//! `quorate bench`: closed-loop load with percentiles, or with `--gap` what a failover costs.
+//! `quorate bench`: closed-loop load with percentiles, with `--gap` what a failover costs, or with
+//! `--delayed` how late delayed messages are.
 //!
 //! The figures are the client's: from the first byte of a request to the last of its answer, on a
 //! machine that it may share with the servers.
 
 mod connection;
+mod delayed;
 mod gap;
 mod load;
 mod request;
@@ -73,6 +75,15 @@ pub struct BenchCommand {
     /// With --gap: list gaps from this length on.
     #[arg(long, default_value = "100ms", value_parser = duration, requires = "gap")]
     threshold: Duration,
+    /// Store so many delayed messages; report how late each became visible.
+    #[arg(long, value_name = "MESSAGES", conflicts_with_all = ["gap", "format", "warmup", "duration", "to_leaders"])]
+    delayed: Option<u64>,
+    /// With --delayed: the first is due so long after the start.
+    #[arg(long, default_value = "30s", value_parser = duration, requires = "delayed")]
+    after: Duration,
+    /// With --delayed: the last is due so long after the first.
+    #[arg(long, default_value = "30s", value_parser = duration, requires = "delayed")]
+    over: Duration,
 }
 
 /// `10s`, `500ms`, `2m`.
@@ -103,9 +114,10 @@ pub async fn run(client: &Client, out: Output, command: BenchCommand) -> Result<
     if command.to_leaders {
         addresses = leaders(client, &name).await?;
     }
-    let result = match command.gap {
-        true => run_gap(client, out, &command, addresses, &name, queues).await,
-        false => run_load(out, &command, addresses, &name, queues).await,
+    let result = match (command.delayed, command.gap) {
+        (Some(messages), _) => run_delayed(client, out, &command, &name, queues, messages).await,
+        (None, true) => run_gap(client, out, &command, addresses, &name, queues).await,
+        (None, false) => run_load(out, &command, addresses, &name, queues).await,
     };
     if command.topic.is_none() {
         let path = ["v1", "topics", name.as_str()];
@@ -142,6 +154,31 @@ async fn run_load(
         let settings = json!({ "queues": queues, "in_flight": command.in_flight,
             "batch": command.batch, "size_bytes": command.size });
         return out.json(&json!({ "settings": settings, "result": report }));
+    }
+    report.print(out)
+}
+
+async fn run_delayed(
+    client: &Client,
+    out: Output,
+    command: &BenchCommand,
+    topic: &str,
+    queues: u32,
+    messages: u64,
+) -> Result<(), CliError> {
+    let plan = delayed::DelayedPlan {
+        topic: topic.to_owned(),
+        queues,
+        messages,
+        batch: command.batch,
+        in_flight: command.in_flight,
+        size_bytes: command.size,
+        after: command.after,
+        over: command.over,
+    };
+    let report = delayed::run(client, out, &plan).await?;
+    if out.is_json() {
+        return out.json(&report);
     }
     report.print(out)
 }

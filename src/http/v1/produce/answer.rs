@@ -14,6 +14,9 @@ pub struct StoredBody<'a> {
     queue: u32,
     /// Null while the message is not visible yet.
     offset: Option<u64>,
+    /// Of a delayed message: when it is due. Absent from the answer to a retry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deliver_at_ms: Option<u64>,
     /// Opaque and unique for ever. Null if the message was dropped.
     message_id: Option<&'a str>,
     /// The queue's backlog was full and its topic drops what comes then: nothing was stored.
@@ -26,6 +29,7 @@ impl<'a> From<&'a Stored> for StoredBody<'a> {
         Self {
             queue: stored.queue,
             offset: stored.offset,
+            deliver_at_ms: stored.deliver_at_ms,
             message_id: Some(&stored.message_id),
             dropped: false,
         }
@@ -41,6 +45,7 @@ fn told<'a>(
         Err(BrokerError::Dropped { queue, .. }) => Ok(StoredBody {
             queue: *queue,
             offset: None,
+            deliver_at_ms: None,
             message_id: None,
             dropped: true,
         }),

@@ -14,7 +14,9 @@ use quorate_storage::batch::split;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::broker::{Broker, BrokerError, NewMessage, ProduceAnswer, ProduceRequest, records_in};
+use crate::broker::{
+    Broker, BrokerError, Delay, NewMessage, ProduceAnswer, ProduceRequest, records_in,
+};
 use crate::http::HttpState;
 use crate::http::body::{
     BodyReader, JsonBody, WholeBody, is_json, media_type, parse_json, wrong_media_type,
@@ -26,7 +28,7 @@ use crate::http::path::{TopicName, checked_name};
 use crate::http::query::Params;
 use crate::metrics::Metrics;
 use crate::names::check_tag;
-use wire::{ProduceBody, check_ttl, refuse_later_fields};
+use wire::{ProduceBody, check_ttl};
 
 /// Stored RecordBatch v2 bytes, one batch after the other.
 pub const BATCHES: &str = "application/vnd.quorate.batches";
@@ -173,7 +175,8 @@ async fn measured(
         ("key" = Option<String>, Query, description = "octet-stream only"),
         ("tag" = Option<String>, Query, description = "octet-stream only"),
         ("queue" = Option<u32>, Query, description = "octet-stream and batches only"),
-        ("delay_ms" = Option<u64>, Query, description = "octet-stream only"),
+        ("delay_ms" = Option<u64>, Query, description = "octet-stream only: becomes visible so much later, at most a year"),
+        ("deliver_at_ms" = Option<u64>, Query, description = "octet-stream only: becomes visible then, in ms since 1970; at once if that is past"),
         ("ttl_ms" = Option<u64>, Query, description = "octet-stream only: how long it is delivered once it is visible"),
         ("ack" = Option<String>, Query, description = "`all` (default): answered when a majority has the messages. `none`: answered 202 at once, unacknowledged; JSON and octet-stream only"),
         ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key and topic within 10 minutes gets the first answer"),
@@ -305,8 +308,8 @@ fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
         "deliver_at_ms",
         "ttl_ms",
     ])?;
-    let later = |name| params.number::<u64>(name);
-    refuse_later_fields(later("delay_ms")?, later("deliver_at_ms")?).map_err(ApiError::invalid)?;
+    let delay = Delay::new(params.number("delay_ms")?, params.number("deliver_at_ms")?);
+    let delay = delay.map_err(ApiError::invalid)?;
     let ttl_ms = params.number("ttl_ms")?;
     check_ttl(ttl_ms).map_err(ApiError::invalid)?;
     let tag = params.get("tag").map(str::to_owned);
@@ -318,6 +321,7 @@ fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
         key,
         tag,
         ttl_ms,
+        delay,
         queue: params.number("queue")?,
         ..NewMessage::default()
     })
