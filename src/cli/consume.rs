@@ -1,7 +1,8 @@
 //! `quorate consume`: read queues to their end, or follow them for ever.
 //!
 //! To the end: queue after queue, so that each queue's order is plain to see. Following: all
-//! queues at once by long poll. With `--group`, what was printed is committed, after it was printed.
+//! queues at once by long poll, or, with `--group`, as a member of that group. With `--group`, what
+//! was printed is committed, after it was printed.
 
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::client::{Client, Repeat, Request, typed};
 use super::error::CliError;
+use super::member::Membership;
 use super::out::{Output, clock_time};
 use super::wire::{FetchAnswer, GroupOffsets, Message};
 
@@ -39,7 +41,8 @@ pub struct ConsumeCommand {
     /// Only messages with this tag, or one of several: `created||paid`.
     #[arg(long)]
     tag: Option<String>,
-    /// Begin where this consumer group has committed, and commit what was printed.
+    /// Begin where this consumer group has committed, and commit what was printed. With --follow
+    /// and without --queue: as a member of the group, which shares the queues with the others.
     #[arg(long)]
     group: Option<String>,
     /// Ask the addressed node's own replica; it may lag behind.
@@ -90,6 +93,15 @@ impl Start {
 }
 
 pub async fn run(client: &Client, out: Output, command: ConsumeCommand) -> Result<(), CliError> {
+    let mut printer = Printer {
+        client,
+        out,
+        command: &command,
+        left: command.max.unwrap_or(u64::MAX),
+    };
+    if let Some(membership) = membership(&command) {
+        return super::member::run(client, out, membership, |raw| printer.print_one(raw)).await;
+    }
     let queues = match command.queue.is_empty() {
         true => {
             let topic = client.topic(&command.topic).await?;
@@ -106,12 +118,6 @@ pub async fn run(client: &Client, out: Output, command: ConsumeCommand) -> Resul
             next: starting_point(client, &command, queue).await?,
         });
     }
-    let mut printer = Printer {
-        client,
-        out,
-        command: &command,
-        left: command.max.unwrap_or(u64::MAX),
-    };
     if command.follow {
         return follow(readers, &mut printer).await;
     }
@@ -128,6 +134,28 @@ pub async fn run(client: &Client, out: Output, command: ConsumeCommand) -> Resul
         }
     }
     Ok(())
+}
+
+/// Who follows all queues for a group does so as a member of it.
+fn membership(command: &ConsumeCommand) -> Option<Membership<'_>> {
+    if !command.follow || !command.queue.is_empty() || command.stale {
+        return None;
+    }
+    let start = match command
+        .from_timestamp_ms
+        .map_or(command.from, Start::Timestamp)
+    {
+        Start::Earliest => json!("earliest"),
+        Start::Latest => json!("latest"),
+        Start::Timestamp(time) => json!({"timestamp_ms": time}),
+        Start::Offset(_) => return None,
+    };
+    Some(Membership {
+        group: command.group.as_deref()?,
+        topic: &command.topic,
+        tag: command.tag.as_deref(),
+        start,
+    })
 }
 
 /// The committed offset where there is one, else what `--from` says.
@@ -253,15 +281,25 @@ impl Printer<'_> {
                 committable = message.offset;
                 break;
             }
-            self.left -= 1;
-            if self.out.is_json() {
-                self.out.json(&raw)?;
-            } else {
-                self.out.line(&render(&message, self.command.format))?;
-            }
+            self.print_one(&raw)?;
         }
         if let (Some(group), true) = (&self.command.group, moved) {
             self.commit(group, queue, committable).await?;
+        }
+        Ok(self.left > 0)
+    }
+
+    /// Prints; false when that was the last of `--max`.
+    fn print_one(&mut self, raw: &Value) -> Result<bool, CliError> {
+        if self.left == 0 {
+            return Ok(false);
+        }
+        self.left -= 1;
+        if self.out.is_json() {
+            self.out.json(raw)?;
+        } else {
+            let message: Message = typed(raw)?;
+            self.out.line(&render(&message, self.command.format))?;
         }
         Ok(self.left > 0)
     }

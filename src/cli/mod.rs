@@ -9,6 +9,7 @@ mod cluster;
 mod consume;
 mod error;
 mod group;
+mod member;
 mod out;
 mod produce;
 mod server;

@@ -6,7 +6,7 @@ use quorate_storage::StorageError;
 
 use super::command::{CoordinatorReply, GroupMode};
 use super::machine::CoordinatorMachine;
-use super::membership::{JoinRefused, Membership, Newcomer, QueueId, TopicShape};
+use super::membership::{JoinRefused, MAX_GROUP_QUEUES, Membership, Newcomer, QueueId, TopicShape};
 use super::records::membership_key;
 use crate::names::MAX_NAME_CHARS;
 
@@ -40,6 +40,9 @@ impl CoordinatorMachine {
                 self.records.store(membership_key(group), &membership);
                 CoordinatorReply::Joined(id)
             }
+            Err(JoinRefused::TooManyQueues) => CoordinatorReply::Invalid(format!(
+                "the group's topics would have more than {MAX_GROUP_QUEUES} queues; subscribe to fewer topics in one group"
+            )),
             Err(JoinRefused::Full) => CoordinatorReply::GroupFull,
             Err(JoinRefused::Delivery(other)) => CoordinatorReply::OtherDelivery(other),
         })

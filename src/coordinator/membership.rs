@@ -15,6 +15,8 @@ use crate::catalog::TopicId;
 
 /// Members one group may have.
 pub const MAX_MEMBERS: usize = 500;
+/// Queues that a group may share out when somebody joins; topics may grow beyond it later.
+pub const MAX_GROUP_QUEUES: u64 = 10_000;
 
 /// A queue of a topic's one life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -119,6 +121,8 @@ pub enum NotAMember {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum JoinRefused {
     Full,
+    /// The topics have too many queues together.
+    TooManyQueues,
     /// The members that are there go through their messages in this other way.
     Delivery(Delivery),
 }
@@ -142,13 +146,13 @@ impl Membership {
             return Err(JoinRefused::Full);
         }
         let id = known.unwrap_or(newcomer.id);
+        let before = self.clone();
         self.delivery = newcomer.delivery;
         let strategy = match others {
             0 => AssignStrategy::default(),
             _ => self.strategy,
         };
         self.strategy = newcomer.strategy.unwrap_or(strategy);
-        let before = self.clone();
         // Its former life owns nothing any more, so that nobody waits for it to stop.
         self.disown(|owner| owner == id);
         let member = Member {
@@ -162,6 +166,10 @@ impl Membership {
         };
         self.members.insert(id.clone(), member);
         self.learn(shapes);
+        if self.width() > MAX_GROUP_QUEUES {
+            *self = before;
+            return Err(JoinRefused::TooManyQueues);
+        }
         self.settle(&before);
         Ok(id)
     }
@@ -289,6 +297,12 @@ impl Membership {
     /// Whether any queue waits for its owner to stop.
     pub fn is_moving(&self) -> bool {
         self.queues.values().any(|turn| turn.owner != turn.target)
+    }
+
+    /// The queues of all topics together.
+    fn width(&self) -> u64 {
+        let found = self.topics.values().filter_map(|shape| shape.found);
+        found.map(|(_, queues)| u64::from(queues)).sum()
     }
 
     /// Keeps the newest of what is known of each subscribed topic.

@@ -246,6 +246,17 @@ fn a_group_takes_so_many_and_no_more() {
     assert_eq!(one_more, Err(JoinRefused::Full));
 }
 
+#[test]
+fn topics_with_too_many_queues_are_refused_and_leave_nothing_behind() {
+    let mut group = Fixture::new(4);
+    group.join("a");
+    let before = group.group.clone();
+    let wide = shapes(2, &[("u", 2, 9_997)]);
+    let refused = group.group.join(newcomer("b", &["u"]), &wide);
+    assert_eq!(refused, Err(JoinRefused::TooManyQueues));
+    assert_eq!(group.group, before);
+}
+
 #[derive(Debug, Clone)]
 enum Event {
     Join(u8, u8),

@@ -26,6 +26,8 @@ use tokio::sync::watch;
 use super::{GroupMode, Membership, QueueOffset};
 
 pub(super) type Content = BTreeMap<Vec<u8>, Vec<u8>>;
+/// A key and its value.
+pub(super) type Record = (Vec<u8>, Vec<u8>);
 
 /// A named producer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,7 +89,7 @@ impl Records {
         prefix: &[u8],
         after: Option<&[u8]>,
         limit: usize,
-    ) -> Result<Vec<(Vec<u8>, Vec<u8>)>, StorageError> {
+    ) -> Result<Vec<Record>, StorageError> {
         let from = after.map_or(Bound::Included(prefix), Bound::Excluded);
         let changed = self.changes.range::<[u8], _>((from, Bound::Unbounded));
         let changed = changed.take_while(|(key, _)| key.starts_with(prefix));

@@ -1,6 +1,7 @@
 //! Committed commands that no version of this program wrote: every replica answers them, changes
 //! nothing by them or the same, and goes on. A replica that stopped at one could never start again.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +15,8 @@ use quorate::coordinator::transactions::{
     Decision, NewTransaction, Part, PreparedParts, Timing, TransactionCommand,
 };
 use quorate::coordinator::{
-    CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp,
+    AssignStrategy, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, Delivery, GroupStart,
+    Newcomer, QueueId, QueueOffset, TopicShape, stamp,
 };
 use quorate_raft::StateMachine;
 use quorate_storage::batch::{BatchBuilder, RecordInput};
@@ -358,6 +360,27 @@ fn transactions() -> impl Iterator<Item = (&'static str, TransactionCommand)> {
     ];
     commands.into_iter()
 }
+fn topics(version: u64, queues: u32) -> BTreeMap<String, TopicShape> {
+    let found = Some((1, queues));
+    [("orders".to_owned(), TopicShape { version, found })].into()
+}
+
+fn join(member: &str, instance: &str) -> CoordinatorCommand {
+    CoordinatorCommand::Join {
+        group: "shipping".to_owned(),
+        newcomer: Newcomer {
+            id: member.to_owned(),
+            instance_id: Some(instance.to_owned()),
+            topics: vec!["orders".to_owned()],
+            tag: Some("paid".to_owned()),
+            delivery: Delivery::Cluster,
+            start: GroupStart::Latest,
+            session_timeout_ms: 10_000,
+            strategy: Some(AssignStrategy::Range),
+        },
+        topics: topics(1, 4),
+    }
+}
 
 fn coordinator() {
     let commands = [
@@ -390,6 +413,61 @@ fn coordinator() {
                 id: (3 << 40) | (1 << 39) | 2,
                 epoch: 0,
                 queue_group: 77,
+            },
+        ),
+        ("5-join", join("m1", "host-1")),
+        ("6-join-too", join("m2", "host-2")),
+        (
+            "7-heartbeat",
+            CoordinatorCommand::Heartbeat {
+                group: "shipping".to_owned(),
+                member: "m1".to_owned(),
+                epoch: 2,
+                owned: Some(vec![QueueId { topic: 1, queue: 0 }]),
+            },
+        ),
+        (
+            "8-topics",
+            CoordinatorCommand::SeeTopics {
+                group: "shipping".to_owned(),
+                topics: topics(2, 5),
+            },
+        ),
+        (
+            "9-begin",
+            CoordinatorCommand::Begin {
+                group: "shipping".to_owned(),
+                instance: None,
+                offsets: vec![QueueOffset {
+                    topic: 1,
+                    queue: 2,
+                    offset: 3,
+                }],
+            },
+        ),
+        (
+            "a-reset",
+            CoordinatorCommand::Reset {
+                group: "billing".to_owned(),
+                offsets: vec![QueueOffset {
+                    topic: 1,
+                    queue: 2,
+                    offset: 1,
+                }],
+                force: true,
+            },
+        ),
+        (
+            "b-remove",
+            CoordinatorCommand::RemoveMembers {
+                group: "shipping".to_owned(),
+                members: vec![("m1".to_owned(), 1), ("m2".to_owned(), 2)],
+            },
+        ),
+        (
+            "c-delete",
+            CoordinatorCommand::DeleteGroup {
+                group: "shipping".to_owned(),
             },
         ),
     ];

@@ -3,10 +3,11 @@
 use std::fs;
 
 use bytes::Bytes;
+use quorate::broker::groups::{GroupAnswer, GroupQuestion, Seat};
 use quorate::broker::queue::BatchOutcome;
 use quorate::broker::queue::entry::Mark;
 use quorate::broker::{MessagePlace, StartAt, TransactionQuery};
-use quorate::coordinator::QueueOffset;
+use quorate::coordinator::{GroupStart, QueueId, QueueOffset};
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
 };
@@ -33,6 +34,7 @@ fn peer_messages_that_lie() {
         stable::<PeerResult<Bytes>>(bytes);
         stable::<PeerResult<Slice>>(bytes);
         stable::<PeerResult<u64>>(bytes);
+        stable::<PeerResult<GroupAnswer>>(bytes);
         stable::<PeerResult<Vec<BatchOutcome>>>(bytes);
         stable::<PeerResult<Vec<QueueOffset>>>(bytes);
         stable::<PeerResult<Vec<Option<GroupView>>>>(bytes);
@@ -96,6 +98,27 @@ fn write_the_corpus() {
         query: TransactionQuery::One([3; 16]),
     };
     keep("transactions", encode(&transactions));
+    let heartbeat = PeerRequest::Group {
+        coordinator: 3,
+        question: GroupQuestion::Heartbeat {
+            group: "billing".to_owned(),
+            member: "m".to_owned(),
+            epoch: 4,
+            owned: Some(vec![QueueId { topic: 1, queue: 2 }]),
+        },
+        timeout_ms: 5000,
+    };
+    keep("heartbeat", encode(&heartbeat));
+    let seat = GroupAnswer::Seat(Seat {
+        member_id: "m".to_owned(),
+        epoch: 4,
+        session_timeout_ms: 10_000,
+        start: GroupStart::Timestamp(9),
+        tag: None,
+        instance: Some("host".to_owned()),
+        queues: vec![(QueueId { topic: 1, queue: 2 }, Some(7))],
+    });
+    keep("seat", encode(&PeerResult::Ok(seat)));
     let view = GroupView {
         leader: Some(2),
         term: 7,

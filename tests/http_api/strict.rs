@@ -10,6 +10,7 @@ fn filled(path: &str) -> String {
     path.replace("{topic}", "orders")
         .replace("{queue}", "0")
         .replace("{group}", "g")
+        .replace("{member}", "m")
 }
 
 fn routes(reference: &Value) -> Vec<(Method, String)> {
@@ -84,6 +85,7 @@ async fn hostile_names_are_refused_everywhere() {
             format!("/v1/topics/{name}/queues/0/messages"),
             format!("/v1/topics/{name}/queues/0/offset?timestamp_ms=1"),
             format!("/v1/groups/{name}/offsets"),
+            format!("/v1/groups/{name}/members/m/messages?epoch=1"),
         ] {
             let body = api.get(&path).await.problem(400, "invalid_name");
             assert!(

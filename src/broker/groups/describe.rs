@@ -1,11 +1,12 @@
 //! What is told of a consumer group: members, who has which queue, and how far each is.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use crate::broker::{Broker, BrokerResult, GroupOffset};
+use crate::catalog::TopicId;
 use crate::coordinator::{
     AssignStrategy, CoordinatorView, Delivery, GroupMode, Member, Membership, QueueId, QueueOffset,
 };
@@ -85,6 +86,13 @@ pub struct QueueOwner {
     pub instance: Option<String>,
 }
 
+/// What is known of one queue of a group, or of one instance.
+#[derive(Default)]
+struct Place {
+    owner: Option<String>,
+    offset: Option<u64>,
+}
+
 impl Broker {
     /// All that is known of a group.
     pub async fn describe_group(&self, group: &str) -> BrokerResult<GroupDescription> {
@@ -108,7 +116,7 @@ impl Broker {
             }
         });
         let members = members.collect();
-        let offsets = self.group_places(group, &state).await?;
+        let offsets = self.group_places(group, &state, true).await?;
         Ok(GroupDescription {
             mode: state.mode,
             delivery: membership.delivery,
@@ -126,67 +134,81 @@ impl Broker {
         group: &str,
     ) -> BrokerResult<Vec<GroupOffset>> {
         let state = self.group_state(group).await?;
-        let places = self.group_places(group, &state).await?.into_iter();
+        let places = self.group_places(group, &state, false).await?.into_iter();
         let common = places.filter(|place| place.instance.is_none());
         Ok(common.map(|place| place.offset).collect())
     }
 
-    /// Every queue in which the group has committed or has an owner, with the lag there.
-    async fn group_places(&self, group: &str, state: &GroupState) -> BrokerResult<Vec<QueueOwner>> {
+    /// Every queue in which the group has committed or has an owner, with the lag there; with
+    /// `whole_topics` also the other queues of the same topics.
+    async fn group_places(
+        &self,
+        group: &str,
+        state: &GroupState,
+        whole_topics: bool,
+    ) -> BrokerResult<Vec<QueueOwner>> {
         let membership = &state.membership;
         let id = |o: &QueueOffset| QueueId {
             topic: o.topic,
             queue: o.queue,
         };
-        // By instance and queue: the owner and the offset.
-        let mut places: BTreeMap<(Option<String>, QueueId), (Option<String>, Option<u64>)> =
-            BTreeMap::new();
+        let mut places: BTreeMap<(Option<String>, QueueId), Place> = BTreeMap::new();
         for (queue, turn) in &membership.queues {
             let place = places.entry((None, *queue)).or_default();
-            place.0 = Some(turn.owner.clone());
+            place.owner = Some(turn.owner.clone());
         }
         for offset in &state.offsets {
             let place = places.entry((None, id(offset))).or_default();
-            place.1 = Some(offset.offset);
+            place.offset = Some(offset.offset);
         }
         if membership.delivery == Delivery::Broadcast {
             for (member, known) in &membership.members {
                 for queue in membership.assignment(member) {
                     let place = places.entry((known.instance_id.clone(), queue));
-                    place.or_default().0 = Some(member.clone());
+                    place.or_default().owner = Some(member.clone());
                 }
             }
             for (instance, offsets) in &state.instance_offsets {
                 for offset in offsets {
                     let place = places.entry((Some(instance.clone()), id(offset)));
-                    place.or_default().1 = Some(offset.offset);
+                    place.or_default().offset = Some(offset.offset);
                 }
             }
         }
         let catalog = self.catalog();
-        let asked = places
-            .into_iter()
-            .filter_map(|((instance, queue), (member, offset))| {
-                let topic = catalog.topics.get(&queue.topic)?;
-                let raft_group = topic.queues.get(queue.queue as usize)?.group;
-                let name = topic.name.clone();
-                Some(async move {
-                    let (end_offset, lag, lag_ms) = self.lag(raft_group, offset).await?;
-                    let offset = GroupOffset {
-                        topic: name,
-                        queue: queue.queue,
-                        offset,
-                        end_offset,
-                        lag,
-                        lag_ms,
-                    };
-                    Ok(QueueOwner {
-                        offset,
-                        member,
-                        instance,
+        if whole_topics && membership.delivery == Delivery::Cluster {
+            let topics: BTreeSet<TopicId> = places.keys().map(|(_, queue)| queue.topic).collect();
+            for topic in topics.iter().filter_map(|id| catalog.topics.get(id)) {
+                for (queue, _) in (0u32..).zip(&topic.queues) {
+                    let topic = topic.id;
+                    places.entry((None, QueueId { topic, queue })).or_default();
+                }
+            }
+        }
+        let asked =
+            places
+                .into_iter()
+                .filter_map(|((instance, queue), Place { owner, offset })| {
+                    let topic = catalog.topics.get(&queue.topic)?;
+                    let raft_group = topic.queues.get(queue.queue as usize)?.group;
+                    let name = topic.name.clone();
+                    Some(async move {
+                        let (end_offset, lag, lag_ms) = self.lag(raft_group, offset).await?;
+                        let offset = GroupOffset {
+                            topic: name,
+                            queue: queue.queue,
+                            offset,
+                            end_offset,
+                            lag,
+                            lag_ms,
+                        };
+                        Ok(QueueOwner {
+                            offset,
+                            member: owner,
+                            instance,
+                        })
                     })
-                })
-            });
+                });
         let rows: BrokerResult<Vec<QueueOwner>> = join_all(asked).await.into_iter().collect();
         let mut rows = rows?;
         rows.sort_by(|a, b| {

@@ -16,7 +16,7 @@ use super::sessions::Overdue;
 use crate::broker::Broker;
 use crate::broker::local::LocalCoordinator;
 use crate::catalog::GroupOwner;
-use crate::coordinator::{CoordinatorCommand, Membership};
+use crate::coordinator::{CoordinatorCommand, CoordinatorView, Membership};
 use crate::peer::{PeerError, PeerResult};
 
 /// How long one step may wait for a majority.
@@ -109,7 +109,8 @@ impl Broker {
             News::Leads(number) => self.take_over(number).await,
             News::Everything => {
                 let led = self.coordinators_led_here().into_iter();
-                join_all(led.map(|number| self.take_over(number))).await;
+                let used = led.filter(|number| self.has_members(*number));
+                join_all(used.map(|number| self.take_over(number))).await;
             }
         }
     }
@@ -118,6 +119,12 @@ impl Broker {
         let all = self.local.coordinators().into_iter();
         let led = all.filter(|(_, c)| c.group.is_leader());
         led.map(|(number, _)| number).collect()
+    }
+
+    fn has_members(&self, number: u32) -> bool {
+        let local = self.local.coordinator(number);
+        let groups = local.map(|local| read(&local, CoordinatorView::memberships));
+        matches!(groups, Some(Ok(groups)) if !groups.is_empty())
     }
 
     /// Begins the sessions of all members that are not watched yet.
