@@ -377,7 +377,7 @@ fn certain(error: BrokerError) -> BrokerError {
 }
 
 fn refused(group: u64, queue: u32, outcome: BatchOutcome) -> BrokerError {
-    let explained = crate::broker::produce::explain(group, queue, outcome, 1, None);
+    let explained = crate::broker::produce::explain(group, queue, outcome, 1, None, None);
     let error = explained.into_iter().find_map(Result::err);
     error.unwrap_or_else(|| {
         BrokerError::Internal("a part of a transaction was stored without being held".to_owned())
