@@ -139,6 +139,12 @@ pub enum PeerRequest {
         topics: Vec<u64>,
         prove: bool,
     },
+    /// Something about a consumer group that only the leader of its coordinator knows.
+    Group {
+        coordinator: u32,
+        question: GroupQuestion,
+        timeout_ms: u64,
+    },
     /// Take a delayed message back, in a queue that the other node leads.
     Cancel {
         place: MessagePlace,

@@ -33,11 +33,9 @@ pub struct WebhookPolicy {
 /// The secret stays out of logs.
 impl fmt::Debug for WebhookPolicy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let policy = f
-            .debug_struct("WebhookPolicy")
+        f.debug_struct("WebhookPolicy")
             .field("allow", &self.allow)
-            .finish_non_exhaustive();
-        policy
+            .finish_non_exhaustive()
     }
 }
 
