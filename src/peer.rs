@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, StartAt};
+use crate::broker::{Broker, BrokerError, MessagePlace, SearchRequest, StartAt};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -83,6 +83,11 @@ pub enum PeerRequest {
         timeout_ms: u64,
     },
     Read(ReadRequest),
+    Search(SearchRequest),
+    FindMessage {
+        queue: u32,
+        place: MessagePlace,
+    },
     /// The first offset at or after a time, proved; the end if there is none.
     OffsetAt {
         group: u64,
@@ -185,6 +190,10 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             encode(&broker.propose_here(group, body, timeout).await)
         }
         PeerRequest::Read(request) => encode(&broker.read_here(&request).await),
+        PeerRequest::Search(request) => encode(&broker.search_here(&request).await),
+        PeerRequest::FindMessage { queue, place } => {
+            encode(&broker.message_here(queue, place).await)
+        }
         PeerRequest::OffsetAt {
             group,
             timestamp_ms,

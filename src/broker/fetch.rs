@@ -218,7 +218,7 @@ fn share(
         .collect()
 }
 
-fn size_of_message(message: &Message) -> usize {
+pub(super) fn size_of_message(message: &Message) -> usize {
     let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
     let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
     message.value.as_ref().map_or(0, Bytes::len)
@@ -267,7 +267,7 @@ fn messages_of(
     Ok((messages, next_offset))
 }
 
-fn message(
+pub(super) fn message(
     group: u64,
     queue: u32,
     stored: &StoredBatch,
@@ -297,7 +297,7 @@ fn message(
     })
 }
 
-fn unreadable(error: batch::BatchError) -> BrokerError {
+pub(super) fn unreadable(error: batch::BatchError) -> BrokerError {
     tracing::error!(%error, "a stored batch cannot be read");
     BrokerError::Internal(format!("a stored batch cannot be read: {error}"))
 }

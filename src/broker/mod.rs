@@ -23,6 +23,7 @@ pub mod queue;
 mod read;
 mod reset;
 mod route;
+mod search;
 pub mod selection;
 mod topics;
 mod types;
@@ -39,6 +40,7 @@ mod testing;
 pub use config::BrokerConfig;
 pub use error::{BrokerError, Outcome};
 pub use message_id::{MessagePlace, message_id, parse_message_id};
+pub use search::{Cursor, Found, LookupAnswer, LookupRequest, SearchRequest};
 pub use selection::Selection;
 pub use types::*;
 

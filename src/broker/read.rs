@@ -69,15 +69,10 @@ impl Broker {
         }
         let read = self.read_queue(&queue, request).await;
         match read {
-            // What the read found is wrong with this replica alone.
-            Err(BrokerError::Quarantined) => Err(PeerError::NotHere),
-            Err(BrokerError::Internal(_)) if queue.shared.soundness().broken().is_some() => {
-                Err(PeerError::NotHere)
-            }
             Ok(slice) if slice.batches.is_empty() && queue.shared.is_closed() => {
                 Err(PeerError::NotHere)
             }
-            read => read.map_err(PeerError::Broker),
+            read => read.map_err(|error| fault_of(&queue, error)),
         }
     }
 
@@ -230,7 +225,18 @@ fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
     }
 }
 
-fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
+/// What is wrong with this replica alone is for another one to answer.
+pub(super) fn fault_of(queue: &LocalQueue, error: BrokerError) -> PeerError {
+    match error {
+        BrokerError::Quarantined => PeerError::NotHere,
+        BrokerError::Internal(_) if queue.shared.soundness().broken().is_some() => {
+            PeerError::NotHere
+        }
+        error => PeerError::Broker(error),
+    }
+}
+
+pub(super) fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
     tracing::error!(%error, "a queue cannot be read");
     match &error {
         StorageError::Damaged { path, .. } if path == queue.shared.index().path() => {
@@ -244,7 +250,7 @@ fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
 }
 
 /// The batches from the one that holds `start` on, at least one, then as many as the bounds allow.
-fn collect(
+pub(super) fn collect(
     queue: &LocalQueue,
     start: u64,
     max_messages: usize,

@@ -167,7 +167,7 @@ pub struct ProduceAnswer {
 }
 
 /// A stored message as a reader sees it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     pub queue: u32,
     pub offset: u64,

@@ -99,7 +99,7 @@ fn routes() -> OpenApiRouter<HttpState> {
             v1::topics::update,
             v1::topics::delete
         ))
-        .routes(routes!(v1::produce::produce))
+        .routes(routes!(v1::produce::produce, v1::lookup::lookup))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
         .routes(routes!(v1::consume::fetch_many))
@@ -160,6 +160,7 @@ mod tests {
             "GET /v1/groups/{group}/offsets",
             "GET /v1/topics",
             "GET /v1/topics/{topic}",
+            "GET /v1/topics/{topic}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",
             "GET /v1/topics/{topic}/queues/{queue}/replica",

@@ -191,6 +191,8 @@ impl Node {
         tokio::spawn(stopped.run_until_cancelled_owned(async move {
             broker_here.announce_lost_tails().await;
         }));
+        let index_keys = broker.clone().index_keys();
+        tokio::spawn(stop.clone().run_until_cancelled_owned(index_keys));
         let settle = settle_tails(run.clone(), broker.clone());
         tokio::spawn(stop.clone().run_until_cancelled_owned(settle));
         Ok(Self {

@@ -9,6 +9,7 @@ mod consume;
 mod filters;
 mod idempotence;
 mod live;
+mod lookup;
 mod no_room;
 mod offsets;
 mod produce;

@@ -3,6 +3,7 @@
 pub mod cluster;
 pub mod consume;
 pub mod health;
+pub mod lookup;
 pub mod offsets;
 pub mod produce;
 pub mod replica;

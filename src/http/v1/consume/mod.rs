@@ -1,8 +1,8 @@
 //! Consume: fetch with long poll, live stream, many queues at once, stored batches.
 
 mod batches;
-mod query;
-mod render;
+pub(super) mod query;
+pub(super) mod render;
 mod stream;
 
 use std::sync::Arc;

@@ -133,7 +133,7 @@ fn start(params: &Params) -> Result<StartAt, ApiError> {
     }
 }
 
-fn selection(tag: Option<&str>, filter: Option<&str>) -> Result<Selection, ApiError> {
+pub fn selection(tag: Option<&str>, filter: Option<&str>) -> Result<Selection, ApiError> {
     Ok(Selection::parse(tag, filter).map_err(BrokerError::from)?)
 }
 
@@ -147,7 +147,7 @@ fn consistency(text: Option<&str>) -> Result<Consistency, ApiError> {
     }
 }
 
-fn encoding(text: Option<&str>) -> Result<Encoding, ApiError> {
+pub fn encoding(text: Option<&str>) -> Result<Encoding, ApiError> {
     match text {
         None | Some("auto") => Ok(Encoding::Auto),
         Some("base64") => Ok(Encoding::Base64),
