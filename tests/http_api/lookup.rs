@@ -104,7 +104,10 @@ async fn the_message_with_an_id() {
         .problem(404, "topic_not_found");
     // An id of the queue that no message has: the entry is there, the record isn't.
     let body = json!({"messages": [{"value": "x"}]});
-    let foreign = api.post("/v1/topics/other/messages", &body).await.expect(200);
+    let foreign = api
+        .post("/v1/topics/other/messages", &body)
+        .await
+        .expect(200);
     let foreign = foreign["results"][0]["message_id"].clone();
     look(&api, &[("message_id", foreign.as_str().unwrap())])
         .await

@@ -4,6 +4,7 @@
 mod support;
 
 mod api;
+mod audit;
 mod cluster;
 mod consume;
 mod filters;
