@@ -87,6 +87,7 @@ pub enum PeerRequest {
     FindMessage {
         queue: u32,
         place: MessagePlace,
+        ttl_ms: Option<u64>,
     },
     /// The first offset at or after a time, proved; the end if there is none.
     OffsetAt {
@@ -103,6 +104,18 @@ pub enum PeerRequest {
     TransferLeader {
         group: u64,
         to: NodeId,
+    },
+    /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
+    /// with proof that no commit is missing, if asked for.
+    LowestOffsets {
+        coordinator: u32,
+        topics: Vec<u64>,
+        prove: bool,
+    },
+    /// Take a delayed message back, in a queue that the other node leads.
+    Cancel {
+        place: MessagePlace,
+        timeout_ms: u64,
     },
 }
 
@@ -191,9 +204,11 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         }
         PeerRequest::Read(request) => encode(&broker.read_here(&request).await),
         PeerRequest::Search(request) => encode(&broker.search_here(&request).await),
-        PeerRequest::FindMessage { queue, place } => {
-            encode(&broker.message_here(queue, place).await)
-        }
+        PeerRequest::FindMessage {
+            queue,
+            place,
+            ttl_ms,
+        } => encode(&broker.message_here(queue, place, ttl_ms).await),
         PeerRequest::OffsetAt {
             group,
             timestamp_ms,
@@ -208,8 +223,17 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
                 .await;
             encode(&answer)
         }
+        PeerRequest::LowestOffsets {
+            coordinator,
+            topics,
+            prove,
+        } => encode(&broker.positions_here(coordinator, &topics, prove).await),
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
+        }
+        PeerRequest::Cancel { place, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            encode(&broker.cancel_here(place, timeout).await)
         }
     }
 }

@@ -2,15 +2,16 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use quorate_raft::{Group, ReadError};
 use quorate_storage::key_index::KeyIndex;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::NodeId;
+use super::backlog::BacklogGate;
 use super::batcher::Submission;
 use super::queue::QueueShared;
 use crate::coordinator::CoordinatorView;
@@ -30,6 +31,9 @@ pub struct LocalQueue {
     /// Of the log as it was found at the start: ready once this has been applied.
     pub recovered_index: Option<u64>,
     pub(super) queued_bytes: AtomicUsize,
+    /// What is due is being delivered.
+    pub(super) delivering: AtomicBool,
+    pub(super) backlog: BacklogGate,
     /// The running batcher, if there is one.
     pub(super) batcher: Mutex<Option<mpsc::UnboundedSender<Submission>>>,
 }
@@ -47,6 +51,8 @@ impl LocalQueue {
             keys,
             recovered_index,
             queued_bytes: AtomicUsize::new(0),
+            delivering: AtomicBool::new(false),
+            backlog: BacklogGate::default(),
             batcher: Mutex::new(None),
         })
     }
@@ -68,6 +74,8 @@ pub struct LocalGroups {
     coordinators: RwLock<HashMap<u32, Arc<LocalCoordinator>>>,
     /// Bytes waiting in all batchers of this node.
     pub(super) queued_bytes: Arc<AtomicUsize>,
+    /// Told when a queue has something due earlier than was known.
+    pub(super) due_earlier: Arc<Notify>,
     catching_up: Turns,
 }
 
@@ -97,7 +105,10 @@ impl LocalGroups {
     /// Adds a replica that was just opened, and has it catch up in the background.
     pub fn insert_queue(&self, queue: Arc<LocalQueue>) {
         self.bring_up(queue.group.clone(), queue.recovered_index);
+        queue.shared.tell_due(self.due_earlier.clone());
         self.queues.write().insert(queue.group.id().0, queue);
+        // It may have something due already.
+        self.due_earlier.notify_one();
     }
 
     pub fn remove_queue(&self, group: u64) {

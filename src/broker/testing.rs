@@ -264,9 +264,10 @@ impl Opener {
                 let path = self.dir.join(format!("{}.index", placement.group));
                 let index = Arc::new(QueueIndex::open(self.vfs.clone(), path).unwrap());
                 let shared = QueueShared::new(index.clone(), Arc::default());
-                let machine = QueueMachine::new(index, shared.clone(), state.limits);
                 let keys = self.dir.join(format!("{}.keys", placement.group));
                 let keys = KeyIndex::open(self.vfs.clone(), keys, |_| true).unwrap();
+                let held = self.derived.group(placement.id());
+                let machine = QueueMachine::new(index, shared.clone(), held, state.limits);
                 let spec = spec(LogRetention::Messages);
                 let Ok(group) = self.host.open_group(spec, Box::new(machine)).await else {
                     return;

@@ -5,6 +5,7 @@ mod command;
 mod group_mode;
 mod machine;
 mod offsets;
+mod positions;
 mod producers;
 mod records;
 

@@ -144,7 +144,7 @@ impl Records {
 /// What the broker reads of a coordinator's applied state.
 #[derive(Debug, Clone)]
 pub struct CoordinatorView {
-    records: DerivedGroup,
+    pub(super) records: DerivedGroup,
 }
 
 impl CoordinatorView {

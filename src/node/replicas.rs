@@ -121,7 +121,9 @@ impl Replicas {
         self.remove_lost(catalog).await?;
         let coordinators = self.locals.coordinators();
         if let Some(cause) = coordinators.iter().find_map(|(_, c)| c.soundness.broken()) {
-            self.reset_derived(&cause).await?;
+            self.reset_derived(&cause.to_string()).await?;
+        } else if self.derived.is_damaged() {
+            self.reset_derived("a queue has met bad data").await?;
         }
         for (number, placement) in (0..).zip(&catalog.coordinators) {
             if self.should_open(placement).await {
@@ -250,9 +252,10 @@ impl Replicas {
         Ok(())
     }
 
-    /// Gives the derived store up, and with it the replicas that stand on it. Opened again, they
-    /// begin with their newest snapshots.
-    async fn reset_derived(&self, cause: &StorageError) -> Result<()> {
+    /// Gives the derived store up, and with it the replicas that stand on it. Opened again,
+    /// coordinators begin with their newest snapshots, and queues apply their logs from their
+    /// boundaries on.
+    async fn reset_derived(&self, cause: &str) -> Result<()> {
         for (number, coordinator) in self.locals.coordinators() {
             self.locals.remove_coordinator(number);
             self.host
@@ -260,8 +263,15 @@ impl Replicas {
                 .await
                 .ok();
         }
+        // Of queues without held batches there is nothing in it.
+        let holding = self.locals.queues().into_iter();
+        for queue in holding.filter(|queue| queue.shared.held() > 0) {
+            let group = queue.group.id();
+            self.locals.remove_queue(group.0);
+            self.host.close_group(group, false).await.ok();
+        }
         self.derived
-            .reset(&cause.to_string())
+            .reset(cause)
             .context("the derived store is unusable and cannot be replaced")
     }
 
@@ -286,7 +296,8 @@ impl Replicas {
         let index = Arc::new(index?);
         let keys = self.open_keys(placement.id())?;
         let shared = QueueShared::new(index.clone(), self.repair.clone());
-        let machine = QueueMachine::new(index, shared.clone(), limits);
+        let held = self.derived.group(placement.id());
+        let machine = QueueMachine::new(index, shared.clone(), held, limits);
         let flush = match flush {
             FlushMode::Sync => Flush::Sync,
             FlushMode::Async => Flush::Async,
@@ -341,7 +352,11 @@ impl Replicas {
         self.remove_index(group);
     }
 
+    /// Removes what was derived of a queue: its index, and the records of its held batches.
     fn remove_index(&self, group: RaftGroupId) {
+        if let Err(error) = self.derived.group(group).clear() {
+            tracing::debug!(%group, %error, "records of a removed queue were not removed");
+        }
         let path = self.index_path(group);
         if let Err(error) = self.vfs.remove(&path) {
             tracing::debug!(%group, %error, "a removed queue's index was not removed");

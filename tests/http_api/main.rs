@@ -5,6 +5,7 @@ mod support;
 
 mod api;
 mod audit;
+mod backlog;
 mod cluster;
 mod consume;
 mod filters;
@@ -13,6 +14,9 @@ mod live;
 mod lookup;
 mod no_room;
 mod offsets;
+mod one_way;
 mod produce;
+mod quotas;
 mod strict;
 mod topics;
+mod ttl;

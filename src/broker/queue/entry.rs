@@ -5,7 +5,7 @@
 //! | bytes | field |
 //! |---|---|
 //! | 0 | version = 2 |
-//! | 1 | kind: 1 = append, 2 = fence a producer, 3 = deliver, 4 = settle a transaction, 5 = cancel |
+//! | 1 | kind: 1 append, 2 fence a producer, 3 deliver, 4 settle a transaction, 5 cancel, 7 trim |
 //! | 2..10 | stamp, ms: max(the leader's clock, its last stamp) |
 //!
 //! An append goes on with:
@@ -25,7 +25,7 @@
 //! A fence goes on with the producer id (8) and the epoch (2) below which it is refused; a delivery
 //! of what is due at the stamp with the most batches it may take (2); a settlement with the
 //! transaction id (16) and 1 = commit or 0 = rollback (1); a cancellation with term (8), index (8)
-//! and batch (2) of what is held.
+//! and batch (2) of what is held; a trim with the offset (8) below which messages are gone.
 //!
 //! Invariant: nothing here trusts a length or a count; hostile bytes give an [`EntryError`].
 
@@ -39,6 +39,7 @@ const KIND_FENCE: u8 = 2;
 const KIND_DELIVER: u8 = 3;
 const KIND_SETTLE: u8 = 4;
 const KIND_CANCEL: u8 = 5;
+const KIND_TRIM: u8 = 7;
 const HEADER_BYTES: usize = 10;
 /// Of a batch without mark and hold.
 const MIN_PREFIX_BYTES: usize = 1 + 1 + 4;
@@ -123,6 +124,10 @@ pub enum EntryBody {
         term: u64,
         index: u64,
         batch: u16,
+    },
+    /// Messages below the offset are let go.
+    Trim {
+        earliest_offset: u64,
     },
 }
 
@@ -229,6 +234,19 @@ pub fn cancel(stamp_ms: u64, stored: LogId, batch: u16) -> Bytes {
     buffer.freeze()
 }
 
+/// The entry that lets go of the messages below an offset.
+pub fn trim(stamp_ms: u64, earliest_offset: u64) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 8);
+    put_header(&mut buffer, KIND_TRIM, stamp_ms);
+    buffer.put_u64(earliest_offset);
+    buffer.freeze()
+}
+
+/// Whether a body is one that [`trim`] made. It frees space, so a full disk is no reason against it.
+pub fn is_trim(body: &[u8]) -> bool {
+    body.first_chunk() == Some(&[VERSION, KIND_TRIM]) && body.len() == HEADER_BYTES + 8
+}
+
 fn put_header(buffer: &mut BytesMut, kind: u8, stamp_ms: u64) {
     buffer.put_u8(VERSION);
     buffer.put_u8(kind);
@@ -306,6 +324,9 @@ pub fn decode(body: &Bytes) -> Result<Entry, EntryError> {
                 batch: fields.get_u16(),
             }
         }
+        KIND_TRIM => EntryBody::Trim {
+            earliest_offset: take(&mut rest, 8)?.get_u64(),
+        },
         other => return Err(EntryError::Kind(other)),
     };
     if rest.has_remaining() {
@@ -493,6 +514,20 @@ mod tests {
         ] {
             let entry = decode(&body).unwrap();
             assert_eq!((entry.stamp_ms, entry.body), (5, expected));
+        }
+    }
+
+    #[test]
+    fn a_trim_comes_back_and_is_known_for_one() {
+        let body = trim(5, 1 << 40);
+        let earliest_offset = 1 << 40;
+        assert_eq!(
+            decode(&body).unwrap().body,
+            EntryBody::Trim { earliest_offset }
+        );
+        assert!(is_trim(&body));
+        for other in [fence(5, 1, 1), append(&[b"a"]), body.slice(..17)] {
+            assert!(!is_trim(&other));
         }
     }
 

@@ -1,19 +1,26 @@
 //! One queue: what its Raft group's entries say, and the state they make.
 //!
 //! The messages themselves stay in the commit log. This state is small: where the queue begins and
-//! ends, which batches of which producers are in it, and which idempotency keys were seen.
+//! ends, which batches of which producers are in it, and which idempotency keys were seen. Of what is
+//! stored and not visible yet there may be much: that is in the node's derived store.
 
 mod dedupe;
 pub mod entry;
 mod forwarded;
+mod held;
 mod idempotency;
+mod late;
+mod release;
 mod reply;
 mod shared;
+mod sizes;
 mod state;
 
+pub(in crate::broker) use dedupe::{REMEMBERED_BATCHES, advance};
 pub use reply::{BatchOutcome, CancelVerdict, QueueReply, Settled};
-pub(crate) use reply::{decode_cancelled, decode_outcomes, decode_settled};
+pub(crate) use reply::{decode_cancelled, decode_delivered, decode_outcomes, decode_settled};
 pub use shared::{QueueBounds, QueueShared};
+pub use sizes::SizeTable;
 pub use state::{QueueLimits, QueueMachine};
 
 use quorate_storage::LogId;
@@ -44,3 +51,6 @@ impl Place {
         (self.base_offset != Self::UNSEEN).then_some(self.base_offset)
     }
 }
+
+#[cfg(test)]
+mod held_tests;

@@ -9,8 +9,10 @@ use super::Place;
 pub enum QueueReply {
     /// To an append: one outcome for each batch.
     Batches(Vec<BatchOutcome>),
-    /// To a fence or a delivery.
+    /// To a fence or a trim.
     Done,
+    /// How many batches a delivery has made visible.
+    Delivered(u32),
     Settled(Settled),
     Cancelled(CancelVerdict),
 }
@@ -71,6 +73,14 @@ pub(super) fn encode(reply: &QueueReply) -> Vec<u8> {
 pub(crate) fn decode_outcomes(reply: &[u8]) -> Option<Vec<BatchOutcome>> {
     match postcard::from_bytes(reply).ok()? {
         QueueReply::Batches(outcomes) => Some(outcomes),
+        _ => None,
+    }
+}
+
+/// Reads the reply to a delivery.
+pub(crate) fn decode_delivered(reply: &[u8]) -> Option<u32> {
+    match postcard::from_bytes(reply).ok()? {
+        QueueReply::Delivered(batches) => Some(batches),
         _ => None,
     }
 }

@@ -6,11 +6,13 @@ use quorate_storage::queue_index::IndexRecord;
 use tokio::time::Instant;
 
 use super::SEARCH_FOR;
+use crate::broker::batcher::now_ms;
 use crate::broker::fetch;
 use crate::broker::local::LocalQueue;
 use crate::broker::queue::Place;
 use crate::broker::queue::entry::{self, EntryBody, Hold};
 use crate::broker::read::{fault_of, unreadable};
+use crate::broker::ttl::is_expired;
 use crate::broker::{Broker, BrokerError, BrokerResult, Message, MessagePlace, parse_message_id};
 use crate::peer::{PeerRequest, PeerResult, StoredBatch};
 
@@ -32,8 +34,13 @@ impl Broker {
             message_id: message_id.to_owned(),
         };
         let (queue, _) = queue.ok_or_else(not_found)?;
-        let here = self.message_here(queue, place).await;
-        let request = PeerRequest::FindMessage { queue, place };
+        let ttl_ms = found.config.ttl_ms;
+        let here = self.message_here(queue, place, ttl_ms).await;
+        let request = PeerRequest::FindMessage {
+            queue,
+            place,
+            ttl_ms,
+        };
         let message: Option<Message> = self
             .here_or_elsewhere(topic, place.group, here, &request)
             .await?;
@@ -45,11 +52,12 @@ impl Broker {
         &self,
         number: u32,
         place: MessagePlace,
+        ttl_ms: Option<u64>,
     ) -> PeerResult<Option<Message>> {
         let queue = self.proved_replica(place.group).await?;
         let searched = quorate_raft::blocking::on_pool({
             let queue = queue.clone();
-            move || find(&queue, number, place)
+            move || find(&queue, number, place, ttl_ms)
         });
         let found = searched.await;
         let found = found.unwrap_or_else(|e| Err(BrokerError::Internal(e.to_string())));
@@ -58,7 +66,12 @@ impl Broker {
 }
 
 /// Reads the entry that the id names, and looks where it became visible.
-fn find(queue: &LocalQueue, number: u32, place: MessagePlace) -> BrokerResult<Option<Message>> {
+fn find(
+    queue: &LocalQueue,
+    number: u32,
+    place: MessagePlace,
+    ttl_ms: Option<u64>,
+) -> BrokerResult<Option<Message>> {
     let log = queue.group.log();
     let applied = queue.group.applied().map_or(0, |id| id.index);
     if place.index > applied {
@@ -98,7 +111,7 @@ fn find(queue: &LocalQueue, number: u32, place: MessagePlace) -> BrokerResult<Op
         timestamp_ms: record.timestamp_ms,
         batch: batch.batch.clone(),
     };
-    message_of(queue, number, place, &found)
+    message_of(queue, number, place, ttl_ms, &found)
 }
 
 /// The index record of the batch. What was held becomes visible at any later time; what was not is
@@ -141,6 +154,7 @@ fn message_of(
     queue: &LocalQueue,
     number: u32,
     place: MessagePlace,
+    ttl_ms: Option<u64>,
     stored: &StoredBatch,
 ) -> BrokerResult<Option<Message>> {
     let view = BatchView::parse_trusted(stored.batch.clone()).map_err(fetch::unreadable)?;
@@ -148,6 +162,9 @@ fn message_of(
         return Ok(None);
     };
     let record = record.map_err(fetch::unreadable)?;
+    if is_expired(&record, stored.timestamp_ms, ttl_ms, now_ms()) {
+        return Ok(None);
+    }
     let message = fetch::message(place.group, number, stored, &view, &record, place.record)?;
     let is_trimmed = message.offset < queue.shared.bounds().earliest;
     Ok((!is_trimmed).then_some(message))

@@ -111,6 +111,8 @@ pub struct SearchRequest {
     pub to_timestamp_ms: Option<u64>,
     pub max_messages: u64,
     pub max_bytes: u64,
+    /// Of the topic.
+    pub ttl_ms: Option<u64>,
 }
 
 /// What one queue has, in its order.
@@ -139,6 +141,7 @@ impl Broker {
                 // One more than is wanted tells whether there are more.
                 max_messages: request.max_messages as u64 + 1,
                 max_bytes: share as u64,
+                ttl_ms: topic.config.ttl_ms,
             };
             async move {
                 let found = self.search(&request.topic, search).await?;

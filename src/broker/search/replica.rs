@@ -8,10 +8,12 @@ use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{Found, SEARCH_FOR, SearchRequest};
+use crate::broker::batcher::now_ms;
 use crate::broker::fetch::{self, size_of_message};
 use crate::broker::local::LocalQueue;
 use crate::broker::read::{collect, fault_of, unreadable};
 use crate::broker::selection::Seen;
+use crate::broker::ttl::is_expired;
 use crate::broker::{Broker, BrokerError, BrokerResult, StartAt};
 use crate::peer::{PeerError, PeerResult, StoredBatch};
 
@@ -208,6 +210,10 @@ impl<'a> Search<'a> {
 
     fn wants(&self, record: &RecordView, seen: Seen) -> bool {
         let wanted = self.request.key.as_ref();
+        let now_ms = now_ms();
+        if is_expired(record, seen.timestamp_ms, self.request.ttl_ms, now_ms) {
+            return false;
+        }
         let has_key = |key: &String| record.key.as_ref().is_some_and(|k| k == key.as_bytes());
         wanted.is_none_or(has_key) && self.request.selection.takes(record, seen)
     }

@@ -1,5 +1,6 @@
 //! The endpoints under `/v1` and those for operation, one file a section of the reference.
 
+pub mod cancel;
 pub mod cluster;
 pub mod consume;
 pub mod health;
