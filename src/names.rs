@@ -19,6 +19,21 @@ pub fn is_valid_name(name: &str) -> bool {
             .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
+/// Dead letters of a consumer group are in the topic of this prefix and the group's name.
+pub const DEAD_LETTER_PREFIX: &str = "_dlq.";
+
+/// The topic of a consumer group's dead letters.
+pub fn dead_letter_topic(group: &str) -> String {
+    format!("{DEAD_LETTER_PREFIX}{group}")
+}
+
+/// Whether users may read, list and delete a topic of this name: their own and dead letters. Other
+/// names with a leading `_` are the server's and hidden; what users name or write to must pass
+/// [`is_valid_name`].
+pub fn is_readable_topic(name: &str) -> bool {
+    is_valid_name(name.strip_prefix(DEAD_LETTER_PREFIX).unwrap_or(name))
+}
+
 /// Names of message headers that begin so are the server's own.
 pub const RESERVED_HEADER_PREFIX: &str = "quorate.";
 
@@ -49,6 +64,18 @@ mod tests {
             &"x".repeat(120),
         ] {
             assert!(is_valid_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn dead_letters_are_read_and_not_written() {
+        let longest = dead_letter_topic(&"x".repeat(120));
+        for name in ["_dlq.orders", &longest, "orders"] {
+            assert!(is_readable_topic(name), "{name}");
+        }
+        assert!(!is_valid_name("_dlq.orders"));
+        for name in ["_dlq.", "_dlq._dlq.a", "_dlq.a/b", "_exchange.a", "_x"] {
+            assert!(!is_readable_topic(name), "{name}");
         }
     }
 

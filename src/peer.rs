@@ -11,6 +11,7 @@ use quorate_raft::{NodeId, PeerService};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
 use crate::broker::{Broker, BrokerError, MessagePlace, SearchRequest, StartAt};
@@ -116,6 +117,22 @@ pub enum PeerRequest {
     Cancel {
         place: MessagePlace,
         timeout_ms: u64,
+    },
+    /// For the leader of a coordinator: messages for a consumer.
+    Receive {
+        coordinator: u32,
+        request: ReceiveRequest,
+    },
+    /// For the same: dead letters back to where they came from.
+    Redrive {
+        coordinator: u32,
+        consumer_group: String,
+        max_messages: u64,
+    },
+    /// How a consumer group leases, and what it has in flight.
+    LeaseView {
+        coordinator: u32,
+        consumer_group: String,
     },
 }
 
@@ -235,5 +252,22 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let timeout = Duration::from_millis(timeout_ms);
             encode(&broker.cancel_here(place, timeout).await)
         }
+        PeerRequest::Receive {
+            coordinator,
+            request,
+        } => encode(&broker.receive_here(coordinator, &request).await),
+        PeerRequest::Redrive {
+            coordinator,
+            consumer_group,
+            max_messages,
+        } => {
+            let max_messages = max_messages as usize;
+            let done = broker.redrive_here(coordinator, &consumer_group, max_messages);
+            encode(&done.await)
+        }
+        PeerRequest::LeaseView {
+            coordinator,
+            consumer_group,
+        } => encode(&broker.lease_view_here(coordinator, &consumer_group).await),
     }
 }

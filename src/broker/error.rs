@@ -67,6 +67,10 @@ pub enum BrokerError {
         "offset {offset} is behind the committed offset {committed}; pass \"allow_rewind\": true or use offsets/reset to go back"
     )]
     OffsetConflict { offset: u64, committed: u64 },
+    #[error(
+        "the lease of offset {offset} of queue {queue} is over and the message was delivered again, is dead, or is done; its latest receipt counts"
+    )]
+    LeaseExpired { queue: u32, offset: u64 },
     #[error("offset {offset} is outside {earliest_offset} to {end_offset}")]
     OffsetOutOfRange {
         offset: u64,

@@ -17,6 +17,7 @@ mod encode;
 mod error;
 mod events;
 mod fetch;
+pub(crate) mod leases;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -70,6 +71,7 @@ use tokio::sync::{Semaphore, broadcast, watch};
 use crate::catalog::{CATALOG_GROUP, CatalogState};
 use crate::metrics::Metrics;
 use backlog::Positions;
+use leases::Turns;
 use local::LocalGroups;
 use producers::AttachCache;
 use quota::TopicQuotas;
@@ -107,6 +109,8 @@ pub struct Broker {
     quotas: TopicQuotas,
     /// One-way requests under way.
     one_way: Arc<Semaphore>,
+    lease_turns: Turns,
+    redrive_turns: Turns,
 }
 
 impl fmt::Debug for Broker {
@@ -132,9 +136,12 @@ impl Broker {
             positions: Positions::default(),
             quotas: TopicQuotas::default(),
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
+            lease_turns: Turns::default(),
+            redrive_turns: Turns::default(),
         });
         events::start(&broker);
         deliver::start(&broker);
+        leases::duty::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -17,6 +17,7 @@ use super::encode::{
 use super::queue::BatchOutcome;
 use super::queue::entry::{Hold, MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
+use super::topics::check_own_name;
 use super::{
     Broker, BrokerError, BrokerResult, Durability, FlushMode, MAX_TTL_MS, ProduceAnswer,
     ProduceRequest, Stored, message_id,
@@ -49,6 +50,7 @@ impl Broker {
     /// Checks a request and makes it ready to be stored.
     pub(super) async fn prepare(&self, request: ProduceRequest) -> BrokerResult<Prepared> {
         check_key(request.idempotency_key.as_deref())?;
+        check_own_name(&request.topic)?;
         let topic = self.find_topic(&request.topic).await?;
         let coordinators = self.catalog().coordinators.len();
         let producer = request.producer.as_ref();
@@ -178,6 +180,7 @@ impl Broker {
         idempotency_key: Option<String>,
     ) -> BrokerResult<ProduceAnswer> {
         check_key(idempotency_key.as_deref())?;
+        check_own_name(topic)?;
         let (topic, group) = self.find_queue(topic, queue).await?;
         let fingerprint = fingerprint_of_batches(&batches);
         let mut new = Vec::new();
@@ -246,7 +249,7 @@ impl Broker {
 
     /// Brings batches to the queue's leader, wherever it is. One outcome for each, or one error for
     /// all.
-    async fn store(
+    pub(super) async fn store(
         &self,
         topic: &Topic,
         queue: u32,

@@ -2,7 +2,7 @@
 
 use super::offsets::check_group_name;
 use super::queue::QueueBounds;
-use super::{Broker, BrokerResult, ResetRequest, ResetResult, ResetTo};
+use super::{Broker, BrokerError, BrokerResult, ResetRequest, ResetResult, ResetTo};
 use crate::coordinator::{CommitVerdict, CoordinatorCommand, QueueOffset};
 
 impl Broker {
@@ -42,19 +42,26 @@ impl Broker {
             queue: result.queue,
             offset: result.offset,
         });
+        let offsets: Vec<_> = offsets.collect();
+        let seek = offsets.clone();
         let command = CoordinatorCommand::Commit {
             group: request.group.clone(),
-            offsets: offsets.collect(),
+            offsets,
             allow_rewind: true,
             member: None,
         };
-        let verdicts = self.commit(&request.group, &command).await?;
+        let verdicts = match self.commit(&request.group, &command).await {
+            // Its leases in these queues end, and it goes on at the new place.
+            Err(BrokerError::GroupModeConflict { leased: true, .. }) => {
+                self.seek_leases(&request.group, seek).await?;
+                return Ok(results);
+            }
+            verdicts => verdicts?,
+        };
         if verdicts.iter().all(|v| *v == CommitVerdict::Done) {
             return Ok(results);
         }
-        Err(super::BrokerError::Internal(
-            "a reset was refused".to_owned(),
-        ))
+        Err(BrokerError::Internal("a reset was refused".to_owned()))
     }
 }
 

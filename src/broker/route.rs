@@ -363,7 +363,7 @@ impl Broker {
     /// The topic of that name. One that is not known here may have been made through another node
     /// a moment ago, so its absence is proved before it is told.
     pub(super) async fn find_topic(&self, name: &str) -> BrokerResult<Arc<Topic>> {
-        if !crate::names::is_valid_name(name) {
+        if !crate::names::is_readable_topic(name) {
             let rule = crate::names::NAME_RULE;
             let text = format!("topic name {name:?} is not valid: a name has {rule}");
             return Err(BrokerError::InvalidName(text));

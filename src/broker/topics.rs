@@ -23,11 +23,7 @@ impl Broker {
         name: &str,
         config: TopicConfig,
     ) -> BrokerResult<(TopicDescription, bool /* created now */)> {
-        if !crate::names::is_valid_name(name) {
-            let rule = crate::names::NAME_RULE;
-            let text = format!("topic name {name:?} is not valid: a name has {rule}");
-            return Err(BrokerError::InvalidName(text));
-        }
+        check_own_name(name)?;
         let deadline = Instant::now() + self.config.create_timeout;
         let command = CatalogCommand::CreateTopic {
             name: name.to_owned(),
@@ -51,11 +47,39 @@ impl Broker {
         Ok((self.describe_topic(&topic).await, created))
     }
 
-    /// All topics, by name.
+    /// The server's own topic of that name, made if it isn't there; its configuration is then the
+    /// one it has. Returns when every queue has a leader.
+    pub(super) async fn ensure_internal_topic(
+        &self,
+        name: &str,
+        config: TopicConfig,
+    ) -> BrokerResult<Arc<Topic>> {
+        if let Some(topic) = self.catalog().topic(name) {
+            return Ok(topic.clone());
+        }
+        let deadline = Instant::now() + self.config.create_timeout;
+        let command = CatalogCommand::CreateTopic {
+            name: name.to_owned(),
+            config,
+            avoid: self.dead_nodes(),
+        };
+        match self.change_catalog(&command).await? {
+            CatalogReply::Created(id) | CatalogReply::Exists(id) => self.settle(id, deadline).await,
+            // Made by another node meanwhile, or changed by a user since.
+            CatalogReply::Conflict => {
+                self.catalog_barrier().await?;
+                self.catalog().topic(name).cloned().ok_or(NO_LEADER)
+            }
+            other => Err(refused(name, other)),
+        }
+    }
+
+    /// All topics that users may see, by name.
     pub async fn topics(&self) -> BrokerResult<Vec<TopicDescription>> {
         self.freshen().await;
         let catalog = self.catalog();
-        let mut topics: Vec<_> = catalog.topics.values().cloned().collect();
+        let shown = |topic: &&Arc<Topic>| crate::names::is_readable_topic(&topic.name);
+        let mut topics: Vec<_> = catalog.topics.values().filter(shown).cloned().collect();
         topics.sort_by(|a, b| a.name.cmp(&b.name));
         let groups: Vec<u64> = topics
             .iter()
@@ -187,6 +211,17 @@ impl Broker {
             .filter(|n| self.is_down(*n))
             .collect()
     }
+}
+
+/// What users create and write to has a name of theirs.
+pub(super) fn check_own_name(name: &str) -> BrokerResult<()> {
+    if crate::names::is_valid_name(name) {
+        return Ok(());
+    }
+    let rule = crate::names::NAME_RULE;
+    Err(BrokerError::InvalidName(format!(
+        "topic name {name:?} is not valid here: a name has {rule}"
+    )))
 }
 
 fn description(

@@ -10,7 +10,7 @@ mod placement;
 mod state;
 
 pub use command::{CatalogCommand, CatalogReply, GivenUp, TopicChange};
-pub use machine::CatalogMachine;
+pub use machine::{CatalogMachine, MAX_MESSAGE_BYTES};
 pub use state::{
     CatalogState, GroupOwner, GroupPlacement, NodeEntry, ReplicaPlace, ReplicaState, Topic,
     TopicId, Unsound,

@@ -195,6 +195,11 @@ impl CatalogState {
         known.then_some(GroupOwner::Coordinator(number as u32))
     }
 
+    /// Whether the topic is no more. One that is not known here yet is not deleted.
+    pub fn was_deleted(&self, topic: TopicId) -> bool {
+        topic < self.next_topic && !self.topics.contains_key(&topic)
+    }
+
     /// The id that the next queue's group gets; every lower one was given.
     pub fn next_queue_group(&self) -> u64 {
         self.next_group

@@ -5,6 +5,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
+use super::leases::{LeaseCommand, LeaseReply};
 use crate::broker::MemberMark;
 use crate::catalog::TopicId;
 
@@ -32,6 +33,11 @@ pub enum CoordinatorCommand {
         id: i64,
         epoch: i16,
         queue_group: u64,
+    },
+    /// Of a group that leases its messages.
+    Leases {
+        group: String,
+        command: LeaseCommand,
     },
 }
 
@@ -68,6 +74,7 @@ pub enum CoordinatorReply {
     UnknownProducer,
     /// The consumer group goes through its messages in the other way.
     OtherMode(GroupMode),
+    Leases(LeaseReply),
     Invalid(String),
 }
 

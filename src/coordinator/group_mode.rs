@@ -13,13 +13,17 @@ impl CoordinatorMachine {
         group: &str,
         mode: GroupMode,
     ) -> Result<Option<GroupMode>, StorageError> {
-        let key = group_mode_key(group);
-        match self.records.read::<GroupMode>(&key)? {
+        match self.mode_of(group)? {
             Some(known) => Ok((known != mode).then_some(known)),
             None => {
-                self.records.store(key, &mode);
+                self.records.store(group_mode_key(group), &mode);
                 Ok(None)
             }
         }
+    }
+
+    /// How the group works, once that is settled.
+    pub(super) fn mode_of(&self, group: &str) -> Result<Option<GroupMode>, StorageError> {
+        self.records.read(&group_mode_key(group))
     }
 }

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
+use super::leases::{LeaseSignals, News};
 use super::records::{Content, CoordinatorView, Records, TIME_KEY};
 use crate::names::MAX_NAME_CHARS;
 use crate::soundness::Soundness;
@@ -25,6 +26,9 @@ use crate::soundness::Soundness;
 pub struct CoordinatorMachine {
     pub(super) number: u32,
     pub(super) records: Records,
+    /// What the command being applied has to tell.
+    pub(super) news: News,
+    signals: Arc<LeaseSignals>,
     soundness: Arc<Soundness>,
 }
 
@@ -34,6 +38,8 @@ impl CoordinatorMachine {
         Self {
             number,
             records: Records::new(store),
+            news: News::default(),
+            signals: Arc::default(),
             soundness: Arc::new(Soundness::new(repair)),
         }
     }
@@ -45,7 +51,7 @@ impl CoordinatorMachine {
 
     /// The applied state, for readers.
     pub fn view(&self) -> CoordinatorView {
-        self.records.view()
+        self.records.view(self.signals.clone())
     }
 
     fn execute(&mut self, command: CoordinatorCommand) -> Result<CoordinatorReply, StorageError> {
@@ -82,6 +88,7 @@ impl CoordinatorMachine {
                 epoch,
                 queue_group,
             } => self.attach(id, epoch, queue_group)?,
+            CoordinatorCommand::Leases { group, command } => self.leases(&group, command)?,
         })
     }
 
@@ -123,6 +130,7 @@ impl CoordinatorMachine {
             }
         };
         self.records.commit(log_id)?;
+        self.news.publish(&self.signals);
         Ok(postcard::to_stdvec(&reply).unwrap_or_default().into())
     }
 }

@@ -3,6 +3,7 @@
 
 mod command;
 mod group_mode;
+pub mod leases;
 mod machine;
 mod offsets;
 mod positions;

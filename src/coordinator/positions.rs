@@ -79,7 +79,7 @@ mod tests {
             commit(&format!("many-{n}"), 9, 0, 4000 - n);
         }
         records.commit(LogId::new(1, 1)).unwrap();
-        let found = records.view().lowest_offsets(&[7, 9]).unwrap();
+        let found = records.view(Arc::default()).lowest_offsets(&[7, 9]).unwrap();
         let found: Vec<_> = found.iter().map(|o| (o.topic, o.queue, o.offset)).collect();
         assert_eq!(
             found,

@@ -8,11 +8,13 @@
 //! | `i`, producer id i64 | its name |
 //! | `n` | the last producer number given |
 //! | `t` | the log's time, ms u64 |
+//! | `l` `d` `x` `r` `a`, consumer group… | what it leases: see [`leases`](super::leases) |
 //!
 //! Keys are made of the store's ordered fields, numbers in values are big-endian.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
+use std::sync::Arc;
 
 use quorate_storage::derived::{DerivedGroup, KeyBuilder, KeyReader};
 use quorate_storage::{LogId, StorageError};
@@ -20,6 +22,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::QueueOffset;
+use super::leases::LeaseSignals;
 
 pub(super) type Content = BTreeMap<Vec<u8>, Vec<u8>>;
 
@@ -48,9 +51,10 @@ impl Records {
         }
     }
 
-    pub(super) fn view(&self) -> CoordinatorView {
+    pub(super) fn view(&self, signals: Arc<LeaseSignals>) -> CoordinatorView {
         CoordinatorView {
             records: self.stored.clone(),
+            signals,
         }
     }
 
@@ -145,9 +149,22 @@ impl Records {
 #[derive(Debug, Clone)]
 pub struct CoordinatorView {
     pub(super) records: DerivedGroup,
+    signals: Arc<LeaseSignals>,
 }
 
 impl CoordinatorView {
+    /// What apply tells those who wait for leases.
+    pub fn signals(&self) -> &LeaseSignals {
+        &self.signals
+    }
+
+    /// The log's time, as far as this replica has applied it.
+    pub fn log_time_ms(&self) -> Result<u64, StorageError> {
+        let known = self.records.get(TIME_KEY)?;
+        let known = known.and_then(|v| Some(u64::from_be_bytes(v[..].try_into().ok()?)));
+        Ok(known.unwrap_or(0))
+    }
+
     /// All that a consumer group has committed, in order of topic and queue.
     pub fn offsets(&self, group: &str) -> Result<Vec<QueueOffset>, StorageError> {
         let prefix = group_prefix(group).build();

@@ -113,6 +113,17 @@ fn routes() -> OpenApiRouter<HttpState> {
         .routes(routes!(v1::consume::offset_at))
         .routes(routes!(v1::offsets::commit, v1::offsets::list))
         .routes(routes!(v1::offsets::reset))
+        .routes(routes!(v1::leases::receive))
+        .routes(routes!(v1::leases::messages))
+        .routes(routes!(v1::leases::ack))
+        .routes(routes!(v1::leases::nack))
+        .routes(routes!(v1::leases::extend))
+        .routes(routes!(
+            v1::leases::get_retry_policy,
+            v1::leases::set_retry_policy
+        ))
+        .routes(routes!(v1::leases::in_flight))
+        .routes(routes!(v1::leases::redrive))
         .routes(routes!(v1::cluster::describe))
         .routes(routes!(v1::cluster::events))
         .routes(routes!(v1::cluster::transfer_leader))
@@ -165,7 +176,10 @@ mod tests {
             "GET /openapi.json",
             "GET /v1/cluster",
             "GET /v1/cluster/events",
+            "GET /v1/groups/{group}/in_flight",
+            "GET /v1/groups/{group}/messages",
             "GET /v1/groups/{group}/offsets",
+            "GET /v1/groups/{group}/retry_policy",
             "GET /v1/topics",
             "GET /v1/topics/{topic}",
             "GET /v1/topics/{topic}/messages",
@@ -175,12 +189,18 @@ mod tests {
             "GET /v1/topics/{topic}/queues/{queue}/replica",
             "PATCH /v1/topics/{topic}",
             "POST /v1/fetch",
+            "POST /v1/groups/{group}/ack",
+            "POST /v1/groups/{group}/dlq/redrive",
+            "POST /v1/groups/{group}/extend",
+            "POST /v1/groups/{group}/nack",
             "POST /v1/groups/{group}/offsets/reset",
+            "POST /v1/groups/{group}/receive",
             "POST /v1/producers",
             "POST /v1/topics",
             "POST /v1/topics/{topic}/messages",
             "POST /v1/topics/{topic}/queues/{queue}/leader",
             "PUT /v1/groups/{group}/offsets",
+            "PUT /v1/groups/{group}/retry_policy",
         ];
         assert_eq!(found, expected);
     }

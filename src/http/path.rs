@@ -4,7 +4,7 @@ use axum::extract::{FromRequestParts, RawPathParams};
 use axum::http::request::Parts;
 
 use super::error::ApiError;
-use crate::names::is_valid_name;
+use crate::names::{is_readable_topic, is_valid_name};
 
 /// `{topic}` of the path.
 #[derive(Debug)]
@@ -37,6 +37,15 @@ pub fn checked_name(what: &str, name: &str) -> Result<(), ApiError> {
     }
 }
 
+/// The name of a topic that is not written to: one of the users' or of dead letters.
+pub fn checked_topic(name: &str) -> Result<(), ApiError> {
+    if is_readable_topic(name) {
+        Ok(())
+    } else {
+        Err(ApiError::invalid_name("topic name", name))
+    }
+}
+
 async fn params<S: Send + Sync>(parts: &mut Parts, state: &S) -> Result<RawPathParams, ApiError> {
     RawPathParams::from_request_parts(parts, state)
         .await
@@ -57,7 +66,7 @@ impl<S: Send + Sync> FromRequestParts<S> for TopicName {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let params = params(parts, state).await?;
         let name = find(&params, "topic");
-        checked_name("topic name", name)?;
+        checked_topic(name)?;
         Ok(Self(name.to_owned()))
     }
 }
@@ -68,7 +77,7 @@ impl<S: Send + Sync> FromRequestParts<S> for TopicQueue {
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
         let params = params(parts, state).await?;
         let topic = find(&params, "topic");
-        checked_name("topic name", topic)?;
+        checked_topic(topic)?;
         let queue = find(&params, "queue");
         let queue = queue.parse().map_err(|_| {
             let shown: String = queue.chars().take(40).collect();

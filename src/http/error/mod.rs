@@ -108,6 +108,7 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "Sequence out of order",
         ),
         B::OffsetConflict { .. } => (S::CONFLICT, "offset_conflict", "Offset conflict"),
+        B::LeaseExpired { .. } => (S::CONFLICT, "lease_expired", "Lease is over"),
         B::OffsetOutOfRange { .. } => (
             S::RANGE_NOT_SATISFIABLE,
             "offset_out_of_range",

@@ -4,6 +4,7 @@ pub mod cancel;
 pub mod cluster;
 pub mod consume;
 pub mod health;
+pub mod leases;
 pub mod lookup;
 pub mod offsets;
 pub mod produce;

@@ -16,7 +16,7 @@ use crate::http::HttpState;
 use crate::http::body::JsonBody;
 use crate::http::error::{ApiError, Problem};
 use crate::http::multi::{Nothing, Place, json, respond};
-use crate::http::path::{GroupName, checked_name};
+use crate::http::path::{GroupName, checked_topic};
 use crate::http::query::Params;
 
 /// Offsets one request may commit.
@@ -82,7 +82,7 @@ impl CommitBody {
             )));
         }
         for offset in &self.offsets {
-            checked_name("topic name", &offset.topic)?;
+            checked_topic(&offset.topic)?;
         }
         let offsets = self.offsets.into_iter();
         Ok(CommitRequest {
@@ -193,7 +193,7 @@ pub async fn list(
     let params = params.only(&["topic"])?;
     let topic = params.get("topic");
     if let Some(topic) = topic {
-        checked_name("topic name", topic)?;
+        checked_topic(topic)?;
     }
     let offsets = state.broker.group_offsets(&group, topic).await?;
     for place in &offsets {
@@ -287,7 +287,7 @@ pub async fn reset(
         to,
         dry_run,
     } = body.parse()?;
-    checked_name("topic name", &topic)?;
+    checked_topic(&topic)?;
     let request = ResetRequest {
         group,
         topic,

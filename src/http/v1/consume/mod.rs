@@ -31,7 +31,7 @@ use render::FetchOut;
 const LAST_LOOK: Duration = Duration::from_millis(500);
 
 /// Asks with the wait; when the node begins to stop, answers at once with what is there.
-async fn until_shutdown<T, F>(
+pub(super) async fn until_shutdown<T, F>(
     state: &HttpState,
     wait_ms: u64,
     ask: impl Fn(Arc<Broker>, u64) -> F,

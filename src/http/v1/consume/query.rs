@@ -10,7 +10,7 @@ use crate::broker::{
 };
 use crate::http::error::ApiError;
 use crate::http::object;
-use crate::http::path::{TopicQueue, checked_name};
+use crate::http::path::{TopicQueue, checked_topic};
 use crate::http::query::{Params, bounded};
 
 const DEFAULT_MESSAGES: usize = 100;
@@ -108,11 +108,11 @@ fn max_messages(value: Option<usize>) -> Result<usize, ApiError> {
     bounded("max_messages", value, 1..=MAX_MESSAGES, DEFAULT_MESSAGES)
 }
 
-fn max_bytes(value: Option<usize>) -> Result<usize, ApiError> {
+pub fn max_bytes(value: Option<usize>) -> Result<usize, ApiError> {
     bounded("max_bytes", value, 1..=MAX_BYTES, DEFAULT_BYTES)
 }
 
-fn wait_ms(value: Option<u64>) -> Result<u64, ApiError> {
+pub fn wait_ms(value: Option<u64>) -> Result<u64, ApiError> {
     bounded("wait_ms", value, 0..=MAX_WAIT_MS, 0)
 }
 
@@ -226,7 +226,7 @@ impl FetchManyBody {
             )));
         }
         for from in &self.queues {
-            checked_name("topic name", &from.topic)?;
+            checked_topic(&from.topic)?;
         }
         Ok(MultiFetchRequest {
             queues: self

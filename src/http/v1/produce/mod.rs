@@ -200,6 +200,8 @@ pub async fn produce(
     params: Params,
     request: Request,
 ) -> Result<Response, ApiError> {
+    // Dead letters are the server's to write.
+    checked_name("topic name", &topic)?;
     let (parts, body) = request.into_parts();
     let headers = parts.headers;
     let idempotency_key = idempotency_key(&headers)?;
