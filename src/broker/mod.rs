@@ -35,6 +35,7 @@ mod route;
 mod search;
 pub mod selection;
 mod topics;
+mod trace;
 pub(crate) mod ttl;
 mod types;
 
@@ -55,6 +56,7 @@ pub use error::{BrokerError, Outcome};
 pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use search::{Cursor, Found, LookupAnswer, LookupRequest, SearchRequest};
 pub use selection::Selection;
+pub use trace::{MessageTrace, TraceEvent, TraceKind};
 pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
@@ -110,6 +112,7 @@ pub struct Broker {
     /// One-way requests under way.
     one_way: Arc<Semaphore>,
     lease_turns: Turns,
+    tracer: trace::Tracer,
     redrive_turns: Turns,
 }
 
@@ -137,10 +140,12 @@ impl Broker {
             quotas: TopicQuotas::default(),
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
             lease_turns: Turns::default(),
+            tracer: trace::Tracer::default(),
             redrive_turns: Turns::default(),
         });
         events::start(&broker);
         deliver::start(&broker);
+        trace::start(&broker);
         leases::duty::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);

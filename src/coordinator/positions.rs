@@ -57,6 +57,8 @@ fn place(key: &[u8]) -> Option<(TopicId, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use quorate_storage::derived::DerivedStore;
     use quorate_storage::{LogId, RaftGroupId};
 
@@ -79,7 +81,10 @@ mod tests {
             commit(&format!("many-{n}"), 9, 0, 4000 - n);
         }
         records.commit(LogId::new(1, 1)).unwrap();
-        let found = records.view(Arc::default()).lowest_offsets(&[7, 9]).unwrap();
+        let found = records
+            .view(Arc::default())
+            .lowest_offsets(&[7, 9])
+            .unwrap();
         let found: Vec<_> = found.iter().map(|o| (o.topic, o.queue, o.offset)).collect();
         assert_eq!(
             found,

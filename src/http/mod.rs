@@ -107,6 +107,7 @@ fn routes() -> OpenApiRouter<HttpState> {
         .routes(routes!(v1::produce::produce, v1::lookup::lookup))
         .routes(routes!(v1::topics::queue_of_key))
         .routes(routes!(v1::cancel::cancel_message))
+        .routes(routes!(v1::trace::message_trace))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
         .routes(routes!(v1::consume::fetch_many))
@@ -183,6 +184,7 @@ mod tests {
             "GET /v1/topics",
             "GET /v1/topics/{topic}",
             "GET /v1/topics/{topic}/messages",
+            "GET /v1/topics/{topic}/messages/{message_id}/trace",
             "GET /v1/topics/{topic}/queue",
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",

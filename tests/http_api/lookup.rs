@@ -228,3 +228,51 @@ async fn any_node_answers_also_without_a_replica() {
         );
     }
 }
+
+#[tokio::test]
+async fn a_delayed_message_is_found_by_its_id_once_it_is_visible() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let body = json!({"messages": [{"value": "late", "key": "k", "delay_ms": 1500}]});
+    let answer = api.post(PATH, &body).await.expect(200);
+    let id = answer["results"][0]["message_id"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    api.store("t", 0, &["a", "b"]).await;
+    look(&api, &[("message_id", &id)])
+        .await
+        .problem(404, "message_not_found");
+    let found = eventually("the message is delivered", || async {
+        let answer = look(&api, &[("message_id", &id)]).await;
+        anyhow::ensure!(answer.status == 200, "{}", answer.text());
+        Ok(answer.json())
+    })
+    .await
+    .unwrap();
+    assert_eq!(values(&found), ["late"]);
+    assert_eq!(found["messages"][0]["offset"], 2);
+    assert_eq!(found["messages"][0]["message_id"], id.as_str());
+    let by_key = look(&api, &[("key", "k")]).await.expect(200);
+    assert_eq!(by_key["messages"], found["messages"]);
+}
+
+#[tokio::test]
+async fn what_has_expired_is_not_found() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let body = json!({"messages": [{"value": "short", "key": "k", "ttl_ms": 1},
+        {"value": "long", "key": "k", "ttl_ms": 10_000_000}]});
+    let answer = api.post(PATH, &body).await.expect(200);
+    let id = answer["results"][0]["message_id"].as_str().unwrap();
+    eventually("the message expires", || async {
+        let by_key = look(&api, &[("key", "k")]).await.expect(200);
+        anyhow::ensure!(values(&by_key) == ["long"], "{by_key}");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    look(&api, &[("message_id", id)])
+        .await
+        .problem(404, "message_not_found");
+}

@@ -21,4 +21,5 @@ mod produce;
 mod quotas;
 mod strict;
 mod topics;
+mod trace;
 mod ttl;

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fetch::size_of_message;
 use super::{Broker, BrokerError, BrokerResult, Message, Selection, StartAt};
+use crate::catalog::Topic;
 use crate::peer::PeerRequest;
 
 /// How long one replica searches before it says how far it came.
@@ -127,6 +128,14 @@ impl Broker {
     /// Everything that a lookup asks for, or as much as fits; see [`LookupAnswer::next`].
     pub async fn lookup(&self, request: &LookupRequest) -> BrokerResult<LookupAnswer> {
         let topic = self.find_topic(&request.topic).await?;
+        self.lookup_in(&topic, request).await
+    }
+
+    pub(super) async fn lookup_in(
+        &self,
+        topic: &Topic,
+        request: &LookupRequest,
+    ) -> BrokerResult<LookupAnswer> {
         let share = (MAX_BYTES / topic.queues.len().max(1)).max(MIN_BYTES_PER_QUEUE);
         let searches = (0..).zip(&topic.queues).map(|(queue, placement)| {
             let from = request.from_timestamp_ms.map(StartAt::Timestamp);

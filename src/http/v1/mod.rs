@@ -10,6 +10,7 @@ pub mod offsets;
 pub mod produce;
 pub mod replica;
 pub mod topics;
+pub mod trace;
 
 use serde::{Deserialize, Deserializer};
 
