@@ -5,7 +5,7 @@ use std::fs;
 use bytes::Bytes;
 use quorate::broker::queue::BatchOutcome;
 use quorate::broker::queue::entry::Mark;
-use quorate::broker::{MessagePlace, StartAt};
+use quorate::broker::{Found, Message, MessagePlace, SearchRequest, Selection, StartAt};
 use quorate::coordinator::QueueOffset;
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
@@ -33,6 +33,8 @@ fn peer_messages_that_lie() {
         stable::<PeerResult<Bytes>>(bytes);
         stable::<PeerResult<Slice>>(bytes);
         stable::<PeerResult<u64>>(bytes);
+        stable::<PeerResult<Found>>(bytes);
+        stable::<PeerResult<Option<Message>>>(bytes);
         stable::<PeerResult<Vec<BatchOutcome>>>(bytes);
         stable::<PeerResult<Vec<QueueOffset>>>(bytes);
         stable::<PeerResult<Vec<Option<GroupView>>>>(bytes);
@@ -68,6 +70,18 @@ fn write_the_corpus() {
         stale: false,
     };
     keep("read", encode(&PeerRequest::Read(read)));
+    let search = SearchRequest {
+        group: 70,
+        queue: 3,
+        key: Some("order-17".to_owned()),
+        selection: Selection::parse(Some("a||b"), Some("offset > 3")).expect("a selection"),
+        start: StartAt::Timestamp(5),
+        to_timestamp_ms: Some(9),
+        max_messages: 100,
+        max_bytes: 1 << 20,
+        ttl_ms: None,
+    };
+    keep("search", encode(&PeerRequest::Search(search)));
     keep(
         "describe",
         encode(&PeerRequest::Describe {

@@ -121,8 +121,15 @@ async fn a_group_that_commits_offsets_passes_messages() {
         async move { api.call(Method::PUT, &path, &body).await.expect(200) }
     };
     commit("before", 4).await;
-    let patch = api.call(Method::PATCH, "/v1/topics/t", &json!({"trace": true}));
-    assert_eq!(patch.await.expect(200)["config"]["trace"], true);
+    let patch = |on: bool| {
+        let (api, body) = (&api, json!({"trace": on}));
+        async move {
+            api.call(Method::PATCH, "/v1/topics/t", &body)
+                .await
+                .expect(200)
+        }
+    };
+    assert_eq!(patch(true).await["config"]["trace"], true);
     commit("a", 1).await;
     commit("a", 3).await;
     commit("b", 4).await;
@@ -140,8 +147,7 @@ async fn a_group_that_commits_offsets_passes_messages() {
     );
     let last = traced(&api, &ids[3], &["stored", "passed"]).await;
     assert_eq!(last["events"][1]["group"], "b");
-    let patch = api.call(Method::PATCH, "/v1/topics/t", &json!({"trace": false}));
-    patch.await.expect(200);
+    patch(false).await;
     assert_eq!(trace(&api, &ids[3]).await["traced"], false);
     let path = format!("/v1/topics/t/messages/{}/trace", &ids[0][1..]);
     api.get(&path).await.problem(400, "invalid_request");
