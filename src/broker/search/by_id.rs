@@ -35,7 +35,7 @@ impl Broker {
         };
         let (queue, _) = queue.ok_or_else(not_found)?;
         let ttl_ms = found.config.ttl_ms;
-        let here = self.message_here(queue, place, ttl_ms).await;
+        let here = || self.message_here(queue, place, ttl_ms);
         let request = PeerRequest::FindMessage {
             queue,
             place,

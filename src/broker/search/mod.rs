@@ -13,12 +13,15 @@ use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use quorate_storage::RaftGroupId;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use super::fetch::size_of_message;
+use super::route::{Backoff, NO_LEADER};
 use super::{Broker, BrokerError, BrokerResult, Message, Selection, StartAt};
 use crate::catalog::Topic;
-use crate::peer::PeerRequest;
+use crate::peer::{PeerError, PeerRequest, PeerResult};
 
 /// How long one replica searches before it says how far it came.
 const SEARCH_FOR: Duration = Duration::from_secs(2);
@@ -165,30 +168,42 @@ impl Broker {
 
     async fn search(&self, topic: &str, request: SearchRequest) -> BrokerResult<Found> {
         let group = request.group;
-        let here = self.search_here(&request).await;
-        let request = PeerRequest::Search(request);
-        self.here_or_elsewhere(topic, group, here, &request).await
+        let here = || self.search_here(&request);
+        let there = PeerRequest::Search(request.clone());
+        self.here_or_elsewhere(topic, group, here, &there).await
     }
 
     /// This replica's answer, or that of another if it has none.
-    async fn here_or_elsewhere<T: serde::de::DeserializeOwned>(
+    async fn here_or_elsewhere<T, F>(
         &self,
         topic: &str,
         group: u64,
-        here: crate::peer::PeerResult<T>,
+        here: impl Fn() -> F,
         request: &PeerRequest,
-    ) -> BrokerResult<T> {
-        use crate::peer::PeerError;
-        let answer = match here {
-            Ok(found) => Ok(found),
-            Err(PeerError::Broker(error)) => Err(error),
-            Err(PeerError::NotHere | PeerError::NotLeader { .. }) => {
-                let catalog = self.catalog();
-                let placement = catalog.placement(RaftGroupId(group));
-                match placement.is_some_and(|placement| placement.is_beyond_repair()) {
-                    true => Err(BrokerError::Quarantined),
-                    false => self.ask_replicas(group, request, SEARCH_FOR).await,
-                }
+    ) -> BrokerResult<T>
+    where
+        T: DeserializeOwned,
+        F: Future<Output = PeerResult<T>>,
+    {
+        let mut backoff = Backoff::until(Instant::now() + self.config.read_timeout);
+        let answer = loop {
+            match here().await {
+                Ok(found) => break Ok(found),
+                Err(PeerError::Broker(error)) => break Err(error),
+                Err(PeerError::NotHere | PeerError::NotLeader { .. }) => {}
+            }
+            let catalog = self.catalog();
+            let placement = catalog.placement(RaftGroupId(group));
+            if placement.is_some_and(|placement| placement.is_beyond_repair()) {
+                break Err(BrokerError::Quarantined);
+            }
+            let nodes = self.replica_nodes(&catalog, group);
+            if nodes.iter().any(|node| *node != self.node_id()) {
+                break self.ask_replicas(group, request, SEARCH_FOR).await;
+            }
+            // The only replica is this node's, and not open yet.
+            if nodes.is_empty() || !backoff.wait().await {
+                break Err(NO_LEADER);
             }
         };
         answer.map_err(|error| match self.catalog_knows(group) {

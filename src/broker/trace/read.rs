@@ -94,22 +94,21 @@ fn stored(message: &Message) -> TraceEvent {
 }
 
 /// Of what is about all messages below an offset: the first time that a group committed past this
-/// one, and the first ack through it by a consumer that had got it.
+/// one, and the first ack through it by a consumer that had it then.
 fn first_of_each(own: &[TraceEvent], of_all: Vec<TraceEvent>) -> Vec<TraceEvent> {
     let mut passed = BTreeSet::new();
     let mut acked = BTreeSet::new();
-    let got = |event: &TraceEvent| {
-        own.iter().any(|delivered| {
-            delivered.event == TraceKind::Delivered
-                && delivered.group == event.group
-                && delivered.holder == event.holder
-                && delivered.time_ms <= event.time_ms
-        })
+    let holds = |event: &TraceEvent| {
+        let before = own
+            .iter()
+            .filter(|seen| seen.group == event.group && seen.time_ms <= event.time_ms);
+        let last = before.max_by_key(|seen| seen.time_ms);
+        last.is_some_and(|last| last.event == TraceKind::Delivered && last.holder == event.holder)
     };
     let is_first = |event: &TraceEvent| match event.event {
         TraceKind::Passed => passed.insert(event.group.clone()),
         TraceKind::AckedThrough => {
-            got(event) && acked.insert((event.group.clone(), event.holder.clone()))
+            holds(event) && acked.insert((event.group.clone(), event.holder.clone()))
         }
         _ => false,
     };
@@ -141,8 +140,11 @@ mod tests {
 
     #[test]
     fn only_the_first_pass_of_a_group_and_acks_of_who_had_it_count() {
-        use TraceKind::{AckedThrough, Delivered, Passed};
-        let own = [event(Delivered, "leased", "x", 10)];
+        use TraceKind::{Acked, AckedThrough, Delivered, Passed};
+        let own = [
+            event(Delivered, "leased", "x", 10),
+            event(Acked, "leased", "x", 15),
+        ];
         let of_all = vec![
             event(AckedThrough, "leased", "x", 5),
             event(AckedThrough, "leased", "y", 11),
