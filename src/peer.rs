@@ -12,10 +12,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::broker::groups::GroupQuestion;
-use crate::broker::leases::ReceiveRequest;
-use crate::broker::queue::BatchOutcome;
+use crate::broker::leases::{ReceiveRequest};
+use crate::broker::queue::{BatchOutcome};
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, MessagePlace, StartAt, TransactionQuery};
+use crate::broker::{Broker, BrokerError, MessagePlace, StartAt, TransactionQuery, SearchRequest};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -85,6 +85,12 @@ pub enum PeerRequest {
         timeout_ms: u64,
     },
     Read(ReadRequest),
+    Search(SearchRequest),
+    FindMessage {
+        queue: u32,
+        place: MessagePlace,
+        ttl_ms: Option<u64>,
+    },
     /// The first offset at or after a time, proved; the end if there is none.
     OffsetAt {
         group: u64,
@@ -100,6 +106,18 @@ pub enum PeerRequest {
     TransferLeader {
         group: u64,
         to: NodeId,
+    },
+    /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
+    /// with proof that no commit is missing, if asked for.
+    LowestOffsets {
+        coordinator: u32,
+        topics: Vec<u64>,
+        prove: bool,
+    },
+    /// Take a delayed message back, in a queue that the other node leads.
+    Cancel {
+        place: MessagePlace,
+        timeout_ms: u64,
     },
     /// For the leader of a coordinator: messages for a consumer.
     Receive {
@@ -236,6 +254,12 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             encode(&broker.propose_here(group, body, timeout).await)
         }
         PeerRequest::Read(request) => encode(&broker.read_here(&request).await),
+        PeerRequest::Search(request) => encode(&broker.search_here(&request).await),
+        PeerRequest::FindMessage {
+            queue,
+            place,
+            ttl_ms,
+        } => encode(&broker.message_here(queue, place, ttl_ms).await),
         PeerRequest::OffsetAt {
             group,
             timestamp_ms,
@@ -257,6 +281,10 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         } => encode(&broker.positions_here(coordinator, &topics, prove).await),
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
+        }
+        PeerRequest::Cancel { place, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            encode(&broker.cancel_here(place, timeout).await)
         }
         PeerRequest::Receive {
             coordinator,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use quorate_raft::{Group, ReadError};
+use quorate_storage::key_index::KeyIndex;
 use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::NodeId;
@@ -26,6 +27,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 pub struct LocalQueue {
     pub group: Group,
     pub shared: Arc<QueueShared>,
+    pub keys: KeyIndex,
     /// Of the log as it was found at the start: ready once this has been applied.
     pub recovered_index: Option<u64>,
     pub(super) queued_bytes: AtomicUsize,
@@ -37,10 +39,16 @@ pub struct LocalQueue {
 }
 
 impl LocalQueue {
-    pub fn new(group: Group, shared: Arc<QueueShared>, recovered_index: Option<u64>) -> Arc<Self> {
+    pub fn new(
+        group: Group,
+        shared: Arc<QueueShared>,
+        keys: KeyIndex,
+        recovered_index: Option<u64>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             group,
             shared,
+            keys,
             recovered_index,
             queued_bytes: AtomicUsize::new(0),
             delivering: AtomicBool::new(false),

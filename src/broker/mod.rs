@@ -34,9 +34,11 @@ mod read;
 mod reset;
 mod retention;
 mod route;
+mod search;
 pub mod selection;
 mod topics;
 mod transactions;
+mod trace;
 pub(crate) mod ttl;
 mod types;
 
@@ -60,12 +62,14 @@ pub use exchanges::{
     BindingDescription, ExchangeDescription, PublishAnswer, PublishRequest, Published,
 };
 pub use message_id::{MessagePlace, message_id, parse_message_id};
-pub use selection::Selection;
+pub use selection::{Selection};
 pub use transactions::{
     BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,
     WebhookPolicy, check_webhook_allowed, parse_transaction_id, transaction_results,
     transaction_text,
 };
+pub use search::{Cursor, Found, LookupAnswer, LookupRequest, SearchRequest};
+pub use trace::{MessageTrace, TraceEvent, TraceKind};
 pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
@@ -123,6 +127,9 @@ pub struct Broker {
     quotas: TopicQuotas,
     /// One-way requests under way.
     one_way: Arc<Semaphore>,
+    lease_turns: Turns,
+    tracer: trace::Tracer,
+    redrive_turns: Turns,
 }
 
 impl fmt::Debug for Broker {
@@ -151,6 +158,9 @@ impl Broker {
             positions: Positions::default(),
             quotas: TopicQuotas::default(),
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
+            lease_turns: Turns::default(),
+            tracer: trace::Tracer::default(),
+            redrive_turns: Turns::default(),
         });
         events::start(&broker);
         leases::duty::start(&broker);
@@ -162,6 +172,8 @@ impl Broker {
         broker.metrics.collect_groups(broker.sessions.clone());
         deliver::start(&broker);
         tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
+        trace::start(&broker);
+        leases::duty::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

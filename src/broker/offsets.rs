@@ -39,7 +39,11 @@ impl Broker {
             .map(|(commit, checked)| {
                 checked?;
                 match verdicts.next() {
-                    Some(CommitVerdict::Done) => Ok(commit),
+                    Some(CommitVerdict::Done) => {
+                        let member = member.as_ref().map(|m| m.id.as_str());
+                        self.trace_passed(&request.group, member, &commit);
+                        Ok(commit)
+                    }
                     Some(CommitVerdict::Conflict { committed }) => {
                         Err(BrokerError::OffsetConflict {
                             offset: commit.offset,

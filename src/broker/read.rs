@@ -71,15 +71,10 @@ impl Broker {
         }
         let read = self.read_queue(&queue, request).await;
         match read {
-            // What the read found is wrong with this replica alone.
-            Err(BrokerError::Quarantined) => Err(PeerError::NotHere),
-            Err(BrokerError::Internal(_)) if queue.shared.soundness().broken().is_some() => {
-                Err(PeerError::NotHere)
-            }
             Ok(slice) if slice.batches.is_empty() && queue.shared.is_closed() => {
                 Err(PeerError::NotHere)
             }
-            read => read.map_err(PeerError::Broker),
+            read => read.map_err(|error| fault_of(&queue, error)),
         }
     }
 
@@ -246,6 +241,17 @@ fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
         offset,
         earliest_offset: bounds.earliest,
         end_offset: bounds.end,
+    }
+}
+
+/// What is wrong with this replica alone is for another one to answer.
+pub(super) fn fault_of(queue: &LocalQueue, error: BrokerError) -> PeerError {
+    match error {
+        BrokerError::Quarantined => PeerError::NotHere,
+        BrokerError::Internal(_) if queue.shared.soundness().broken().is_some() => {
+            PeerError::NotHere
+        }
+        error => PeerError::Broker(error),
     }
 }
 

@@ -70,6 +70,7 @@ impl Broker {
             },
             None => BrokerError::Internal("a reset was refused".to_owned()),
         })
+        Err(BrokerError::Internal("a reset was refused".to_owned()))
     }
 }
 

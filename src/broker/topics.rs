@@ -122,6 +122,7 @@ impl Broker {
                 backlog: patch.backlog,
                 quota: patch.quota,
                 ttl_ms: patch.ttl_ms,
+                trace: patch.trace,
                 flush: patch.flush,
                 hash_queues: patch.hash_queues,
             },

@@ -22,6 +22,8 @@ pub struct TopicConfig {
     pub backlog: Backlog,
     pub quota: Quota,
     pub ttl_ms: Option<u64>,
+    /// Whether it is written down what becomes of each message.
+    pub trace: bool,
     /// Keys hash over this many queues; growing `queues` leaves it alone. 0 when creating: all.
     pub hash_queues: u32,
 }
@@ -83,6 +85,7 @@ impl Default for TopicConfig {
             },
             quota: Quota::default(),
             ttl_ms: None,
+            trace: false,
             hash_queues: 4,
         }
     }
@@ -118,6 +121,7 @@ pub struct TopicPatch {
     pub backlog: Option<Backlog>,
     pub quota: Option<Quota>,
     pub ttl_ms: Option<Option<u64>>,
+    pub trace: Option<bool>,
     pub flush: Option<FlushMode>,
     pub hash_queues: Option<u32>,
 }
@@ -201,7 +205,7 @@ pub struct ProduceAnswer {
 }
 
 /// A stored message as a reader sees it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     pub queue: u32,
     pub offset: u64,

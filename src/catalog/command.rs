@@ -98,6 +98,7 @@ pub struct TopicChange {
     pub backlog: Option<Backlog>,
     pub quota: Option<Quota>,
     pub ttl_ms: Option<Option<u64>>,
+    pub trace: Option<bool>,
     pub flush: Option<FlushMode>,
     pub hash_queues: Option<u32>,
 }

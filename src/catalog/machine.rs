@@ -245,6 +245,7 @@ impl CatalogMachine {
         config.backlog = change.backlog.unwrap_or(config.backlog);
         config.quota = change.quota.unwrap_or(config.quota);
         config.ttl_ms = change.ttl_ms.unwrap_or(config.ttl_ms);
+        config.trace = change.trace.unwrap_or(config.trace);
         config.flush = change.flush.unwrap_or(config.flush);
         config.hash_queues = change.hash_queues.unwrap_or(config.hash_queues);
         if let Err(reason) = check(config) {

@@ -68,6 +68,9 @@ struct Settings {
     /// How long a message can be consumed; `none` for ever.
     #[arg(long, value_name = "MS|none", value_parser = number_or_none)]
     ttl_ms: Option<OrNone>,
+    /// Whether it is written down what becomes of each message.
+    #[arg(long)]
+    trace: Option<bool>,
 }
 
 #[derive(Debug, Args)]
@@ -169,6 +172,7 @@ impl Settings {
         set("max_message_bytes", self.max_message_bytes.map(Value::from));
         set("backlog", self.backlog_body());
         set("ttl_ms", self.ttl_ms.map(|limit| json!(limit.0)));
+        set("trace", self.trace.map(|on| json!(on)));
         body
     }
 

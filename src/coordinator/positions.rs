@@ -60,6 +60,8 @@ fn place(key: &[u8]) -> Option<(TopicId, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use quorate_storage::derived::DerivedStore;
     use quorate_storage::{LogId, RaftGroupId};
 
@@ -85,6 +87,7 @@ mod tests {
         records.commit(LogId::new(1, 1)).unwrap();
         let found = records
             .view(Default::default())
+            .view(Arc::default())
             .lowest_offsets(&[7, 9])
             .unwrap();
         let found: Vec<_> = found.iter().map(|o| (o.topic, o.queue, o.offset)).collect();

@@ -104,9 +104,10 @@ fn routes() -> OpenApiRouter<HttpState> {
             v1::topics::update,
             v1::topics::delete
         ))
+        .routes(routes!(v1::produce::produce, v1::lookup::lookup))
         .routes(routes!(v1::topics::queue_of_key))
-        .routes(routes!(v1::produce::produce))
         .routes(routes!(v1::cancel::cancel_message))
+        .routes(routes!(v1::trace::message_trace))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
         .routes(routes!(v1::consume::fetch_many))
@@ -218,6 +219,8 @@ mod tests {
             "GET /v1/groups/{group}/retry_policy",
             "GET /v1/topics",
             "GET /v1/topics/{topic}",
+            "GET /v1/topics/{topic}/messages",
+            "GET /v1/topics/{topic}/messages/{message_id}/trace",
             "GET /v1/topics/{topic}/queue",
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",

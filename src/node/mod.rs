@@ -197,6 +197,8 @@ impl Node {
         }));
         let forward = broker.clone().forward_exchanges();
         tokio::spawn(stop.clone().run_until_cancelled_owned(forward));
+        let index_keys = broker.clone().index_keys();
+        tokio::spawn(stop.clone().run_until_cancelled_owned(index_keys));
         let retention = broker.clone().enforce_retention();
         tokio::spawn(stop.clone().run_until_cancelled_owned(retention));
         let settle = settle_tails(run.clone(), broker.clone());

@@ -15,9 +15,10 @@ use quorate_raft::{
 };
 use quorate_storage::commit_log::{CommitLog, GroupState};
 use quorate_storage::derived::DerivedStore;
+use quorate_storage::key_index::KeyIndex;
 use quorate_storage::queue_index::QueueIndex;
 use quorate_storage::vfs::Vfs;
-use quorate_storage::{RaftGroupId, StorageError};
+use quorate_storage::{LogId, RaftGroupId, StorageError};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -293,6 +294,7 @@ impl Replicas {
             opened => opened,
         };
         let index = Arc::new(index?);
+        let keys = self.open_keys(placement.id())?;
         let shared = QueueShared::new(index.clone(), self.repair.clone());
         let held = self.derived.group(placement.id());
         let machine = QueueMachine::new(index, shared.clone(), held, limits);
@@ -306,8 +308,19 @@ impl Replicas {
             return Ok(());
         };
         self.locals
-            .insert_queue(LocalQueue::new(group, shared, recovered_index));
+            .insert_queue(LocalQueue::new(group, shared, keys, recovered_index));
         Ok(())
+    }
+
+    /// What was built over entries that the log still has, or had purged, is true.
+    fn open_keys(&self, group: RaftGroupId) -> Result<KeyIndex> {
+        let log = self.log.group(group);
+        let purged = log.state().purged.map_or(0, |id| id.index);
+        let is_held = |id: LogId| log.log_id_at(id.index).is_ok_and(|found| found == Some(id));
+        let keys = KeyIndex::open(self.vfs.clone(), self.keys_path(group), |id| {
+            id.index <= purged || is_held(id)
+        });
+        keys.with_context(|| format!("cannot look at the key index of {group}"))
     }
 
     fn recovered_index(&self, group: RaftGroupId) -> Option<u64> {
@@ -326,6 +339,11 @@ impl Replicas {
             .join(format!("{:020}.index", group.0))
     }
 
+    fn keys_path(&self, group: RaftGroupId) -> PathBuf {
+        let keys = self.config.data_dir.join("keys");
+        keys.join(format!("{:020}", group.0))
+    }
+
     async fn remove_queue(&self, group: RaftGroupId) {
         self.locals.remove(group.0);
         if let Err(error) = self.host.close_group(group, true).await {
@@ -342,6 +360,9 @@ impl Replicas {
         let path = self.index_path(group);
         if let Err(error) = self.vfs.remove(&path) {
             tracing::debug!(%group, %error, "a removed queue's index was not removed");
+        }
+        if let Err(error) = KeyIndex::remove(&*self.vfs, &self.keys_path(group)) {
+            tracing::debug!(%group, %error, "a removed queue's key index was not removed");
         }
     }
 

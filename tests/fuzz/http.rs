@@ -169,6 +169,19 @@ fn write_the_corpus() {
             "offset-at",
             "/v1/topics/orders/queues/0/offset?timestamp_ms=17",
         ),
+        (
+            "read-filtered",
+            "/v1/topics/orders/queues/0/messages?filter=headers.a%20is%20null%20or%20offset%20%3C%209",
+        ),
+        (
+            "lookup",
+            "/v1/topics/orders/messages?key=k&from_timestamp_ms=5&max_messages=3&after=5-0-1",
+        ),
+        (
+            "lookup-id",
+            "/v1/topics/orders/messages?message_id=gAgBBQAA",
+        ),
+        ("trace", "/v1/topics/orders/messages/gAgBBQAA/trace"),
         ("topic", "/v1/topics/orders"),
         ("odd-name", "/v1/topics/%2e%2e%2F%00/queues/%31/messages"),
         ("topics", "/v1/topics"),

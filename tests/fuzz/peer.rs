@@ -6,7 +6,7 @@ use bytes::Bytes;
 use quorate::broker::groups::{GroupAnswer, GroupQuestion, Seat};
 use quorate::broker::queue::BatchOutcome;
 use quorate::broker::queue::entry::Mark;
-use quorate::broker::{MessagePlace, StartAt, TransactionQuery};
+use quorate::broker::{MessagePlace, StartAt, TransactionQuery, Found, Message, SearchRequest, Selection};
 use quorate::coordinator::{GroupStart, QueueId, QueueOffset};
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
@@ -35,6 +35,8 @@ fn peer_messages_that_lie() {
         stable::<PeerResult<Slice>>(bytes);
         stable::<PeerResult<u64>>(bytes);
         stable::<PeerResult<GroupAnswer>>(bytes);
+        stable::<PeerResult<Found>>(bytes);
+        stable::<PeerResult<Option<Message>>>(bytes);
         stable::<PeerResult<Vec<BatchOutcome>>>(bytes);
         stable::<PeerResult<Vec<QueueOffset>>>(bytes);
         stable::<PeerResult<Vec<Option<GroupView>>>>(bytes);
@@ -70,6 +72,18 @@ fn write_the_corpus() {
         stale: false,
     };
     keep("read", encode(&PeerRequest::Read(read)));
+    let search = SearchRequest {
+        group: 70,
+        queue: 3,
+        key: Some("order-17".to_owned()),
+        selection: Selection::parse(Some("a||b"), Some("offset > 3")).expect("a selection"),
+        start: StartAt::Timestamp(5),
+        to_timestamp_ms: Some(9),
+        max_messages: 100,
+        max_bytes: 1 << 20,
+        ttl_ms: None,
+    };
+    keep("search", encode(&PeerRequest::Search(search)));
     keep(
         "describe",
         encode(&PeerRequest::Describe {

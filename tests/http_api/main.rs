@@ -4,16 +4,20 @@
 mod support;
 
 mod api;
+mod audit;
 mod backlog;
 mod cluster;
 mod consume;
 mod delayed;
 mod delayed_faults;
 mod exchanges;
+mod dead_letters;
 mod filters;
 mod groups;
 mod idempotence;
+mod leases;
 mod live;
+mod lookup;
 mod no_room;
 mod offsets;
 mod one_way;
@@ -24,4 +28,5 @@ mod retention;
 mod strict;
 mod topics;
 mod transactions;
+mod trace;
 mod ttl;

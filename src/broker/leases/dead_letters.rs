@@ -113,7 +113,9 @@ impl Broker {
         let config = dead_letter_config(topic);
         let target = dead_letter_topic(group);
         let target = self.ensure_internal_topic(&target, config).await?;
-        self.store_forwarded(&target, 0, batch).await
+        self.store_forwarded(&target, 0, batch).await?;
+        self.trace_dead(group, letter);
+        Ok(())
     }
 
     /// Stores one forwarded batch; that it was stored before is as good.

@@ -26,7 +26,6 @@ use crate::coordinator::{CoordinatorCommand, CoordinatorReply, owner_of_name};
 use crate::peer::{PeerError, PeerResult};
 
 pub use receipt::{decode as decode_receipt, encode as encode_receipt};
-pub use redrive::Redriven;
 
 /// Messages for one consumer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -210,6 +210,7 @@ impl Broker {
         let messages = self
             .gather(&sources, plan, &granted, token, consumer)
             .await?;
+        self.trace_delivered(&request.group, request.consumer.as_ref(), &messages);
         Ok(Turn::Leased(ReceiveAnswer { messages, held }))
     }
 

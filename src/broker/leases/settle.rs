@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{LeaseView, ReceiptResult, broken, decode_receipt};
 use crate::broker::offsets::check_group_name;
 use crate::broker::producers::unexpected;
-use crate::broker::{Broker, BrokerError, BrokerResult};
+use crate::broker::{Broker, BrokerError, BrokerResult, TraceKind};
 use crate::coordinator::leases::{
     LeaseCommand, LeaseCounts, LeaseReply, Receipt, ReceiptVerdict, RetryPolicy,
 };
@@ -30,7 +30,8 @@ impl Broker {
             through: through.as_ref().and_then(|r| r.as_ref().ok()).copied(),
         };
         all.extend(through);
-        self.settle_receipts(group, all, command).await
+        self.settle_receipts(group, all, command, Some(TraceKind::Acked))
+            .await
     }
 
     /// Gives messages back, to be delivered again after the delay or as the retry policy says.
@@ -45,7 +46,8 @@ impl Broker {
             receipts: all.iter().flatten().copied().collect(),
             delay_ms,
         };
-        self.settle_receipts(group, all, command).await
+        self.settle_receipts(group, all, command, Some(TraceKind::Nacked))
+            .await
     }
 
     /// Lets leases end so long after now.
@@ -60,7 +62,7 @@ impl Broker {
             receipts: all.iter().flatten().copied().collect(),
             lease_ms,
         };
-        self.settle_receipts(group, all, command).await
+        self.settle_receipts(group, all, command, None).await
     }
 
     async fn settle_receipts(
@@ -68,6 +70,7 @@ impl Broker {
         group: &str,
         receipts: Vec<BrokerResult<Receipt>>,
         command: LeaseCommand,
+        trace: Option<TraceKind>,
     ) -> BrokerResult<Vec<ReceiptResult>> {
         check_group_name(group)?;
         if receipts.iter().all(Result::is_err) {
@@ -82,8 +85,16 @@ impl Broker {
         let results = receipts.into_iter().map(|receipt| {
             let receipt = receipt?;
             match verdicts.next() {
-                Some(ReceiptVerdict::Done) => Ok(None),
-                Some(ReceiptVerdict::Acked(count)) => Ok(Some(count)),
+                Some(ReceiptVerdict::Done) => {
+                    if let Some(kind) = trace {
+                        self.trace_settled(kind, group, &receipt);
+                    }
+                    Ok(None)
+                }
+                Some(ReceiptVerdict::Acked(count)) => {
+                    self.trace_settled(TraceKind::AckedThrough, group, &receipt);
+                    Ok(Some(count))
+                }
                 Some(ReceiptVerdict::Ended) => Err(BrokerError::LeaseExpired {
                     queue: receipt.queue,
                     offset: receipt.offset,

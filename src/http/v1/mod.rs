@@ -7,11 +7,13 @@ pub mod exchanges;
 pub mod groups;
 pub mod health;
 pub mod leases;
+pub mod lookup;
 pub mod offsets;
 pub mod produce;
 pub mod replica;
 pub mod topics;
 pub mod transactions;
+pub mod trace;
 
 use serde::{Deserialize, Deserializer};
 

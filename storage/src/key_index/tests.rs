@@ -164,6 +164,44 @@ fn a_file_that_went_away_is_built_again() {
     assert_eq!(index.next_to_build(0, BLOCK_OFFSETS), Some(0));
 }
 
+/// `cargo test -p quorate-storage --release --lib key_index -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn sizes_and_times() {
+    const BLOCKS: u64 = 32;
+    let dir = tempfile::tempdir().unwrap();
+    let index = open(dir.path());
+    let begun = std::time::Instant::now();
+    for block in 0..BLOCKS {
+        let first = block * BLOCK_OFFSETS;
+        let offsets = first..first + BLOCK_OFFSETS;
+        let entries = offsets.map(|offset| KeyEntry {
+            hash: hash_of(offset),
+            offset,
+        });
+        index.build(block, AT, entries.collect()).unwrap();
+    }
+    let keys = BLOCKS * BLOCK_OFFSETS;
+    let bytes = index.disk_bytes();
+    println!(
+        "{keys} keys: {bytes} bytes, {:.2} a key, built in {:?} a block",
+        bytes as f64 / keys as f64,
+        begun.elapsed() / BLOCKS as u32
+    );
+    let lookups = 1000;
+    for (what, hash) in [("present", 0), ("absent", 1)] {
+        let begun = std::time::Instant::now();
+        for n in 0..lookups {
+            let hash = hash_of(n * 2039) | hash;
+            for block in 0..BLOCKS {
+                index.find(block, hash).unwrap();
+            }
+        }
+        let each = begun.elapsed() / (lookups * BLOCKS) as u32;
+        println!("{what} key: {each:?} a block, from the page cache");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 

@@ -42,6 +42,10 @@ pub struct CreateTopic {
     /// How long a message is delivered once it is visible. Default: as long as it is kept.
     #[serde(default)]
     ttl_ms: Option<u64>,
+    /// Whether it is written down what becomes of each message; see
+    /// `GET /v1/topics/{topic}/messages/{message_id}/trace`.
+    #[serde(default)]
+    trace: Option<bool>,
     /// Keys hash over this many queues, default all.
     #[serde(default)]
     hash_queues: Option<u32>,
@@ -114,6 +118,8 @@ pub struct UpdateTopic {
     #[serde(default, deserialize_with = "given")]
     #[schema(value_type = Option<u64>)]
     ttl_ms: Option<Option<u64>>,
+    #[serde(default)]
+    trace: Option<bool>,
     /// Moves keyed messages to other queues: their order is only kept within a queue.
     #[serde(default)]
     hash_queues: Option<u32>,
@@ -222,6 +228,7 @@ impl CreateTopic {
             backlog: merge_backlog(self.backlog.as_ref(), base.backlog)?,
             quota: merge_quota(self.quota.as_ref(), base.quota)?,
             ttl_ms: self.ttl_ms,
+            trace: self.trace.unwrap_or(base.trace),
             // 0: as many as there are queues, or as the topic has if it is there already.
             hash_queues: match self.hash_queues {
                 None => 0,
@@ -272,6 +279,7 @@ impl UpdateTopic {
                 .map(|q| merge_quota(Some(q), current.quota))
                 .transpose()?,
             ttl_ms: self.ttl_ms,
+            trace: self.trace,
             flush: self.flush,
             hash_queues: self.hash_queues,
         })
