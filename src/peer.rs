@@ -11,9 +11,9 @@ use quorate_raft::{NodeId, PeerService};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::leases::ReceiveRequest;
 use crate::broker::{Broker, BrokerError, StartAt};
 use crate::coordinator::QueueOffset;
 

@@ -61,9 +61,7 @@ impl Broker {
         if verdicts.iter().all(|v| *v == CommitVerdict::Done) {
             return Ok(results);
         }
-        Err(BrokerError::Internal(
-            "a reset was refused".to_owned(),
-        ))
+        Err(BrokerError::Internal("a reset was refused".to_owned()))
     }
 }
 

@@ -5,8 +5,8 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
-use crate::broker::MemberMark;
 use super::leases::{LeaseCommand, LeaseReply};
+use crate::broker::MemberMark;
 use crate::catalog::TopicId;
 
 /// A consumer group's next offset in one queue.

@@ -41,7 +41,10 @@ async fn after_its_last_delivery_a_message_is_a_dead_letter() {
     let message = json!({"messages": [
         {"value": "v", "key": "k", "tag": "x", "headers": {"trace": "1"}, "queue": 0}
     ]});
-    let stored = api.post("/v1/topics/t/messages", &message).await.expect(200);
+    let stored = api
+        .post("/v1/topics/t/messages", &message)
+        .await
+        .expect(200);
     fail_all(&api).await;
     fail_all(&api).await;
     let dead = dead(&api, 1).await;
@@ -103,7 +106,9 @@ async fn dead_letters_are_read_listed_and_deleted_but_not_written() {
     refused.problem(400, "invalid_name");
     let create = api.post("/v1/topics", &json!({"name": "_dlq.x"})).await;
     create.problem(400, "invalid_name");
-    api.get("/v1/topics/_other").await.problem(400, "invalid_name");
+    api.get("/v1/topics/_other")
+        .await
+        .problem(400, "invalid_name");
     // Dead letters can be consumed as anything else.
     let found = receive(&api, "repair", json!({"topics": ["_dlq.g"]})).await;
     assert_eq!(values(&found), ["a"]);
@@ -122,8 +127,11 @@ async fn dead_letters_go_back_once() {
     api.topic("t", 2).await;
     api.topic("u", 1).await;
     policy(&api, 1).await;
-    let message = json!({"messages": [{"value": "a", "key": "k", "headers": {"h": "1"}, "queue": 1}]});
-    api.post("/v1/topics/t/messages", &message).await.expect(200);
+    let message =
+        json!({"messages": [{"value": "a", "key": "k", "headers": {"h": "1"}, "queue": 1}]});
+    api.post("/v1/topics/t/messages", &message)
+        .await
+        .expect(200);
     fail_all(&api).await;
     dead(&api, 1).await;
     api.store("u", 0, &["lost"]).await;
@@ -137,19 +145,28 @@ async fn dead_letters_go_back_once() {
         .expect(204);
 
     let path = "/v1/groups/g/dlq/redrive";
-    let done = api.post(path, &json!({"max_messages": 10})).await.expect(200);
+    let done = api
+        .post(path, &json!({"max_messages": 10}))
+        .await
+        .expect(200);
     assert_eq!(done["redriven"], 1);
     assert_eq!(done["skipped"][0]["offset"], 1);
     let why = done["skipped"][0]["reason"].as_str().unwrap();
     assert!(why.contains("deleted"), "{why}");
-    let back = api.get("/v1/topics/t/queues/1/messages?offset=1").await.expect(200);
+    let back = api
+        .get("/v1/topics/t/queues/1/messages?offset=1")
+        .await
+        .expect(200);
     let back = &back["messages"][0];
     assert_eq!((&back["value"], &back["key"]), (&json!("a"), &json!("k")));
     assert_eq!(back["headers"], json!({"h": "1"}));
     let again = api.post(path, &json!({})).await.expect(200);
     assert_eq!(again, json!({"redriven": 0, "skipped": []}));
     let found = receive_some(&api, "g", json!({})).await;
-    assert_eq!((values(&found), &found[0]["delivery_count"]), (vec!["a"], &json!(1)));
+    assert_eq!(
+        (values(&found), &found[0]["delivery_count"]),
+        (vec!["a"], &json!(1))
+    );
     api.post("/v1/groups/nobody/dlq/redrive", &json!({}))
         .await
         .problem(404, "consumer_group_not_found");

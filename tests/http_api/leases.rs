@@ -56,7 +56,10 @@ async fn leased_messages_are_nobody_elses_until_they_are_done() {
     let first = receive(&api, "g", json!({"max_messages": 2})).await;
     assert_eq!(values(&first), ["a", "b"]);
     assert_eq!(first[0]["delivery_count"], 1);
-    assert_eq!((&first[0]["topic"], &first[0]["queue"]), (&json!("t"), &json!(0)));
+    assert_eq!(
+        (&first[0]["topic"], &first[0]["queue"]),
+        (&json!("t"), &json!(0))
+    );
     assert_eq!(first[1]["offset"], 1);
     let second = receive(&api, "g", json!({})).await;
     assert_eq!(values(&second), ["c"]);
@@ -78,7 +81,10 @@ async fn leased_messages_are_nobody_elses_until_they_are_done() {
     settle(&api, "g", "ack", both).await.expect(200);
     let offsets = api.get("/v1/groups/g/offsets").await.expect(200);
     assert_eq!(
-        (&offsets["offsets"][0]["offset"], &offsets["offsets"][0]["lag"]),
+        (
+            &offsets["offsets"][0]["offset"],
+            &offsets["offsets"][0]["lag"]
+        ),
         (&json!(3), &json!(0))
     );
     assert_eq!(counts(&in_flight(&api, "g").await), [3, 3, 0, 0, 0]);
@@ -218,7 +224,10 @@ async fn through_takes_all_that_its_consumer_holds() {
     }
     let other = receive(&api, "g", json!({"max_messages": 1, "consumer": "you"})).await;
     mine.extend(receive(&api, "g", json!({"consumer": "me"})).await);
-    assert_eq!((values(&mine), values(&other)), (vec!["a", "b", "c", "e"], vec!["d"]));
+    assert_eq!(
+        (values(&mine), values(&other)),
+        (vec!["a", "b", "c", "e"], vec!["d"])
+    );
     let through = json!({"through": mine[2]["receipt"]});
     let done = settle(&api, "g", "ack", through).await.expect(200);
     assert_eq!(done["results"][0]["acked"], 3);
@@ -246,7 +255,10 @@ async fn messages_of_a_key_come_one_at_a_time() {
     settle(&api, "g", "nack", back).await.expect(200);
     let done = json!({"receipts": [first[1]["receipt"]]});
     settle(&api, "g", "ack", done).await.expect(200);
-    assert_eq!(values(&receive_some(&api, "g", ordered.clone()).await), ["l2"]);
+    assert_eq!(
+        values(&receive_some(&api, "g", ordered.clone()).await),
+        ["l2"]
+    );
     assert!(receive(&api, "g", ordered).await.is_empty());
 }
 
@@ -258,7 +270,9 @@ async fn filters_and_starts() {
         {"value": "1", "tag": "a", "queue": 0}, {"value": "2", "tag": "b", "queue": 0},
         {"value": "3", "tag": "a", "queue": 0}, {"value": "4", "tag": "c", "queue": 0},
     ]});
-    api.post("/v1/topics/t/messages", &messages).await.expect(200);
+    api.post("/v1/topics/t/messages", &messages)
+        .await
+        .expect(200);
     let found = receive(&api, "g", json!({"tag": "a||c", "max_messages": 2})).await;
     assert_eq!(values(&found), ["1", "3"]);
     settle(&api, "g", "ack", json!({"receipts": receipts(&found)}))
@@ -303,12 +317,17 @@ async fn a_reset_begins_anew() {
     let done = json!({"receipts": [found[0]["receipt"], found[1]["receipt"]]});
     settle(&api, "g", "ack", done).await.expect(200);
     let reset = json!({"topic": "t", "to": {"offset": 1}});
-    let answer = api.post("/v1/groups/g/offsets/reset", &reset).await.expect(200);
+    let answer = api
+        .post("/v1/groups/g/offsets/reset", &reset)
+        .await
+        .expect(200);
     assert_eq!(answer["results"][0]["previous"], 2);
     let again = receive(&api, "g", json!({})).await;
     assert_eq!(values(&again), ["b", "c"]);
     let late = json!({"receipts": [found[2]["receipt"]]});
-    settle(&api, "g", "ack", late).await.problem(409, "lease_expired");
+    settle(&api, "g", "ack", late)
+        .await
+        .problem(409, "lease_expired");
 }
 
 #[tokio::test]
@@ -325,7 +344,9 @@ async fn deleted_topics_vanish_and_new_queues_join() {
     api.call(Method::DELETE, "/v1/topics/t", &Value::Null)
         .await
         .expect(204);
-    let gone = api.post("/v1/groups/g/receive", &json!({"topics": ["t"]})).await;
+    let gone = api
+        .post("/v1/groups/g/receive", &json!({"topics": ["t"]}))
+        .await;
     gone.problem(404, "topic_not_found");
     api.topic("t", 1).await;
     api.store("t", 0, &["new"]).await;
@@ -349,7 +370,10 @@ async fn what_is_no_receipt() {
 }
 
 /// Reads events until so many messages came.
-async fn pushed(stream: &mut (impl StreamExt<Item = reqwest::Result<bytes::Bytes>> + Unpin), count: usize) -> Vec<Value> {
+async fn pushed(
+    stream: &mut (impl StreamExt<Item = reqwest::Result<bytes::Bytes>> + Unpin),
+    count: usize,
+) -> Vec<Value> {
     let mut text = String::new();
     loop {
         let found: Vec<Value> = text
@@ -373,7 +397,11 @@ async fn a_stream_holds_no_more_than_its_prefetch() {
     let path = "/v1/groups/g/messages?topic=t&prefetch=2&lease_ms=60000";
     api.get(path).await.problem(400, "invalid_request");
     let request = api.request(Method::GET, path);
-    let response = request.header("accept", "text/event-stream").send().await.unwrap();
+    let response = request
+        .header("accept", "text/event-stream")
+        .send()
+        .await
+        .unwrap();
     assert_eq!(response.status(), 200);
     let mut stream = response.bytes_stream();
     let first = pushed(&mut stream, 2).await;

@@ -76,7 +76,14 @@ impl Broker {
     ) -> BrokerResult<()> {
         let catalog = self.catalog();
         let gone = |why: &str| {
-            tracing::warn!(group, topic = letter.topic, queue = letter.queue, offset = letter.offset, why, "a dead letter is dropped");
+            tracing::warn!(
+                group,
+                topic = letter.topic,
+                queue = letter.queue,
+                offset = letter.offset,
+                why,
+                "a dead letter is dropped"
+            );
         };
         if catalog.was_deleted(letter.topic) {
             gone("its topic was deleted");
@@ -158,7 +165,9 @@ fn address(record: &mut MessageRecord, topic: &str, letter: &DeadLetter, message
     strip_address(record);
     let mut add = |name: &str, value: &str| {
         let value = Bytes::copy_from_slice(value.as_bytes());
-        record.headers.push((format!("{HEADER_PREFIX}{name}"), value));
+        record
+            .headers
+            .push((format!("{HEADER_PREFIX}{name}"), value));
     };
     add("topic", topic);
     add("queue", &letter.queue.to_string());
@@ -171,7 +180,9 @@ fn address(record: &mut MessageRecord, topic: &str, letter: &DeadLetter, message
 
 /// The message as it was before it died.
 pub(super) fn strip_address(record: &mut MessageRecord) {
-    record.headers.retain(|(name, _)| !name.starts_with(HEADER_PREFIX));
+    record
+        .headers
+        .retain(|(name, _)| !name.starts_with(HEADER_PREFIX));
 }
 
 pub(super) fn encode(record: &MessageRecord) -> BrokerResult<Bytes> {

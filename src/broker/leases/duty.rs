@@ -114,7 +114,9 @@ impl Broker {
             {}
         }
         let groups = local.view.groups_with_dead_letters().map_err(fail)?;
-        let forwarded = groups.iter().map(|group| self.forward_dead_letters(local, group));
+        let forwarded = groups
+            .iter()
+            .map(|group| self.forward_dead_letters(local, group));
         // One group's trouble is not the others'.
         join_all(forwarded).await.into_iter().collect()
     }

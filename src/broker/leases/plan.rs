@@ -118,9 +118,7 @@ impl Broker {
                 }
             };
             let (topic, queue) = (source.topic.id, source.queue);
-            let due = local
-                .view
-                .due(&request.group, topic, queue, now_ms, wanted);
+            let due = local.view.due(&request.group, topic, queue, now_ms, wanted);
             let offer = Offer {
                 source,
                 bounds,
@@ -321,14 +319,7 @@ impl Broker {
         else {
             return Ok(None);
         };
-        let message = message(
-            source.group,
-            source.queue,
-            &stored,
-            &view,
-            &record,
-            ordinal,
-        )?;
+        let message = message(source.group, source.queue, &stored, &view, &record, ordinal)?;
         let seen = Seen {
             offset,
             timestamp_ms: stored.timestamp_ms,

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::dead_letters::{QUEUE_HEADER, TOPIC_HEADER, encode, strip_address};
 use super::broken;
+use super::dead_letters::{QUEUE_HEADER, TOPIC_HEADER, encode, strip_address};
 use crate::broker::fetch::unreadable;
 use crate::broker::offsets::check_group_name;
 use crate::broker::queue::entry::Mark;
@@ -88,7 +88,9 @@ impl Broker {
         };
         let bounds = self.proved_bounds(queue).await.map_err(PeerError::Broker)?;
         let of_this_topic = state.redriven.filter(|(id, _)| *id == topic.id);
-        let begin = of_this_topic.map_or(0, |(_, next)| next).max(bounds.earliest);
+        let begin = of_this_topic
+            .map_or(0, |(_, next)| next)
+            .max(bounds.earliest);
         let end = bounds.end.min(begin.saturating_add(max_messages as u64));
         let mut done = Redriven::default();
         let mut next = begin;

@@ -8,10 +8,10 @@ use super::{LeaseView, ReceiptResult, broken, decode_receipt};
 use crate::broker::offsets::check_group_name;
 use crate::broker::producers::unexpected;
 use crate::broker::{Broker, BrokerError, BrokerResult};
-use crate::coordinator::{CoordinatorReply, QueueOffset};
 use crate::coordinator::leases::{
     LeaseCommand, LeaseCounts, LeaseReply, Receipt, ReceiptVerdict, RetryPolicy,
 };
+use crate::coordinator::{CoordinatorReply, QueueOffset};
 use crate::peer::{PeerError, PeerRequest, PeerResult};
 
 impl Broker {

@@ -48,8 +48,9 @@ impl CoordinatorMachine {
                     LeaseCommand::Ack { receipts, through } => {
                         receipts.len() + usize::from(through.is_some())
                     }
-                    LeaseCommand::Nack { receipts, .. }
-                    | LeaseCommand::Extend { receipts, .. } => receipts.len(),
+                    LeaseCommand::Nack { receipts, .. } | LeaseCommand::Extend { receipts, .. } => {
+                        receipts.len()
+                    }
                     _ => return Ok(CoordinatorReply::Leases(LeaseReply::NoGroup)),
                 };
                 let verdicts = vec![ReceiptVerdict::Ended; receipts];
@@ -98,11 +99,7 @@ impl CoordinatorMachine {
         Ok(CoordinatorReply::Leases(reply))
     }
 
-    fn found_group(
-        &self,
-        group: &str,
-        command: &LeaseCommand,
-    ) -> Result<LeaseGroup, StorageError> {
+    fn found_group(&self, group: &str, command: &LeaseCommand) -> Result<LeaseGroup, StorageError> {
         let life = match command {
             LeaseCommand::Lease(lease) => lease.token,
             // Lives of one name follow each other in the log's time.
@@ -183,7 +180,10 @@ impl CoordinatorMachine {
         let Some(delivery) = self.delivery(place, offset)? else {
             return Ok(());
         };
-        if delivery.due_ms().is_none_or(|due_ms| due_ms > granting.now_ms) {
+        if delivery
+            .due_ms()
+            .is_none_or(|due_ms| due_ms > granting.now_ms)
+        {
             return Ok(());
         }
         if delivery.deliveries >= state.policy.max_deliveries {

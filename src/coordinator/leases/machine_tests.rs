@@ -237,7 +237,10 @@ fn dead_letters_are_numbered_in_the_order_of_their_death() {
     one.now_ms += 5_000;
     assert_eq!(one.ask(LeaseCommand::Expire), LeaseReply::Done);
     let letters = one.replica.machine.view().dead_letters(GROUP, 10).unwrap();
-    let found: Vec<_> = letters.iter().map(|(n, l)| (*n, l.offset, l.reason)).collect();
+    let found: Vec<_> = letters
+        .iter()
+        .map(|(n, l)| (*n, l.offset, l.reason))
+        .collect();
     assert_eq!(
         found,
         [
@@ -509,7 +512,10 @@ impl Model {
         }
         for ((queue, offset), known) in &mut self.known {
             let own = *offset == receipt.offset;
-            let held = self.receipts.iter().rfind(|r| r.queue == *queue && r.offset == *offset);
+            let held = self
+                .receipts
+                .iter()
+                .rfind(|r| r.queue == *queue && r.offset == *offset);
             let before = through
                 && *offset < receipt.offset
                 && known.leased_until > 0

@@ -151,11 +151,7 @@ pub(super) fn of_topic(kind: u8, group: &str, topic: TopicId) -> Vec<u8> {
 }
 
 pub(super) fn dead_letter_key(group: &str, sequence: u64) -> Vec<u8> {
-    KeyBuilder::new()
-        .u8(b'x')
-        .text(group)
-        .u64(sequence)
-        .build()
+    KeyBuilder::new().u8(b'x').text(group).u64(sequence).build()
 }
 
 /// The number at the end of a key, and the one before it.

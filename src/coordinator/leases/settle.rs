@@ -215,7 +215,9 @@ impl CoordinatorMachine {
     ) -> Result<LeaseReply, StorageError> {
         let now_ms = self.now_ms()?;
         let mut left = EXPIRE_AT_ONCE;
-        let queues = self.records.scan(&of_group(b'l', group), None, usize::MAX)?;
+        let queues = self
+            .records
+            .scan(&of_group(b'l', group), None, usize::MAX)?;
         for (key, _) in queues {
             let Some((_, topic, queue)) = leases_of_key(&key) else {
                 continue;
@@ -276,11 +278,7 @@ impl CoordinatorMachine {
         Ok(overdue)
     }
 
-    pub(super) fn dead_lettered(
-        &mut self,
-        group: &str,
-        through: u64,
-    ) -> Result<(), StorageError> {
+    pub(super) fn dead_lettered(&mut self, group: &str, through: u64) -> Result<(), StorageError> {
         let mut touched = Touched::new();
         let letters = self
             .records
@@ -340,11 +338,7 @@ impl CoordinatorMachine {
         Ok(())
     }
 
-    pub(super) fn forget_topic(
-        &mut self,
-        group: &str,
-        topic: TopicId,
-    ) -> Result<(), StorageError> {
+    pub(super) fn forget_topic(&mut self, group: &str, topic: TopicId) -> Result<(), StorageError> {
         for kind in *b"lado" {
             self.remove_all(&of_topic(kind, group, topic))?;
         }

@@ -140,7 +140,9 @@ impl CoordinatorView {
             topic,
             queue,
         };
-        let found = self.records.scan_page(&place.of_message_key(key), None, 1)?;
+        let found = self
+            .records
+            .scan_page(&place.of_message_key(key), None, 1)?;
         Ok(!found.is_empty())
     }
 
@@ -211,7 +213,9 @@ impl CoordinatorView {
         group: &str,
         limit: usize,
     ) -> Result<Vec<(u64, DeadLetter)>, StorageError> {
-        let found = self.records.scan_page(&of_group(b'x', group), None, limit)?;
+        let found = self
+            .records
+            .scan_page(&of_group(b'x', group), None, limit)?;
         let letters = found.iter().filter_map(|(key, value)| {
             let letter = postcard::from_bytes(value).ok()?;
             Some((last(key)?, letter))

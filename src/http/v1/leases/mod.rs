@@ -142,10 +142,7 @@ pub struct ReceiptsAnswer<'a> {
     results: Vec<ReceiptBody<'a>>,
 }
 
-fn results<'a>(
-    receipts: impl Iterator<Item = &'a String>,
-    results: &[ReceiptResult],
-) -> Response {
+fn results<'a>(receipts: impl Iterator<Item = &'a String>, results: &[ReceiptResult]) -> Response {
     let parts = receipts.zip(results).map(|(receipt, result)| {
         let body = |acked| ReceiptBody { receipt, acked };
         match result {
