@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, StartAt};
+use crate::broker::{Broker, BrokerError, MessagePlace, SearchRequest, StartAt};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -84,6 +84,12 @@ pub enum PeerRequest {
         timeout_ms: u64,
     },
     Read(ReadRequest),
+    Search(SearchRequest),
+    FindMessage {
+        queue: u32,
+        place: MessagePlace,
+        ttl_ms: Option<u64>,
+    },
     /// The first offset at or after a time, proved; the end if there is none.
     OffsetAt {
         group: u64,
@@ -115,6 +121,18 @@ pub enum PeerRequest {
     LeaseView {
         coordinator: u32,
         consumer_group: String,
+    },
+    /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
+    /// with proof that no commit is missing, if asked for.
+    LowestOffsets {
+        coordinator: u32,
+        topics: Vec<u64>,
+        prove: bool,
+    },
+    /// Take a delayed message back, in a queue that the other node leads.
+    Cancel {
+        place: MessagePlace,
+        timeout_ms: u64,
     },
 }
 
@@ -202,6 +220,12 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             encode(&broker.propose_here(group, body, timeout).await)
         }
         PeerRequest::Read(request) => encode(&broker.read_here(&request).await),
+        PeerRequest::Search(request) => encode(&broker.search_here(&request).await),
+        PeerRequest::FindMessage {
+            queue,
+            place,
+            ttl_ms,
+        } => encode(&broker.message_here(queue, place, ttl_ms).await),
         PeerRequest::OffsetAt {
             group,
             timestamp_ms,
@@ -216,6 +240,11 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
                 .await;
             encode(&answer)
         }
+        PeerRequest::LowestOffsets {
+            coordinator,
+            topics,
+            prove,
+        } => encode(&broker.positions_here(coordinator, &topics, prove).await),
         PeerRequest::TransferLeader { group, to } => {
             encode(&broker.transfer_leader_here(group, to).await)
         }
@@ -236,5 +265,9 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             coordinator,
             consumer_group,
         } => encode(&broker.lease_view_here(coordinator, &consumer_group).await),
+        PeerRequest::Cancel { place, timeout_ms } => {
+            let timeout = Duration::from_millis(timeout_ms);
+            encode(&broker.cancel_here(place, timeout).await)
+        }
     }
 }

@@ -114,10 +114,12 @@ fn node_config(config: &ServerConfig) -> NodeConfig {
             max_producers: u32::try_from(config.limits.producers).unwrap_or(u32::MAX),
             max_keys: u32::try_from(config.limits.idempotency_keys).unwrap_or(u32::MAX),
             key_window_ms: config.limits.idempotency_window_ms,
+            max_held: u32::try_from(config.limits.held_batches).unwrap_or(u32::MAX),
         },
         checkpoint_every: config.raft.checkpoint_every,
         broker: BrokerConfig {
             write_timeout: ms(config.limits.write_timeout_ms),
+            retention_check: ms(config.log.retention_check_ms),
             ..BrokerConfig::default()
         },
     }

@@ -139,3 +139,115 @@ async fn records_that_were_overwritten() -> Result<()> {
     })
     .await
 }
+
+/// Blocks of the key index have this many offsets.
+const BLOCK: usize = 65_536;
+const KEYS: usize = 1000;
+
+/// One full block of messages with keys, and some more.
+async fn fill_a_block(client: &Client) -> Result<()> {
+    client.create_topic("t", 1).await?;
+    for first in (0..BLOCK + 2000).step_by(4000) {
+        let message = |n: usize| json!({"value": n.to_string(), "key": format!("k{}", n % KEYS)});
+        let messages: Vec<_> = (first..first + 4000).map(message).collect();
+        match client.produce("t", &json!({"messages": messages})).await {
+            Produced::Acked(places) => ensure!(places[0] == (0, first as u64)),
+            other => anyhow::bail!("not acknowledged: {other:?}"),
+        }
+    }
+    Ok(())
+}
+
+async fn offsets_of_key(client: &Client, key: usize) -> Result<Vec<u64>> {
+    let path = format!("/v1/topics/t/messages?key=k{key}&max_messages=1000");
+    let found = client.get(&path).await?;
+    ensure!(found["more"] == false, "{found}");
+    let messages = found["messages"].as_array().context("messages")?;
+    let offset = |message: &serde_json::Value| message["offset"].as_u64().context("offset");
+    messages.iter().map(offset).collect()
+}
+
+/// The one file of the key index, once it is there.
+async fn keys_file(cluster: &Cluster) -> Result<PathBuf> {
+    let keys = cluster.data_dir(1).join("keys");
+    eventually("a block of keys is built", || async {
+        let queue = fs::read_dir(&keys)?.next().context("no queue")??;
+        let mut files = fs::read_dir(queue.path())?.flatten();
+        let built = files.find(|f| f.path().extension().is_some_and(|e| e == "keys"));
+        Ok(built.context("no block")?.path())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_index_that_was_deleted_overwritten_or_damaged() -> Result<()> {
+    let mut cluster = Cluster::start(1).await?;
+    let client = cluster.client();
+    fill_a_block(&client).await?;
+    let total = (BLOCK + 2000).next_multiple_of(4000);
+    let of_key = |key: usize| (key as u64..total as u64).step_by(KEYS).collect::<Vec<_>>();
+    ensure!(
+        offsets_of_key(&client, 17).await? == of_key(17),
+        "without an index"
+    );
+    let file = keys_file(&cluster).await?;
+    let sound = fs::read(&file)?;
+    // 12 bytes a key, in pages.
+    ensure!(
+        sound.len() == (1 + BLOCK.div_ceil(340)) * 4096,
+        "{} bytes",
+        sound.len()
+    );
+    ensure!(
+        offsets_of_key(&client, 17).await? == of_key(17),
+        "with an index"
+    );
+    // A running node notices when it reads, answers from the messages, and builds it again.
+    let spoil: [fn(&mut Vec<u8>); 4] = [
+        |bytes| bytes.truncate(5000),
+        |bytes| bytes[100] ^= 1,
+        |bytes| bytes.iter_mut().skip(4096).for_each(|b| *b = !*b),
+        |bytes| bytes.clear(),
+    ];
+    for (n, spoil) in spoil.iter().enumerate() {
+        let mut bytes = sound.clone();
+        spoil(&mut bytes);
+        fs::write(&file, &bytes)?;
+        ensure!(offsets_of_key(&client, n).await? == of_key(n), "spoilt {n}");
+        eventually("the block is built again", || async {
+            ensure!(fs::read(&file)?[4096..] == sound[4096..], "not yet");
+            Ok(())
+        })
+        .await?;
+        ensure!(
+            offsets_of_key(&client, n).await? == of_key(n),
+            "built again {n}"
+        );
+    }
+    // And one that starts again on a spoilt one, or on none.
+    for n in [1, 2] {
+        cluster.node(1).kill();
+        match n {
+            1 => fs::write(&file, &sound[..sound.len() / 2])?,
+            _ => fs::remove_file(&file)?,
+        }
+        cluster.node(1).spawn()?;
+        cluster.wait_ready().await?;
+        ensure!(
+            offsets_of_key(&client, 999).await? == of_key(999),
+            "restarted {n}"
+        );
+        keys_file(&cluster).await?;
+        ensure!(
+            offsets_of_key(&client, 999).await? == of_key(999),
+            "and built {n}"
+        );
+    }
+    // Nothing of it is left when the topic is deleted.
+    client.request(Method::DELETE, "/v1/topics/t", None).await?;
+    eventually("the key index is gone", || async {
+        ensure!(!file.exists(), "still there");
+        Ok(())
+    })
+    .await
+}

@@ -106,8 +106,7 @@ impl StoreBuilder<TypeConfig, LogStore, Machine, Guard> for Builder {
             &spec,
             Box::<Counter>::default(),
             Arc::new(snapshots),
-            None,
-            None,
+            Box::new(group.clone()),
             applied,
         )
         .map_err(|e| {

@@ -249,8 +249,7 @@ impl RaftHost {
             &spec,
             machine,
             self.storage.snapshots.clone(),
-            state.purged,
-            state.last,
+            Box::new(log.clone()),
             applied_tx,
         )?;
         let network = NetworkFactory {
@@ -320,9 +319,16 @@ impl RaftHost {
                 LogRetention::Messages => SnapshotPolicy::Never,
                 LogRetention::StateOnly => SnapshotPolicy::LogsSinceLast(spec.checkpoint_every),
             },
-            // So much that the checkpoint before the newest can take its place.
-            max_in_snapshot_log_to_keep: spec.checkpoint_every + 256,
-            purge_batch_size: 256,
+            max_in_snapshot_log_to_keep: match spec.retention {
+                // A boundary is only moved to where everything up to it may go.
+                LogRetention::Messages => 0,
+                // So much that the checkpoint before the newest can take its place.
+                LogRetention::StateOnly => spec.checkpoint_every + 256,
+            },
+            purge_batch_size: match spec.retention {
+                LogRetention::Messages => 1,
+                LogRetention::StateOnly => 256,
+            },
             ..Config::default()
         };
         let config = config

@@ -5,6 +5,7 @@
 //! log never builds a snapshot of "now" while it has a checkpoint: what a newcomer installs is the
 //! oldest one kept, and every retained entry after it reaches the newcomer by ordinary replication.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use openraft::storage::{EntryResponder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, RaftSnapshotBuilder};
+use quorate_storage::commit_log::GroupLog;
 use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::snapshot::{SnapshotHeader, SnapshotKind, SnapshotStore};
 use quorate_storage::{LogId, RaftGroupId, StorageError};
@@ -31,14 +33,41 @@ use crate::types::{
 const CHECKPOINT_BYTES: u64 = 32 << 20;
 /// How many checkpoints a group keeps beside its boundary, for a restart that finds the newest bad.
 const CHECKPOINTS_KEPT: usize = 2;
+/// Between the boundary and those: where the log can be purged up to as messages go.
+const PURGE_POINTS: usize = 8;
+
+/// What of its log a state machine asks for.
+pub(crate) trait Log: Send + Sync + 'static {
+    fn purged(&self) -> Option<LogId>;
+    fn last(&self) -> Option<LogId>;
+    /// This replica can't be used any more, and is to be filled again.
+    fn report_damage(&self, reason: String);
+}
+
+impl Log for GroupLog {
+    fn purged(&self) -> Option<LogId> {
+        self.state().purged
+    }
+
+    fn last(&self) -> Option<LogId> {
+        self.state().last
+    }
+
+    fn report_damage(&self, reason: String) {
+        GroupLog::report_damage(self, reason);
+    }
+}
 
 /// One replica's applied state and its snapshots.
 pub(crate) struct Machine {
     group: RaftGroupId,
     inner: Box<dyn StateMachine>,
     snapshots: Arc<SnapshotStore>,
+    log: Box<dyn Log>,
     retention: LogRetention,
     checkpoint_every: u64,
+    /// Checkpoints that are good for a restart alone.
+    partial: BTreeSet<LogId>,
     /// Bytes of commands applied since the last checkpoint.
     applied_bytes: u64,
     applied: Option<LogId>,
@@ -59,10 +88,17 @@ impl Machine {
         spec: &GroupSpec,
         mut inner: Box<dyn StateMachine>,
         snapshots: Arc<SnapshotStore>,
-        purged: Option<LogId>,
-        last: Option<LogId>,
+        log: Box<dyn Log>,
         applied_tx: watch::Sender<Option<LogId>>,
     ) -> Result<Self, StorageError> {
+        let (purged, last) = (log.purged(), log.last());
+        if spec.retention == LogRetention::Messages
+            && let Some(purged) = purged
+        {
+            // Nothing else can produce the state there, so nobody could be filled from here, nor
+            // this replica again after the next damage.
+            require_boundary(&snapshots, spec.group, purged)?;
+        }
         let mut candidates = snapshots.list(spec.group)?;
         candidates.retain(|id| Some(*id) >= purged);
         let mut restored = None;
@@ -130,8 +166,10 @@ impl Machine {
             group: spec.group,
             inner,
             snapshots,
+            log,
             retention: spec.retention,
             checkpoint_every: spec.checkpoint_every.max(1),
+            partial: BTreeSet::new(),
             applied_bytes: 0,
             applied,
             membership,
@@ -162,13 +200,57 @@ impl Machine {
         let state = self.inner.checkpoint()?;
         let header = self.header(last, SnapshotKind::Checkpoint);
         self.snapshots.write(self.group, &header, &state)?;
+        self.inner.checkpoint_written(last);
+        if !self.inner.is_whole(&state) {
+            self.partial.insert(last);
+        }
         // The oldest is the boundary: nothing else can produce the state of that index.
-        let all = self.snapshots.list(self.group)?;
+        let mut all = self.snapshots.list(self.group)?;
         let newest = all.len().saturating_sub(CHECKPOINTS_KEPT);
-        for id in all.get(1..newest).unwrap_or_default() {
-            self.snapshots.remove(self.group, *id)?;
+        for id in all.get(1..newest).unwrap_or_default().to_vec() {
+            if self.partial.remove(&id) {
+                self.snapshots.remove(self.group, id)?;
+                all.retain(|kept| *kept != id);
+            }
+        }
+        while let Some(place) = most_crowded(&all) {
+            self.snapshots.remove(self.group, all.remove(place))?;
         }
         Ok(())
+    }
+
+    /// Moves the boundary up to the newest checkpoint that lies before everything that is still
+    /// needed. The log may be purged up to what is returned; none if there is nothing to purge.
+    pub(crate) fn advance_boundary(&mut self) -> Result<Option<LogId>, StorageError> {
+        if self.retention != LogRetention::Messages {
+            return Ok(None);
+        }
+        let needed = self.inner.oldest_needed()?;
+        let mut candidates = self.usable()?;
+        candidates.retain(|id| id.index < needed && Some(*id) > self.log.purged());
+        for id in candidates.into_iter().rev() {
+            let (mut header, state) = match self.snapshots.read(self.group, id) {
+                Ok(found) => found,
+                Err(StorageError::Damaged { .. }) => continue,
+                Err(error) => return Err(error),
+            };
+            if header.kind != SnapshotKind::Boundary {
+                if !self.inner.is_whole(&state) {
+                    continue;
+                }
+                // What the state machine keeps in files must not come back to before the trim.
+                self.inner.checkpoint()?;
+                header.kind = SnapshotKind::Boundary;
+                self.snapshots.write(self.group, &header, &state)?;
+            }
+            for older in self.snapshots.list(self.group)? {
+                if older < id {
+                    self.snapshots.remove(self.group, older)?;
+                }
+            }
+            return Ok(Some(id));
+        }
+        Ok(None)
     }
 
     fn publish(&mut self) {
@@ -214,8 +296,9 @@ impl RaftStateMachine<TypeConfig> for Machine {
             if let Some(responder) = responder {
                 answers.push((responder, reply));
             }
+            let wanted = self.inner.wants_checkpoint();
             if self.retention == LogRetention::Messages
-                && self.is_checkpoint(log_id.index)
+                && (wanted || self.is_checkpoint(log_id.index))
                 && let Err(error) = blocking::in_place(|| self.write_checkpoint(log_id))
             {
                 // The log has everything: a restart applies more of it.
@@ -256,7 +339,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
         if self.retention == LogRetention::Messages {
-            return Ok(self.oldest_sound()?);
+            return Ok(self.boundary()?);
         }
         match self.usable()?.last() {
             None => Ok(None),
@@ -288,31 +371,54 @@ impl Machine {
         }
     }
 
-    fn oldest_sound(&self) -> Result<Option<Snapshot>, StorageError> {
-        for id in self.usable()? {
-            if let Some(sound) = self.read(id)? {
-                return Ok(Some(sound));
+    /// What a newcomer begins with. None while the log has everything from its first entry on.
+    ///
+    /// # Errors
+    /// When the log does not, and the state at its beginning is damaged: a later one would hide what
+    /// lies between from the newcomer, so this replica has to be filled anew itself.
+    fn boundary(&self) -> Result<Option<Snapshot>, StorageError> {
+        let Some(purged) = self.log.purged() else {
+            return self.oldest_boundary(None);
+        };
+        match self.oldest_boundary(Some(purged))? {
+            Some(found) => Ok(Some(found)),
+            None => {
+                let lost = boundary_is_lost(&self.snapshots, self.group, purged);
+                self.log.report_damage(lost.to_string());
+                Err(lost)
+            }
+        }
+    }
+
+    fn oldest_boundary(&self, from: Option<LogId>) -> Result<Option<Snapshot>, StorageError> {
+        for id in self.usable()?.into_iter().filter(|id| Some(*id) >= from) {
+            match self.snapshots.read(self.group, id) {
+                Ok((header, state)) if header.kind == SnapshotKind::Boundary => {
+                    return snapshot(id, &header.membership, state).map(Some);
+                }
+                Ok(_) | Err(StorageError::Damaged { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(None)
     }
 
     fn build(&mut self) -> io::Result<Snapshot> {
-        if self.retention == LogRetention::Messages
-            && let Some(boundary) = self.oldest_sound()?
-        {
-            return Ok(boundary);
+        // The empty state needs no file: a replica without any begins with it.
+        let nothing = |state| Snapshot {
+            meta: SnapshotMeta {
+                last_log_id: None,
+                last_membership: self.membership.clone(),
+            },
+            snapshot: state,
+        };
+        if self.retention == LogRetention::Messages {
+            // openraft purges up to what it is given here.
+            return Ok(self.boundary()?.unwrap_or_else(|| nothing(Bytes::new())));
         }
         let state = Bytes::from(self.inner.checkpoint()?);
         let Some(last) = self.applied else {
-            // The empty state needs no file: a replica without any begins with it.
-            return Ok(Snapshot {
-                meta: SnapshotMeta {
-                    last_log_id: None,
-                    last_membership: self.membership.clone(),
-                },
-                snapshot: state,
-            });
+            return Ok(nothing(state));
         };
         let header = self.header(last, SnapshotKind::Checkpoint);
         self.snapshots.write(self.group, &header, &state)?;
@@ -332,6 +438,43 @@ fn snapshot(last: LogId, membership: &[u8], state: Bytes) -> Result<Snapshot, St
         },
         snapshot: state,
     })
+}
+
+fn require_boundary(
+    snapshots: &SnapshotStore,
+    group: RaftGroupId,
+    purged: LogId,
+) -> Result<(), StorageError> {
+    for id in snapshots
+        .list(group)?
+        .into_iter()
+        .filter(|id| *id >= purged)
+    {
+        match snapshots.read(group, id) {
+            Ok((header, _)) if header.kind == SnapshotKind::Boundary => return Ok(()),
+            Ok(_) | Err(StorageError::Damaged { .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(boundary_is_lost(snapshots, group, purged))
+}
+
+fn boundary_is_lost(snapshots: &SnapshotStore, group: RaftGroupId, purged: LogId) -> StorageError {
+    StorageError::Damaged {
+        path: snapshots.dir_of(group),
+        position: 0,
+        reason: format!("the log of {group} begins after {purged}, and the state there is damaged"),
+    }
+}
+
+/// Which of the checkpoints, ascending, is missed least when there are too many: never the boundary,
+/// nor one of the newest.
+fn most_crowded(all: &[LogId]) -> Option<usize> {
+    let removable = 1..all.len().saturating_sub(CHECKPOINTS_KEPT);
+    if removable.len() <= PURGE_POINTS {
+        return None;
+    }
+    removable.min_by_key(|place| all[place + 1].index - all[place - 1].index)
 }
 
 /// A snapshot taken when the builder was asked for.

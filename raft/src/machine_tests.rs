@@ -9,7 +9,7 @@ use quorate_storage::vfs::fault::FaultVfs;
 use quorate_storage::{LogId, RaftGroupId, StorageError};
 use tokio::sync::watch;
 
-use super::Machine;
+use super::{Log, Machine, most_crowded};
 use crate::config::{GroupSpec, LogRetention};
 use crate::state_machine::StateMachine;
 use crate::types::{RaftStoredMembership, encode_membership};
@@ -59,7 +59,29 @@ fn store(kind: SnapshotKind, indexes: &[u64]) -> Arc<SnapshotStore> {
     Arc::new(store)
 }
 
+#[derive(Debug, Clone, Copy, Default)]
+struct Ends {
+    purged: Option<LogId>,
+    last: Option<LogId>,
+}
+
+impl Log for Ends {
+    fn purged(&self) -> Option<LogId> {
+        self.purged
+    }
+
+    fn last(&self) -> Option<LogId> {
+        self.last
+    }
+
+    fn report_damage(&self, _reason: String) {}
+}
+
 fn open(store: &Arc<SnapshotStore>, last: Option<LogId>) -> Machine {
+    try_open(store, Ends { purged: None, last }).expect("open")
+}
+
+fn try_open(store: &Arc<SnapshotStore>, ends: Ends) -> Result<Machine, StorageError> {
     let spec = GroupSpec {
         group: GROUP,
         founders: Vec::new(),
@@ -71,7 +93,7 @@ fn open(store: &Arc<SnapshotStore>, last: Option<LogId>) -> Machine {
     };
     let (applied, _) = watch::channel(None);
     let inner = Box::<Byte>::default();
-    Machine::open(&spec, inner, store.clone(), None, last, applied).expect("open")
+    Machine::open(&spec, inner, store.clone(), Box::new(ends), applied)
 }
 
 #[test]
@@ -95,4 +117,42 @@ fn an_installed_snapshot_beyond_the_end_of_the_log_is_the_state() {
     let store = store(SnapshotKind::Boundary, &[8]);
     let machine = open(&store, Some(LogId::new(1, 6)));
     assert_eq!(machine.state_hash(), (Some(LogId::new(1, 8)), 8));
+}
+
+#[test]
+fn a_log_that_was_purged_is_not_opened_without_its_boundary() {
+    let ends = Ends {
+        purged: Some(LogId::new(1, 4)),
+        last: Some(LogId::new(1, 20)),
+    };
+    // A later checkpoint is sound, but whoever began with it would lack messages.
+    let store = store(SnapshotKind::Checkpoint, &[8, 16]);
+    let opened = try_open(&store, ends);
+    assert!(matches!(opened, Err(StorageError::Damaged { .. })));
+    let header = SnapshotHeader {
+        last: LogId::new(1, 4),
+        membership: encode_membership(&RaftStoredMembership::default()),
+        kind: SnapshotKind::Boundary,
+    };
+    store.write(GROUP, &header, &[4]).expect("write");
+    let machine = try_open(&store, ends).expect("open");
+    assert_eq!(machine.state_hash(), (Some(LogId::new(1, 16)), 16));
+    let boundary = machine.boundary().expect("read").expect("a boundary");
+    assert_eq!(boundary.meta.last_log_id.map(|id| id.index), Some(4));
+}
+
+#[test]
+fn checkpoints_thin_out_evenly_between_the_boundary_and_the_newest() {
+    let mut all = Vec::new();
+    for index in 1..200 {
+        all.push(LogId::new(1, index * 10));
+        while let Some(place) = most_crowded(&all) {
+            all.remove(place);
+        }
+    }
+    assert_eq!(all[0].index, 10);
+    assert_eq!(all.last().map(|id| id.index), Some(1990));
+    assert_eq!(all.len(), 11);
+    let gaps = all.windows(2).map(|two| two[1].index - two[0].index);
+    assert!(gaps.max() <= Some(1000), "{all:?}");
 }

@@ -15,9 +15,30 @@ pub trait StateMachine: Send + Sync + 'static {
     /// waits for new state.
     fn applied_batch(&mut self, _applied: LogId) {}
 
+    /// Asked after each entry: whether a checkpoint is to be taken here, beside the regular ones. Part
+    /// of the state, as deterministic as it.
+    fn wants_checkpoint(&mut self) -> bool {
+        false
+    }
+
+    /// The lowest log index whose entry may still be read, of a group that keeps its messages in the
+    /// log; `u64::MAX` when none of the applied ones is. It never goes back.
+    fn oldest_needed(&mut self) -> Result<u64, StorageError> {
+        Ok(0)
+    }
+
     /// The state after the last applied entry. Whatever the state machine keeps in files of its
     /// own must be durable up to here when this returns.
     fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError>;
+
+    /// The last checkpoint is on the disk, as the state of `last`.
+    fn checkpoint_written(&mut self, _last: LogId) {}
+
+    /// Whether [`StateMachine::install`] could begin with this checkpoint. One that leaves out what is
+    /// too much to write each time is good for a restart alone.
+    fn is_whole(&self, _state: &[u8]) -> bool {
+        true
+    }
 
     /// Local restart: back to the state of this checkpoint, or to the empty state. What lies
     /// between it and the end of the log is applied again.

@@ -16,12 +16,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use quorate_raft::{NodeId, ProposeError};
+use quorate_storage::batch::{BatchView, ProducerStamp};
 use tokio::sync::{mpsc, oneshot};
 
+use super::backlog::Admission;
 use super::config::BrokerConfig;
+use super::encode::records_in;
 use super::local::{LocalGroups, LocalQueue};
 use super::queue::entry::{AppendBuilder, MAX_BATCHES};
 use super::queue::{BatchOutcome, decode_outcomes};
@@ -66,6 +70,7 @@ pub(super) struct Submission {
     claim: Arc<Claim>,
     reply: oneshot::Sender<Result<Vec<BatchOutcome>, SubmitError>>,
     reserved: Reservation,
+    admitted: Option<Admission>,
 }
 
 /// Bytes counted against the bounds until the submission has its answer.
@@ -113,6 +118,7 @@ pub(super) async fn submit(
     config: &Arc<BrokerConfig>,
     metrics: &Arc<Metrics>,
     batches: Vec<NewBatch>,
+    admitted: Option<Admission>,
     timeout: Duration,
 ) -> Result<Vec<BatchOutcome>, SubmitError> {
     let bytes = batches.iter().map(|b| b.batch.len() + 64).sum();
@@ -126,6 +132,7 @@ pub(super) async fn submit(
         claim: claim.clone(),
         reply,
         reserved,
+        admitted,
     };
     send(queue, config, metrics, submission);
     match tokio::time::timeout(timeout, answer).await {
@@ -278,11 +285,12 @@ impl Batcher {
                 // Batches were validated where they came in; what is none would be left out, and
                 // its waiter told so by the number of outcomes.
                 entry.push(&new.mark, new.hold.as_ref(), &new.batch);
-                messages += u64::from(record_count(&new.batch));
+                messages += u64::from(records_in(&new.batch));
             }
             let places = usize::from(from)..usize::from(entry.count());
             let expected = submission.batches.len();
-            waiters.push((submission.reply, places, expected, submission.reserved));
+            let held = (submission.reserved, submission.admitted);
+            waiters.push((submission.reply, places, expected, held));
         }
         let group = self.queue.group.clone();
         let body = entry.finish();
@@ -298,7 +306,9 @@ impl Batcher {
                     Err(SubmitError::Unknown)
                 }
             };
-            for (reply, places, expected, _reserved) in waiters {
+            for (reply, places, expected, held) in waiters {
+                // Before the answer: who has it finds room for the next one.
+                drop(held);
                 let answer = match &outcomes {
                     Ok(all) => match all.get(places) {
                         Some(own) if own.len() == expected => Ok(own.to_vec()),
@@ -313,9 +323,8 @@ impl Batcher {
 }
 
 /// Of a batch that has been validated.
-fn record_count(batch: &[u8]) -> u32 {
-    let field = batch.get(57..61).and_then(|f| f.try_into().ok());
-    field.map_or(0, u32::from_be_bytes)
+pub(super) fn producer_of(batch: &Bytes) -> Option<ProducerStamp> {
+    BatchView::parse_trusted(batch.clone()).ok()?.producer()
 }
 
 /// Milliseconds since 1970 by this node's clock.

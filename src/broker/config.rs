@@ -25,6 +25,8 @@ pub struct BrokerConfig {
     pub max_queued_bytes: usize,
     /// A queue's batcher ends after this long without work.
     pub batcher_idle: Duration,
+    /// Between two looks for messages that their topic keeps no longer.
+    pub retention_check: Duration,
 }
 
 impl Default for BrokerConfig {
@@ -40,6 +42,7 @@ impl Default for BrokerConfig {
             max_queued_bytes_per_queue: 64 << 20,
             max_queued_bytes: 256 << 20,
             batcher_idle: Duration::from_secs(30),
+            retention_check: Duration::from_secs(30),
         }
     }
 }

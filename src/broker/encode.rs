@@ -6,14 +6,17 @@ use bytes::Bytes;
 use quorate_storage::batch::{BatchBuilder, MAX_RECORD_HEADERS, MessageRecord, ProducerStamp};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_128};
 
+use super::batcher::now_ms;
 use super::partition::queue_of_key;
-use super::queue::entry::{KeyHash, Mark};
-use super::{BrokerError, BrokerResult, NewMessage, ProduceRequest, ProducerMark};
+use super::queue::entry::{Hold, KeyHash, Mark};
+use super::queue::{REMEMBERED_BATCHES, advance};
+use super::{BrokerError, BrokerResult, Delay, NewMessage, ProduceRequest, ProducerMark};
 use crate::catalog::Topic;
 use crate::coordinator::{is_named, owner_of_producer};
 use crate::peer::NewBatch;
 
-/// The messages of one request for one queue.
+/// Messages of one request for one queue that make one batch: those that are visible at once, or a
+/// delayed one.
 #[derive(Debug)]
 pub(super) struct Part {
     pub queue: u32,
@@ -68,7 +71,7 @@ pub(super) fn key_hash(key: &str, part: u32) -> KeyHash {
     hasher.digest128().to_be_bytes()
 }
 
-/// Chooses queues and encodes one batch for each. `turn` is where round robin goes on.
+/// Chooses queues and encodes what goes to each, queue by queue. `turn` is where round robin goes on.
 pub(super) fn encode(
     topic: &Topic,
     request: &ProduceRequest,
@@ -80,34 +83,85 @@ pub(super) fn encode(
         let text = "messages must have at least one message".to_owned();
         return Err(BrokerError::InvalidRequest(text));
     }
+    let (each, now_ms) = (request.messages.iter(), now_ms());
+    let due = each.map(|m| m.delay.map_or(Ok(None), |delay| delay.due_ms(now_ms)));
+    let due: Vec<Option<u64>> = due.collect::<BrokerResult<_>>()?;
     let queues = choose(topic, request, producer.is_some(), turn)?;
     let mut by_queue: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for (place, queue) in queues.into_iter().enumerate() {
         by_queue.entry(queue).or_default().push(place);
     }
-    let mut parts: Vec<Part> = by_queue
-        .into_iter()
-        .map(|(queue, places)| {
+    let mut parts = Vec::new();
+    for (queue, places) in by_queue {
+        for places in divide(places, request, producer.is_some())? {
+            let first = places.first().copied().unwrap_or(0);
+            let producer = producer.map(|stamp| stamp_at(stamp, first));
             let batch = encode_batch(topic, queue, request, &places, producer, max_batch_bytes);
-            Part {
+            let deliver_at_ms = due.get(first).copied().flatten();
+            parts.push(Part {
                 queue,
                 places,
                 batch: batch.map(|batch| NewBatch {
                     mark: Mark::None,
-                    hold: None,
+                    hold: deliver_at_ms.map(|deliver_at_ms| Hold::Until { deliver_at_ms }),
                     batch,
                 }),
-            }
-        })
-        .collect();
+            });
+        }
+    }
     if let Some(key) = &request.idempotency_key {
-        mark_parts(&mut parts, key)?;
+        mark_parts(&mut parts, request, key)?;
     }
     Ok(parts)
 }
 
-/// Gives every part the key's hash and the fingerprint of the whole request.
-fn mark_parts(parts: &mut [Part], key: &str) -> BrokerResult<()> {
+/// The producer's numbers of the message at `place`: all of a request go to one queue.
+pub(super) fn stamp_at(stamp: ProducerStamp, place: usize) -> ProducerStamp {
+    ProducerStamp {
+        // A request has far fewer messages than 2^32.
+        base_sequence: advance(stamp.base_sequence, place as u32),
+        ..stamp
+    }
+}
+
+/// Which of one queue's messages make a batch: those that are visible at once make one, each delayed
+/// one is for itself. A producer's keep their order, since its numbers follow each other.
+fn divide(
+    places: Vec<usize>,
+    request: &ProduceRequest,
+    in_order: bool,
+) -> BrokerResult<Vec<Vec<usize>>> {
+    let delay = |place: usize| request.messages.get(place).and_then(|m| m.delay);
+    let is_delayed = |place: usize| delay(place).is_some_and(Delay::stands_alone);
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    // The batch that takes the next message which is visible at once.
+    let mut open: Option<usize> = None;
+    for place in places {
+        match open.and_then(|at| batches.get_mut(at)) {
+            Some(batch) if !is_delayed(place) => batch.push(place),
+            _ => {
+                match is_delayed(place) {
+                    false => open = Some(batches.len()),
+                    true if in_order => open = None,
+                    true => {}
+                }
+                batches.push(vec![place]);
+            }
+        }
+    }
+    if in_order && batches.len() > REMEMBERED_BATCHES {
+        // Of more, a retry of the first ones would not be recognised.
+        let text = format!(
+            "with a producer a request makes at most {REMEMBERED_BATCHES} batches, and each \
+             delayed message is one; send fewer of them at a time"
+        );
+        return Err(BrokerError::InvalidRequest(text));
+    }
+    Ok(batches)
+}
+
+/// Gives every part a hash of the key and the fingerprint of the whole request.
+fn mark_parts(parts: &mut [Part], request: &ProduceRequest, key: &str) -> BrokerResult<()> {
     let mut whole = Xxh3::new();
     for part in parts.iter() {
         // A request under a key is taken or refused as a whole, so that a retry is the same one.
@@ -115,14 +169,23 @@ fn mark_parts(parts: &mut [Part], key: &str) -> BrokerResult<()> {
         whole.update(&part.queue.to_le_bytes());
         whole.update(&xxh3_64(&batch.batch).to_le_bytes());
     }
+    for (place, message) in (0u64..).zip(&request.messages) {
+        if let Some(delay) = message.delay {
+            whole.update(&place.to_le_bytes());
+            whole.update(&delay.fingerprint());
+        }
+    }
     let fingerprint = whole.digest();
+    let mut numbers: BTreeMap<u32, u32> = BTreeMap::new();
     for part in parts {
+        let number = numbers.entry(part.queue).or_default();
         if let Ok(batch) = &mut part.batch {
             batch.mark = Mark::Key {
-                hash: key_hash(key, 0),
+                hash: key_hash(key, *number),
                 fingerprint,
             };
         }
+        *number += 1;
     }
     Ok(())
 }
@@ -188,7 +251,7 @@ fn encode_batch(
         let Some(message) = request.messages.get(*place) else {
             continue;
         };
-        let bytes = message_bytes(message);
+        let bytes = message.size_bytes();
         let max_bytes = topic.config.max_message_bytes;
         if bytes > max_bytes {
             return Err(BrokerError::MessageTooLarge { bytes, max_bytes });
@@ -198,9 +261,9 @@ fn encode_batch(
                 max_bytes: max_batch_bytes as u64,
             });
         }
-        // One more for the tag.
-        if message.headers.len() >= MAX_RECORD_HEADERS {
-            let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 1);
+        // Two more for the tag and the time to live.
+        if message.headers.len() > MAX_RECORD_HEADERS - 2 {
+            let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 2);
             return Err(BrokerError::InvalidRequest(text));
         }
         let headers = message.headers.iter();
@@ -208,6 +271,7 @@ fn encode_batch(
             key: message.key.clone(),
             value: message.value.clone(),
             tag: message.tag.clone(),
+            ttl_ms: message.ttl_ms,
             headers: headers
                 .map(|(name, value)| (name.clone(), Bytes::copy_from_slice(value.as_bytes())))
                 .collect(),
@@ -218,12 +282,10 @@ fn encode_batch(
     Ok(builder.finish())
 }
 
-/// What the topic's limit counts: key, value, tag and headers.
-fn message_bytes(message: &NewMessage) -> u64 {
-    let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
-    let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
-    let value = message.value.as_ref().map_or(0, Bytes::len);
-    (value + text(&message.key) + text(&message.tag) + headers.sum::<usize>()) as u64
+/// The number of records that a batch says it has.
+pub fn records_in(batch: &[u8]) -> u32 {
+    let field = batch.get(57..61).and_then(|f| f.try_into().ok());
+    field.map_or(0, u32::from_be_bytes)
 }
 
 /// The fingerprint of a request that is already in batches.

@@ -83,6 +83,17 @@ pub enum BrokerError {
     RequestTooLarge { max_bytes: u64 },
     #[error("{0}")]
     QuotaExceeded(String),
+    #[error("{whose} is at its quota; try again in {retry_after_ms} ms")]
+    RateExceeded { whose: String, retry_after_ms: u64 },
+    #[error("{0}")]
+    BacklogFull(String),
+    /// Not an error to the producer, but nothing was stored.
+    #[error("queue {queue} of topic {topic:?} is full, and the topic drops what comes then")]
+    Dropped { topic: String, queue: u32 },
+    #[error("topic {topic:?} has no message {message_id:?}")]
+    MessageNotFound { topic: String, message_id: String },
+    #[error("message {message_id:?} was delivered before; what is visible stays so")]
+    AlreadyDelivered { message_id: String },
     #[error(
         "the queue has no leader at the moment; an election is under way or a majority of its replicas is down"
     )]
@@ -134,6 +145,8 @@ impl BrokerError {
                 | Self::Quarantined
                 | Self::Timeout { .. }
                 | Self::QuotaExceeded(_)
+                | Self::RateExceeded { .. }
+                | Self::BacklogFull(_)
                 | Self::ShuttingDown
         )
     }

@@ -9,7 +9,9 @@ use futures_util::stream::FuturesUnordered;
 use quorate_storage::batch::{self, BatchView, MessageRecord, RecordView};
 use tokio::time::Instant;
 
+use super::batcher::now_ms;
 use super::selection::Seen;
+use super::ttl::is_expired;
 use super::{
     Broker, BrokerError, BrokerResult, Consistency, FetchAnswer, FetchRequest, Message,
     MultiFetchRequest, ProducerMark, QueueFetch, RawFetchAnswer, StartAt, message_id,
@@ -24,15 +26,20 @@ const SCAN_AT_LEAST: Duration = Duration::from_secs(1);
 
 impl Broker {
     pub async fn fetch(&self, request: FetchRequest) -> BrokerResult<FetchAnswer> {
-        let (_, group) = self.find_queue(&request.topic, request.queue).await?;
-        self.fetch_from(group, request).await
+        let (topic, group) = self.find_queue(&request.topic, request.queue).await?;
+        self.fetch_from(group, topic.config.ttl_ms, request).await
     }
 
-    async fn fetch_from(&self, group: u64, request: FetchRequest) -> BrokerResult<FetchAnswer> {
+    async fn fetch_from(
+        &self,
+        group: u64,
+        ttl_ms: Option<u64>,
+        request: FetchRequest,
+    ) -> BrokerResult<FetchAnswer> {
         let begun = Instant::now();
         let deadline = begun + Duration::from_millis(request.wait_ms);
         let scan_until = begun + Duration::from_millis(request.wait_ms).max(SCAN_AT_LEAST);
-        let filtered = !request.selection.is_everything();
+        let mut filtered = !request.selection.is_everything();
         let mut start = request.start;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -42,11 +49,12 @@ impl Broker {
                 read.max_bytes = read.max_bytes.max(SCAN_BYTES);
             }
             let slice = self.read_of_topic(&request.topic, group, &read).await?;
-            let (messages, next_offset) = messages_of(group, &slice, &request)?;
-            // Nothing passed the filter: go on behind it, while there is time.
+            let (messages, next_offset) = messages_of(group, &slice, &request, ttl_ms)?;
+            // All was filtered out or has expired: go on behind it, while there is time.
             let scanned = next_offset > slice.start;
             if messages.is_empty() && scanned && Instant::now() < scan_until {
                 start = StartAt::Offset(next_offset);
+                filtered = true;
                 continue;
             }
             return Ok(FetchAnswer {
@@ -232,7 +240,9 @@ fn messages_of(
     group: u64,
     slice: &Slice,
     request: &FetchRequest,
+    ttl_ms: Option<u64>,
 ) -> BrokerResult<(Vec<Message>, u64)> {
+    let now_ms = now_ms();
     let mut messages = Vec::new();
     let mut bytes = 0;
     let mut next_offset = slice.start;
@@ -248,7 +258,8 @@ fn messages_of(
                 offset,
                 timestamp_ms: stored.timestamp_ms,
             };
-            if !request.selection.takes(&record, seen) {
+            let over = is_expired(&record, stored.timestamp_ms, ttl_ms, now_ms);
+            if over || !request.selection.takes(&record, seen) {
                 next_offset = offset + 1;
                 continue;
             }

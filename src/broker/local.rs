@@ -2,14 +2,16 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
 use quorate_raft::{Group, ReadError};
-use tokio::sync::{Semaphore, mpsc};
+use quorate_storage::key_index::KeyIndex;
+use tokio::sync::{Notify, Semaphore, mpsc};
 
 use super::NodeId;
+use super::backlog::BacklogGate;
 use super::batcher::Submission;
 use super::queue::QueueShared;
 use crate::coordinator::CoordinatorView;
@@ -25,20 +27,32 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 pub struct LocalQueue {
     pub group: Group,
     pub shared: Arc<QueueShared>,
+    pub keys: KeyIndex,
     /// Of the log as it was found at the start: ready once this has been applied.
     pub recovered_index: Option<u64>,
     pub(super) queued_bytes: AtomicUsize,
+    /// What is due is being delivered.
+    pub(super) delivering: AtomicBool,
+    pub(super) backlog: BacklogGate,
     /// The running batcher, if there is one.
     pub(super) batcher: Mutex<Option<mpsc::UnboundedSender<Submission>>>,
 }
 
 impl LocalQueue {
-    pub fn new(group: Group, shared: Arc<QueueShared>, recovered_index: Option<u64>) -> Arc<Self> {
+    pub fn new(
+        group: Group,
+        shared: Arc<QueueShared>,
+        keys: KeyIndex,
+        recovered_index: Option<u64>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             group,
             shared,
+            keys,
             recovered_index,
             queued_bytes: AtomicUsize::new(0),
+            delivering: AtomicBool::new(false),
+            backlog: BacklogGate::default(),
             batcher: Mutex::new(None),
         })
     }
@@ -60,6 +74,8 @@ pub struct LocalGroups {
     coordinators: RwLock<HashMap<u32, Arc<LocalCoordinator>>>,
     /// Bytes waiting in all batchers of this node.
     pub(super) queued_bytes: Arc<AtomicUsize>,
+    /// Told when a queue has something due earlier than was known.
+    pub(super) due_earlier: Arc<Notify>,
     catching_up: Turns,
 }
 
@@ -89,7 +105,10 @@ impl LocalGroups {
     /// Adds a replica that was just opened, and has it catch up in the background.
     pub fn insert_queue(&self, queue: Arc<LocalQueue>) {
         self.bring_up(queue.group.clone(), queue.recovered_index);
+        queue.shared.tell_due(self.due_earlier.clone());
         self.queues.write().insert(queue.group.id().0, queue);
+        // It may have something due already.
+        self.due_earlier.notify_one();
     }
 
     pub fn remove_queue(&self, group: u64) {

@@ -3,9 +3,57 @@
 //! An id names the Raft entry that holds the message (group, term, index: at most one leader per
 //! term, so never two), the batch in it and the record in that. A retry gets the first id again.
 
+use serde::{Deserialize, Serialize};
+
 use super::queue::Place;
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/// What an id names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MessagePlace {
+    /// Of the queue's Raft group.
+    pub group: u64,
+    pub term: u64,
+    pub index: u64,
+    pub batch: u16,
+    pub record: u32,
+}
+
+/// Reads an id as [`message_id`] writes it; none for any other text.
+pub fn parse_message_id(text: &str) -> Option<MessagePlace> {
+    let bytes = unbase64(text)?;
+    let mut rest = &bytes[..];
+    let place = MessagePlace {
+        group: take_varint(&mut rest)?,
+        term: take_varint(&mut rest)?,
+        index: take_varint(&mut rest)?,
+        batch: take_varint(&mut rest)?.try_into().ok()?,
+        record: take_varint(&mut rest)?.try_into().ok()?,
+    };
+    // Nothing behind it, and no other spelling of it: two ids are two messages.
+    let again = Place {
+        base_offset: 0,
+        count: 0,
+        term: place.term,
+        index: place.index,
+        batch: place.batch,
+    };
+    (message_id(place.group, &again, place.record) == text).then_some(place)
+}
+
+fn take_varint(rest: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (byte, after) = rest.split_first()?;
+        *rest = after;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
 
 /// The id of record `record` of the batch at `place` in the queue with Raft group `group`.
 pub fn message_id(group: u64, place: &Place, record: u32) -> String {
@@ -47,6 +95,25 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
+fn unbase64(text: &str) -> Option<Vec<u8>> {
+    /// Of five varints.
+    const LONGEST: usize = 70;
+    if text.len() > LONGEST {
+        return None;
+    }
+    let mut bytes = Vec::with_capacity(text.len() * 3 / 4);
+    for chunk in text.as_bytes().chunks(4) {
+        let mut word = 0u32;
+        for byte in chunk {
+            let digit = ALPHABET.iter().position(|letter| letter == byte)?;
+            word = word << 6 | digit as u32;
+        }
+        let [_, whole @ ..] = (word << (6 * (4 - chunk.len()))).to_be_bytes();
+        bytes.extend_from_slice(whole.get(..chunk.len() - 1)?);
+    }
+    Some(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,9 +147,51 @@ mod tests {
                         index,
                         batch: 0,
                     };
-                    assert!(ids.insert(message_id(group, &place, record as u32)));
+                    let id = message_id(group, &place, record as u32);
+                    let read = MessagePlace {
+                        group,
+                        term: 1,
+                        index,
+                        batch: 0,
+                        record: record as u32,
+                    };
+                    assert_eq!(parse_message_id(&id), Some(read), "{id}");
+                    assert!(ids.insert(id));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn only_ids_are_read() {
+        let most = Place {
+            base_offset: 0,
+            count: 1,
+            term: u64::MAX,
+            index: u64::MAX,
+            batch: u16::MAX,
+        };
+        let longest = message_id(u64::MAX, &most, u32::MAX);
+        assert!(parse_message_id(&longest).is_some());
+        let place = Place {
+            term: 3,
+            index: 9,
+            batch: 0,
+            ..most
+        };
+        let id = message_id(1024, &place, 0);
+        // Of other spellings: more bytes, fewer, padding, unused bits, a long zero.
+        for other in [
+            format!("{id}A"),
+            id[..id.len() - 1].to_owned(),
+            format!("{id}="),
+            base64(&[0x80, 0x08, 3, 9, 0, 0x80, 0]),
+            base64(&[0xff; 60]),
+            "nonsense!".to_owned(),
+            "ä".to_owned(),
+            String::new(),
+        ] {
+            assert_eq!(parse_message_id(&other), None, "{other}");
         }
     }
 }

@@ -4,9 +4,14 @@
 //! what needs a leader goes to its node (`route`), and is tried again only where nobody can have
 //! taken it.
 
+mod backlog;
 mod batcher;
+
+mod cancel;
 mod cluster;
 mod config;
+mod delay;
+mod deliver;
 mod describe;
 mod encode;
 mod error;
@@ -17,15 +22,20 @@ pub(crate) mod local;
 mod lost_tails;
 mod message_id;
 mod offsets;
+mod one_way;
 mod partition;
 mod produce;
 mod producers;
 pub mod queue;
+pub mod quota;
 mod read;
 mod reset;
+mod retention;
 mod route;
+mod search;
 pub mod selection;
 mod topics;
+pub(crate) mod ttl;
 mod types;
 
 #[cfg(test)]
@@ -37,10 +47,15 @@ mod state_path_tests;
 #[cfg(test)]
 mod testing;
 
+pub use cancel::Cancelled;
 pub use config::BrokerConfig;
+pub use delay::Delay;
+pub use encode::records_in;
 pub use error::{BrokerError, Outcome};
-pub use message_id::message_id;
+pub use message_id::{MessagePlace, message_id, parse_message_id};
+pub use search::{Cursor, Found, LookupAnswer, LookupRequest, SearchRequest};
 pub use selection::Selection;
+pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
 use std::collections::HashMap;
@@ -51,13 +66,15 @@ use std::sync::atomic::AtomicU32;
 use parking_lot::Mutex;
 use quorate_raft::RaftHost;
 use quorate_storage::commit_log::CommitLog;
-use tokio::sync::{broadcast, watch};
+use tokio::sync::{Semaphore, broadcast, watch};
 
 use crate::catalog::{CATALOG_GROUP, CatalogState};
 use crate::metrics::Metrics;
+use backlog::Positions;
 use leases::Turns;
 use local::LocalGroups;
 use producers::AttachCache;
+use quota::TopicQuotas;
 
 pub type BrokerResult<T> = Result<T, BrokerError>;
 
@@ -90,6 +107,10 @@ pub struct Broker {
     round_robin: AtomicU32,
     lease_turns: Turns,
     redrive_turns: Turns,
+    positions: Positions,
+    quotas: TopicQuotas,
+    /// One-way requests under way.
+    one_way: Arc<Semaphore>,
 }
 
 impl fmt::Debug for Broker {
@@ -114,9 +135,13 @@ impl Broker {
             round_robin: AtomicU32::new(0),
             lease_turns: Turns::default(),
             redrive_turns: Turns::default(),
+            positions: Positions::default(),
+            quotas: TopicQuotas::default(),
+            one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
         });
         events::start(&broker);
         leases::duty::start(&broker);
+        deliver::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

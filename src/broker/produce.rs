@@ -1,21 +1,26 @@
 //! Storing messages: encode, find the leader, wait for the majority, say where they are.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, split};
+use quorate_storage::batch::{
+    BatchView, ProducerStamp, RecordView, TAG_HEADER, TTL_HEADER, parse_ttl, split,
+};
 
 use super::batcher::{SubmitError, submit};
-use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp};
+use super::encode::{
+    Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in, stamp_at,
+};
 use super::queue::BatchOutcome;
-use super::queue::entry::{MAX_BATCHES, Mark};
+use super::queue::entry::{Hold, MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::topics::check_own_name;
 use super::{
-    Broker, BrokerError, BrokerResult, Durability, FlushMode, ProduceAnswer, ProduceRequest,
-    Stored, message_id,
+    Broker, BrokerError, BrokerResult, Durability, FlushMode, MAX_TTL_MS, ProduceAnswer,
+    ProduceRequest, Stored, message_id,
 };
 use crate::catalog::Topic;
 use crate::names::{RESERVED_HEADER_PREFIX, check_tag};
@@ -26,9 +31,24 @@ const MAX_KEY_BYTES: usize = 256;
 /// What is stored, or isn't, of each message of a batch.
 type Results = Vec<Result<Stored, BrokerError>>;
 
+/// A request that was checked: one batch for each queue.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    topic: Arc<Topic>,
+    pub parts: Vec<Part>,
+    producer: Option<ProducerStamp>,
+    pub count: usize,
+}
+
 impl Broker {
     /// Stores the messages, one batch for each queue they go to.
     pub async fn produce(&self, request: ProduceRequest) -> BrokerResult<ProduceAnswer> {
+        let prepared = self.prepare(request).await?;
+        Ok(self.store_prepared(prepared).await)
+    }
+
+    /// Checks a request and makes it ready to be stored.
+    pub(super) async fn prepare(&self, request: ProduceRequest) -> BrokerResult<Prepared> {
         check_key(request.idempotency_key.as_deref())?;
         check_own_name(&request.topic)?;
         let topic = self.find_topic(&request.topic).await?;
@@ -46,17 +66,36 @@ impl Broker {
             turn,
             self.config.max_batch_bytes,
         )?;
-        drop(request);
+        Ok(Prepared {
+            topic,
+            parts,
+            producer,
+            count,
+        })
+    }
 
+    pub(super) async fn store_prepared(&self, prepared: Prepared) -> ProduceAnswer {
+        let Prepared {
+            topic,
+            parts,
+            producer,
+            count,
+        } = prepared;
         let mut results: Vec<Option<Result<Stored, BrokerError>>> = vec![None; count];
-        let stored = parts
+        // They come queue by queue.
+        let mut by_queue: Vec<Vec<Part>> = Vec::new();
+        for part in parts {
+            match by_queue.last_mut() {
+                Some(last) if last.last().is_some_and(|p| p.queue == part.queue) => last.push(part),
+                _ => by_queue.push(vec![part]),
+            }
+        }
+        let stored = by_queue
             .into_iter()
-            .map(|part| self.produce_part(&topic, part, producer));
-        for (places, part_results) in join_all(stored).await {
-            for (place, result) in places.into_iter().zip(part_results) {
-                if let Some(slot) = results.get_mut(place) {
-                    *slot = Some(result);
-                }
+            .map(|parts| self.produce_parts(&topic, parts, producer));
+        for (place, result) in join_all(stored).await.into_iter().flatten() {
+            if let Some(slot) = results.get_mut(place) {
+                *slot = Some(result);
             }
         }
         // Every message is in exactly one part, and a part has a result for each of its own.
@@ -69,29 +108,67 @@ impl Broker {
             .into_iter()
             .map(|r| r.unwrap_or_else(lost))
             .collect();
-        Ok(answer(&topic, results))
+        answer(&topic, results)
     }
 
-    async fn produce_part(
+    /// Stores the batches of one queue, in order. What can't be encoded keeps the others out too.
+    async fn produce_parts(
         &self,
         topic: &Topic,
-        part: Part,
+        parts: Vec<Part>,
         producer: Option<ProducerStamp>,
-    ) -> (Vec<usize>, Results) {
-        let count = part.places.len();
-        let result = async {
-            let batch = part.batch?;
-            let outcomes = self
-                .store(topic, part.queue, vec![batch], &[producer])
-                .await?;
-            outcomes.into_iter().next().ok_or(UNKNOWN)
-        };
-        let group = topic.queues.get(part.queue as usize).map_or(0, |q| q.group);
-        let results = match result.await {
-            Ok(outcome) => explain(group, part.queue, outcome, count, producer),
-            Err(error) => vec![Err(error); count],
-        };
-        (part.places, results)
+    ) -> Vec<(usize, Result<Stored, BrokerError>)> {
+        let mut batches = Vec::with_capacity(parts.len());
+        let mut places = Vec::with_capacity(parts.len());
+        let mut failed = None;
+        let queue = parts.first().map_or(0, |part| part.queue);
+        for part in parts {
+            match part.batch {
+                Ok(batch) => batches.push(batch),
+                Err(error) => failed = failed.or(Some(error)),
+            }
+            places.push(part.places);
+        }
+        let mut results = Vec::new();
+        let stamps = places.iter().map(|places| {
+            let first = places.first().copied().unwrap_or(0);
+            producer.map(|producer| stamp_at(producer, first))
+        });
+        let stamps: Vec<_> = stamps.collect();
+        let group = topic.queues.get(queue as usize).map_or(0, |q| q.group);
+        for (at, places) in (0..).step_by(MAX_BATCHES).zip(places.chunks(MAX_BATCHES)) {
+            let range = at..at + places.len();
+            let outcomes = match &failed {
+                Some(error) => Err(error.clone()),
+                None => {
+                    let batches = batches[range.clone()].to_vec();
+                    let stored = self.store(topic, queue, batches, &stamps[range.clone()]);
+                    stored.await
+                }
+            };
+            match outcomes {
+                Ok(outcomes) => {
+                    for (n, places) in range.zip(places) {
+                        let outcome = outcomes.get(n - at).copied();
+                        let due_ms = batches.get(n).and_then(due_of);
+                        let each = match outcome {
+                            Some(outcome) => {
+                                let producer = stamps.get(n).copied().flatten();
+                                explain(group, queue, outcome, places.len(), producer, due_ms)
+                            }
+                            None => vec![Err(UNKNOWN); places.len()],
+                        };
+                        results.extend(places.iter().copied().zip(each));
+                    }
+                }
+                Err(error) => {
+                    let places = places.iter().flatten();
+                    results.extend(places.map(|place| (*place, Err(error.clone()))));
+                    failed = Some(error);
+                }
+            }
+        }
+        results
     }
 
     /// RecordBatch v2 bytes (one or more batches) for one queue, stored as they are.
@@ -131,7 +208,7 @@ impl Broker {
         let results = each
             .flat_map(|(outcome, view)| {
                 let count = view.record_count() as usize;
-                explain(group, queue, outcome, count, view.producer())
+                explain(group, queue, outcome, count, view.producer(), None)
             })
             .collect();
         Ok(answer(&topic, results))
@@ -218,12 +295,24 @@ impl Broker {
             return Err(PeerError::NotLeader { leader });
         }
         self.refuse_without_room().map_err(PeerError::Broker)?;
+        let Some((topic, number)) = self.queue_of(group) else {
+            return Err(PeerError::NotHere);
+        };
+        let admitted = self.admit(&queue, &topic, number, &batches).await;
+        let admitted = admitted.map_err(PeerError::Broker)?;
+        if topic.config.quota.is_set() {
+            let messages = batches.iter().map(|b| u64::from(records_in(&b.batch)));
+            let bytes = batches.iter().map(|b| b.batch.len() as u64);
+            self.take_quota(&topic, messages.sum(), bytes.sum())
+                .map_err(PeerError::Broker)?;
+        }
         let submitted = submit(
             &queue,
             &self.local,
             &self.config,
             &self.metrics,
             batches,
+            admitted,
             timeout,
         );
         submitted.await.map_err(|error| match error {
@@ -237,13 +326,18 @@ impl Broker {
     }
 }
 
-/// What begins with the reserved prefix is ours, and of that a client may bring a tag.
+/// What begins with the reserved prefix is ours, and of that a client may bring a tag and a time to
+/// live.
 fn check_reserved(record: &RecordView) -> BrokerResult<()> {
     for header in &record.headers {
         let refused = if header.key == TAG_HEADER.as_bytes() {
             let tag = header.value.as_deref();
             let tag = tag.and_then(|value| std::str::from_utf8(value).ok());
             check_tag(tag.unwrap_or_default()).err()
+        } else if header.key == TTL_HEADER.as_bytes() {
+            let ttl = header.value.as_deref().and_then(parse_ttl);
+            let fits = ttl.is_some_and(|ms| ms <= MAX_TTL_MS);
+            (!fits).then(|| format!("header {TTL_HEADER:?} must be 1 to {MAX_TTL_MS}, in digits"))
         } else if header.key.starts_with(RESERVED_HEADER_PREFIX.as_bytes()) {
             Some(format!(
                 "headers that begin with {RESERVED_HEADER_PREFIX:?} are reserved"
@@ -279,6 +373,13 @@ fn answer(topic: &Topic, results: Results) -> ProduceAnswer {
     }
 }
 
+fn due_of(batch: &NewBatch) -> Option<u64> {
+    match batch.hold {
+        Some(Hold::Until { deliver_at_ms }) => Some(deliver_at_ms),
+        _ => None,
+    }
+}
+
 /// What apply's verdict on a batch means for each of its messages.
 fn explain(
     group: u64,
@@ -286,15 +387,22 @@ fn explain(
     outcome: BatchOutcome,
     count: usize,
     producer: Option<ProducerStamp>,
+    due_ms: Option<u64>,
 ) -> Results {
     let (id, epoch, sequence) = producer.map_or((0, 0, 0), |p| (p.id, p.epoch, p.base_sequence));
     // Numbers that apply accepted into its tables are never negative.
     let unsigned = |n: i64| u64::try_from(n).unwrap_or(0);
     let error = match outcome {
-        BatchOutcome::Stored(place) | BatchOutcome::Duplicate(place) => {
+        BatchOutcome::Stored(place)
+        | BatchOutcome::Held(place)
+        | BatchOutcome::Duplicate(place) => {
             let stored = |record: u32| Stored {
                 queue,
-                offset: Some(place.base_offset + u64::from(record)),
+                offset: place.offset().map(|base| base + u64::from(record)),
+                deliver_at_ms: match outcome {
+                    BatchOutcome::Held(_) => due_ms,
+                    _ => None,
+                },
                 message_id: message_id(group, &place, record),
             };
             return (0..count as u32).map(|record| Ok(stored(record))).collect();
@@ -322,6 +430,14 @@ fn explain(
         ),
         BatchOutcome::ProducersFull => BrokerError::QuotaExceeded(
             "the queue remembers as many producers as it may; use the ones there are".to_owned(),
+        ),
+        BatchOutcome::TransactionEnded => {
+            BrokerError::Internal("a request was taken for a transaction's".to_owned())
+        }
+        BatchOutcome::HeldFull => BrokerError::BacklogFull(
+            "the queue holds as many delayed messages and parts of transactions as it may; \
+             try again when some of them were delivered"
+                .to_owned(),
         ),
         BatchOutcome::Malformed => {
             BrokerError::Internal("the batch could not be read when it was applied".to_owned())

@@ -24,6 +24,8 @@ use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest, Slice, Stored
 
 /// Index records looked up at a time.
 const RECORDS_PER_LOOK: usize = 256;
+/// Entries read for nothing between two that are wanted, rather than looking for the next one anew.
+const MOST_BETWEEN: u64 = 8;
 /// Reads that begin further behind the end than this go to the blocking pool: they are likely to
 /// wait for the disk.
 const NEAR_THE_END: u64 = 4096;
@@ -69,15 +71,10 @@ impl Broker {
         }
         let read = self.read_queue(&queue, request).await;
         match read {
-            // What the read found is wrong with this replica alone.
-            Err(BrokerError::Quarantined) => Err(PeerError::NotHere),
-            Err(BrokerError::Internal(_)) if queue.shared.soundness().broken().is_some() => {
-                Err(PeerError::NotHere)
-            }
             Ok(slice) if slice.batches.is_empty() && queue.shared.is_closed() => {
                 Err(PeerError::NotHere)
             }
-            read => read.map_err(PeerError::Broker),
+            read => read.map_err(|error| fault_of(&queue, error)),
         }
     }
 
@@ -104,7 +101,8 @@ impl Broker {
         let mut proved = request.stale;
         loop {
             let bounds = queue.shared.bounds();
-            if start < bounds.earliest && request.start == StartAt::Earliest {
+            // Trimmed since it was looked up; an offset that was asked for by name is not replaced.
+            if start < bounds.earliest && !matches!(request.start, StartAt::Offset(_)) {
                 start = bounds.earliest;
             }
             if start < bounds.earliest {
@@ -123,7 +121,11 @@ impl Broker {
                 }
             }
             if start < bounds.end {
-                return self.read_batches(queue, start, bounds, request).await;
+                match self.read_batches(queue, start, bounds, request).await? {
+                    Some(slice) => return Ok(slice),
+                    // Retention went on while it was read.
+                    None => continue,
+                }
             }
             if !proved {
                 let patience = Instant::now() + self.config.read_timeout;
@@ -168,7 +170,7 @@ impl Broker {
         start: u64,
         bounds: QueueBounds,
         request: &ReadRequest,
-    ) -> BrokerResult<Slice> {
+    ) -> BrokerResult<Option<Slice>> {
         let max_messages = usize::try_from(request.max_messages).unwrap_or(usize::MAX);
         let max_bytes = usize::try_from(request.max_bytes).unwrap_or(usize::MAX);
         let batches = if bounds.end - start <= NEAR_THE_END {
@@ -179,15 +181,27 @@ impl Broker {
             let joined = quorate_raft::blocking::on_pool(far).await;
             joined.map_err(|e| BrokerError::Internal(e.to_string()))?
         };
-        let batches = batches.map_err(|error| unreadable(queue, error))?;
         // Taken anew: what was read may have been applied after the bounds were looked at.
         let bounds = queue.shared.bounds();
-        Ok(Slice {
+        let begins = |batches: &[StoredBatch]| batches.first().map(|b| b.place.base_offset);
+        let batches = match batches {
+            Ok(batches) if begins(&batches).is_some_and(|first| first <= start) => batches,
+            _ if start < bounds.earliest => return Ok(None),
+            Ok(batches) => {
+                // A snapshot is being installed, and the bounds are the older ones still.
+                let found = begins(&batches);
+                tracing::debug!(start, ?found, "read while the replica is replaced");
+                let text = "its replica of the queue is being replaced at the moment";
+                return Err(BrokerError::Overloaded(text.to_owned()));
+            }
+            Err(error) => return Err(unreadable(queue, error)),
+        };
+        Ok(Some(Slice {
             start,
             batches,
             earliest: bounds.earliest,
             end: bounds.end,
-        })
+        }))
     }
 
     /// The first offset at or after a time; the proved end if there is none.
@@ -230,7 +244,18 @@ fn out_of_range(offset: u64, bounds: QueueBounds) -> BrokerError {
     }
 }
 
-fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
+/// What is wrong with this replica alone is for another one to answer.
+pub(super) fn fault_of(queue: &LocalQueue, error: BrokerError) -> PeerError {
+    match error {
+        BrokerError::Quarantined => PeerError::NotHere,
+        BrokerError::Internal(_) if queue.shared.soundness().broken().is_some() => {
+            PeerError::NotHere
+        }
+        error => PeerError::Broker(error),
+    }
+}
+
+pub(super) fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
     tracing::error!(%error, "a queue cannot be read");
     match &error {
         StorageError::Damaged { path, .. } if path == queue.shared.index().path() => {
@@ -244,7 +269,7 @@ fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
 }
 
 /// The batches from the one that holds `start` on, at least one, then as many as the bounds allow.
-fn collect(
+pub(super) fn collect(
     queue: &LocalQueue,
     start: u64,
     max_messages: usize,
@@ -260,7 +285,11 @@ fn collect(
         }
         let full_look = records.len() == wanted;
         let mut rest = &records[..];
-        while let (Some(first), Some(last)) = (rest.first(), rest.last()) {
+        while !rest.is_empty() {
+            let run = run_along_log(rest);
+            let (Some(first), Some(last)) = (run.first(), run.last()) else {
+                break;
+            };
             let left = max_bytes.saturating_sub(bytes).max(1);
             let entries = queue
                 .group
@@ -308,7 +337,7 @@ fn uncommitted(queue: &LocalQueue, end: u64) -> Vec<StoredBatch> {
         let EntryBody::Append(batches) = decoded.body else {
             continue;
         };
-        for (ordinal, batch) in (0..).zip(batches) {
+        for (ordinal, batch) in (0..).zip(batches).filter(|(_, batch)| batch.hold.is_none()) {
             let view = BatchView::parse_trusted(batch.batch.clone());
             let count = view.map_or(0, |view| view.record_count());
             found.push(StoredBatch {
@@ -333,6 +362,17 @@ fn enough(records: &[IndexRecord], start: u64, max_messages: usize) -> Option<us
     let until = start.saturating_add(max_messages as u64);
     let place = records.iter().position(|r| r.end_offset() >= until)?;
     Some(place + 1)
+}
+
+/// How many of the first records can be read in one go: they lie along the log, with little between
+/// that is not wanted. What was delivered late points back, each batch to where it was stored.
+fn run_along_log(records: &[IndexRecord]) -> &[IndexRecord] {
+    let follows = |pair: &&[IndexRecord]| {
+        let (here, next) = (pair[0].log_index, pair[1].log_index);
+        (here..=here.saturating_add(MOST_BETWEEN)).contains(&next)
+    };
+    let run = records.windows(2).take_while(follows).count() + 1;
+    &records[..run.min(records.len())]
 }
 
 /// The batches of one entry that the index records name.

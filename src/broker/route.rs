@@ -12,9 +12,11 @@ use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
 use super::batcher::now_ms;
+use super::queue::entry;
 use super::{Broker, BrokerError, BrokerResult, NodeId, Outcome};
 use crate::catalog::{
-    CATALOG_GROUP, CatalogCommand, CatalogState, GroupOwner, GroupPlacement, Topic,
+    CATALOG_GROUP, CatalogCommand, CatalogState, FIRST_QUEUE_GROUP, GroupOwner, GroupPlacement,
+    Topic,
 };
 use crate::coordinator::stamp;
 use crate::peer::{PeerError, PeerRequest, PeerResult, decode, encode};
@@ -80,6 +82,9 @@ pub(super) const UNKNOWN: BrokerError = BrokerError::Timeout {
 
 /// Deleting is how a full disk gets room again; the reserve has space for it.
 fn frees_space(group: u64, body: &[u8]) -> bool {
+    if group >= FIRST_QUEUE_GROUP {
+        return entry::is_trim(body);
+    }
     group == CATALOG_GROUP.0
         && matches!(
             postcard::from_bytes(body),

@@ -9,6 +9,7 @@ use quorate_raft::{
 };
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::derived::DerivedStore;
+use quorate_storage::key_index::KeyIndex;
 use quorate_storage::queue_index::QueueIndex;
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::Vfs;
@@ -263,13 +264,16 @@ impl Opener {
                 let path = self.dir.join(format!("{}.index", placement.group));
                 let index = Arc::new(QueueIndex::open(self.vfs.clone(), path).unwrap());
                 let shared = QueueShared::new(index.clone(), Arc::default());
-                let machine = QueueMachine::new(index, shared.clone(), state.limits);
+                let keys = self.dir.join(format!("{}.keys", placement.group));
+                let keys = KeyIndex::open(self.vfs.clone(), keys, |_| true).unwrap();
+                let held = self.derived.group(placement.id());
+                let machine = QueueMachine::new(index, shared.clone(), held, state.limits);
                 let spec = spec(LogRetention::Messages);
                 let Ok(group) = self.host.open_group(spec, Box::new(machine)).await else {
                     return;
                 };
                 self.local
-                    .insert_queue(LocalQueue::new(group, shared, recovered));
+                    .insert_queue(LocalQueue::new(group, shared, keys, recovered));
             }
             Some(GroupOwner::Catalog) | None => {}
         }

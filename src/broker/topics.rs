@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::partition::queue_of_key;
 use super::route::{Backoff, NO_LEADER};
 use super::{
     Broker, BrokerError, BrokerResult, Outcome, QueueDescription, TopicConfig, TopicDescription,
@@ -94,6 +95,12 @@ impl Broker {
         Ok(self.describe_topic(&topic).await)
     }
 
+    /// The queue that messages with this key go to.
+    pub async fn queue_of_key(&self, name: &str, key: &str) -> BrokerResult<u32> {
+        let topic = self.find_topic(name).await?;
+        Ok(queue_of_key(key.as_bytes(), topic.config.hash_queues))
+    }
+
     /// Changes a topic; returns when new queues have leaders.
     pub async fn update_topic(
         &self,
@@ -113,6 +120,7 @@ impl Broker {
                 retention: patch.retention,
                 max_message_bytes: patch.max_message_bytes,
                 backlog: patch.backlog,
+                quota: patch.quota,
                 ttl_ms: patch.ttl_ms,
                 flush: patch.flush,
                 hash_queues: patch.hash_queues,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 pub use quorate_raft::NodeId;
 
+use super::Delay;
 use super::selection::Selection;
 
 /// A topic's configuration. Sizes in bytes, times in milliseconds.
@@ -19,6 +20,7 @@ pub struct TopicConfig {
     pub retention: Retention,
     pub max_message_bytes: u64,
     pub backlog: Backlog,
+    pub quota: Quota,
     pub ttl_ms: Option<u64>,
     /// Keys hash over this many queues; growing `queues` leaves it alone. 0 when creating: all.
     pub hash_queues: u32,
@@ -37,10 +39,22 @@ pub struct Retention {
     pub max_bytes: Option<u64>,
 }
 
+/// What a queue takes that its slowest consumer group has not consumed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backlog {
     pub max_messages: Option<u64>,
+    /// Of stored batches.
+    pub max_bytes: Option<u64>,
+    /// Of the oldest message that was not consumed.
+    pub max_age_ms: Option<u64>,
     pub on_full: OnFull,
+}
+
+/// How fast a topic takes messages, over all its queues.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quota {
+    pub messages_per_s: Option<u64>,
+    pub bytes_per_s: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,8 +77,11 @@ impl Default for TopicConfig {
             max_message_bytes: 4 << 20,
             backlog: Backlog {
                 max_messages: None,
+                max_bytes: None,
+                max_age_ms: None,
                 on_full: OnFull::Reject,
             },
+            quota: Quota::default(),
             ttl_ms: None,
             hash_queues: 4,
         }
@@ -99,6 +116,7 @@ pub struct TopicPatch {
     pub retention: Option<Retention>,
     pub max_message_bytes: Option<u64>,
     pub backlog: Option<Backlog>,
+    pub quota: Option<Quota>,
     pub ttl_ms: Option<Option<u64>>,
     pub flush: Option<FlushMode>,
     pub hash_queues: Option<u32>,
@@ -111,8 +129,22 @@ pub struct NewMessage {
     pub key: Option<String>,
     pub tag: Option<String>,
     pub headers: BTreeMap<String, String>,
+    /// How long it is delivered once it is visible; the topic's counts too if it is shorter.
+    pub ttl_ms: Option<u64>,
+    /// None: visible at once.
+    pub delay: Option<Delay>,
     /// Beats the key's hash, which beats round robin.
     pub queue: Option<u32>,
+}
+
+impl NewMessage {
+    /// What a topic's limit counts: key, value, tag and headers.
+    pub fn size_bytes(&self) -> u64 {
+        let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
+        let headers = self.headers.iter().map(|(n, v)| n.len() + v.len());
+        let value = self.value.as_ref().map_or(0, Bytes::len);
+        (value + text(&self.key) + text(&self.tag) + headers.sum::<usize>()) as u64
+    }
 }
 
 /// The idempotent producer's mark on a request; `sequence` is that of its first message.
@@ -138,6 +170,8 @@ pub struct Stored {
     pub queue: u32,
     /// None while the message is not visible yet.
     pub offset: Option<u64>,
+    /// Of a delayed message that was stored just now: when it is due.
+    pub deliver_at_ms: Option<u64>,
     pub message_id: String,
 }
 
@@ -167,7 +201,7 @@ pub struct ProduceAnswer {
 }
 
 /// A stored message as a reader sees it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     pub queue: u32,
     pub offset: u64,

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{GroupPlacement, TopicId};
 use crate::broker::queue::QueueLimits;
-use crate::broker::{Backlog, FlushMode, Retention, TopicConfig};
+use crate::broker::{Backlog, FlushMode, Quota, Retention, TopicConfig};
 
 /// A change of the catalog. All are idempotent: asked twice, the second changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +76,7 @@ pub struct TopicChange {
     pub retention: Option<Retention>,
     pub max_message_bytes: Option<u64>,
     pub backlog: Option<Backlog>,
+    pub quota: Option<Quota>,
     pub ttl_ms: Option<Option<u64>>,
     pub flush: Option<FlushMode>,
     pub hash_queues: Option<u32>,

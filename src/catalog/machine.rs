@@ -229,6 +229,7 @@ impl CatalogMachine {
         config.retention = change.retention.unwrap_or(config.retention);
         config.max_message_bytes = change.max_message_bytes.unwrap_or(config.max_message_bytes);
         config.backlog = change.backlog.unwrap_or(config.backlog);
+        config.quota = change.quota.unwrap_or(config.quota);
         config.ttl_ms = change.ttl_ms.unwrap_or(config.ttl_ms);
         config.flush = change.flush.unwrap_or(config.flush);
         config.hash_queues = change.hash_queues.unwrap_or(config.hash_queues);

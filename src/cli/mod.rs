@@ -3,6 +3,7 @@
 //! People get aligned tables, machines get the server's own JSON with `--json`. Every failure ends
 //! in one of the exit codes of `CliError::exit_code`, which scripts may rely on.
 
+mod audit;
 mod bench;
 mod client;
 mod cluster;
@@ -30,7 +31,8 @@ use out::Output;
 const EXIT_CODES: &str = "\
 Exit codes:
   0  done
-  1  refused or failed; for `verify`: something acknowledged is missing or replicas differ
+  1  refused or failed; for `verify`: something acknowledged is missing or replicas differ;
+     for `audit`: there are findings
   2  wrong usage
   3  no node could be reached
   4  not done, and worth trying again later (429, 503)
@@ -89,6 +91,8 @@ enum Command {
     /// Nodes, leaders, and elections as they happen.
     #[command(subcommand)]
     Cluster(cluster::ClusterCommand),
+    /// Check a topic's producers for gaps, repetitions and disorder, and its offsets for holes.
+    Audit(audit::AuditCommand),
     /// Measure: closed-loop throughput and latency, or the gap a failover leaves.
     Bench(bench::BenchCommand),
     /// Prove that nothing acknowledged is missing and that all replicas are the same: with
@@ -130,6 +134,7 @@ async fn run_client(cli: Cli) -> Result<(), CliError> {
         Command::Consume(command) => consume::run(&client, out, command).await,
         Command::Group(command) => group::run(&client, out, command).await,
         Command::Cluster(command) => cluster::run(&client, out, command).await,
+        Command::Audit(command) => audit::run(&client, out, command).await,
         Command::Bench(command) => bench::run(&client, out, command).await,
         Command::Verify(command) => {
             let given = !cli.connection.urls.is_empty();

@@ -73,6 +73,8 @@ section! {
         write_batch_bytes: u64 = 8 * MIB, "log-write-batch-bytes", "QUORATE_LOG_WRITE_BATCH_BYTES";
         /// Longest time an `async` topic's write waits for its fsync.
         async_flush_interval_ms: u64 = 500, "log-async-flush-interval-ms", "QUORATE_LOG_ASYNC_FLUSH_INTERVAL_MS";
+        /// Pause between two looks for messages that their topic's retention keeps no longer.
+        retention_check_ms: u64 = 30_000, "log-retention-check-ms", "QUORATE_LOG_RETENTION_CHECK_MS";
     }
 }
 
@@ -105,10 +107,16 @@ section! {
         idempotency_window_ms: u64 = 600_000, "limits-idempotency-window-ms", "QUORATE_LIMITS_IDEMPOTENCY_WINDOW_MS";
         /// Idempotency keys a queue remembers at once; further ones get 429. Fixed when the cluster first starts.
         idempotency_keys: u64 = 64 * KIB, "limits-idempotency-keys", "QUORATE_LIMITS_IDEMPOTENCY_KEYS";
+        /// Delayed messages and parts of open transactions a queue holds at once; further ones get 429. Fixed when the cluster first starts.
+        held_batches: u64 = 2_000_000, "limits-held-batches", "QUORATE_LIMITS_HELD_BATCHES";
         /// Producers a queue remembers at once; a further one gets 429 until one has been quiet long enough. Fixed when the cluster first starts.
         producers: u64 = 16 * KIB, "limits-producers", "QUORATE_LIMITS_PRODUCERS";
         /// A write that nobody has confirmed after this time is answered 504 with outcome unknown.
         write_timeout_ms: u64 = 5_000, "limits-write-timeout-ms", "QUORATE_LIMITS_WRITE_TIMEOUT_MS";
+        /// Messages a second that one client address may send to this node; over it 429. 0: any number.
+        client_messages_per_s: u64 = 0, "limits-client-messages-per-s", "QUORATE_LIMITS_CLIENT_MESSAGES_PER_S";
+        /// The same in bytes of keys, values, tags and headers.
+        client_bytes_per_s: u64 = 0, "limits-client-bytes-per-s", "QUORATE_LIMITS_CLIENT_BYTES_PER_S";
     }
 }
 

@@ -74,6 +74,12 @@ impl ServerConfig {
             1,
             10_000_000,
         )?;
+        in_range(
+            "limits.held_batches",
+            self.limits.held_batches,
+            1,
+            10_000_000,
+        )?;
         in_range("limits.producers", self.limits.producers, 1, 1_000_000)?;
         in_range(
             "limits.write_timeout_ms",
@@ -214,6 +220,12 @@ impl ServerConfig {
             log.async_flush_interval_ms,
             1,
             60_000,
+        )?;
+        in_range(
+            "log.retention_check_ms",
+            log.retention_check_ms,
+            10,
+            86_400_000,
         )?;
         let message = ("limits.max_message_bytes", self.limits.max_message_bytes);
         let request = ("http.max_request_bytes", self.http.max_request_bytes);

@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
-use super::leases::{LeaseSignals, News};
+use super::leases::News;
 use super::records::{Content, CoordinatorView, Records, TIME_KEY};
 use crate::names::MAX_NAME_CHARS;
 use crate::soundness::Soundness;
@@ -28,7 +28,6 @@ pub struct CoordinatorMachine {
     pub(super) records: Records,
     /// What the command being applied has to tell.
     pub(super) news: News,
-    signals: Arc<LeaseSignals>,
     soundness: Arc<Soundness>,
 }
 
@@ -39,7 +38,6 @@ impl CoordinatorMachine {
             number,
             records: Records::new(store),
             news: News::default(),
-            signals: Arc::default(),
             soundness: Arc::new(Soundness::new(repair)),
         }
     }
@@ -51,7 +49,7 @@ impl CoordinatorMachine {
 
     /// The applied state, for readers.
     pub fn view(&self) -> CoordinatorView {
-        self.records.view(self.signals.clone())
+        self.records.view()
     }
 
     fn execute(&mut self, command: CoordinatorCommand) -> Result<CoordinatorReply, StorageError> {
@@ -130,7 +128,7 @@ impl CoordinatorMachine {
             }
         };
         self.records.commit(log_id)?;
-        self.news.publish(&self.signals);
+        self.news.publish(&self.records.signals);
         Ok(postcard::to_stdvec(&reply).unwrap_or_default().into())
     }
 }

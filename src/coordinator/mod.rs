@@ -6,6 +6,7 @@ mod group_mode;
 pub mod leases;
 mod machine;
 mod offsets;
+mod positions;
 mod producers;
 mod records;
 

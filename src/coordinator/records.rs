@@ -39,6 +39,7 @@ pub(super) struct NamedProducer {
 #[derive(Debug)]
 pub(super) struct Records {
     stored: DerivedGroup,
+    pub(super) signals: Arc<LeaseSignals>,
     /// None: removed.
     changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
 }
@@ -47,14 +48,15 @@ impl Records {
     pub(super) fn new(stored: DerivedGroup) -> Self {
         Self {
             stored,
+            signals: Arc::default(),
             changes: BTreeMap::new(),
         }
     }
 
-    pub(super) fn view(&self, signals: Arc<LeaseSignals>) -> CoordinatorView {
+    pub(super) fn view(&self) -> CoordinatorView {
         CoordinatorView {
             records: self.stored.clone(),
-            signals,
+            signals: self.signals.clone(),
         }
     }
 

@@ -4,6 +4,7 @@
 //! through [`error`]; nothing a client sends is ignored silently or kept without a bound.
 
 pub mod body;
+mod clients;
 pub mod error;
 mod layers;
 pub mod limits;
@@ -31,6 +32,7 @@ use utoipa_axum::routes;
 use crate::broker::Broker;
 use crate::config::ServerConfig;
 use crate::metrics::Metrics;
+use clients::ClientQuotas;
 use limits::{ByteBudget, HttpLimits};
 
 pub use server::serve;
@@ -45,6 +47,8 @@ pub struct HttpParts {
     pub metrics: Arc<Metrics>,
     pub limits: HttpLimits,
     pub budget: ByteBudget,
+    /// What each client address may send.
+    pub clients: ClientQuotas,
     /// Cancelled when the node begins to stop: long polls and streams then end.
     pub shutdown: CancellationToken,
     /// Replicas of a topic whose creator doesn't say.
@@ -67,6 +71,7 @@ impl HttpState {
             broker,
             metrics,
             budget: ByteBudget::new(limits.max_inflight_bytes),
+            clients: ClientQuotas::new(&config.limits),
             limits,
             shutdown,
             default_replicas: config.default_replicas(),
@@ -99,7 +104,9 @@ fn routes() -> OpenApiRouter<HttpState> {
             v1::topics::update,
             v1::topics::delete
         ))
-        .routes(routes!(v1::produce::produce))
+        .routes(routes!(v1::produce::produce, v1::lookup::lookup))
+        .routes(routes!(v1::topics::queue_of_key))
+        .routes(routes!(v1::cancel::cancel_message))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
         .routes(routes!(v1::consume::fetch_many))
@@ -162,6 +169,7 @@ mod tests {
         found.sort();
         let expected = [
             "DELETE /v1/topics/{topic}",
+            "DELETE /v1/topics/{topic}/messages/{message_id}",
             "GET /health/live",
             "GET /health/ready",
             "GET /metrics",
@@ -174,6 +182,8 @@ mod tests {
             "GET /v1/groups/{group}/retry_policy",
             "GET /v1/topics",
             "GET /v1/topics/{topic}",
+            "GET /v1/topics/{topic}/messages",
+            "GET /v1/topics/{topic}/queue",
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",
             "GET /v1/topics/{topic}/queues/{queue}/replica",

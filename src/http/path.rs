@@ -17,6 +17,13 @@ pub struct TopicQueue {
     pub queue: u32,
 }
 
+/// `{topic}` and `{message_id}` of the path.
+#[derive(Debug)]
+pub struct MessagePath {
+    pub topic: String,
+    pub message_id: String,
+}
+
 /// `{group}` of the path.
 #[derive(Debug)]
 pub struct GroupName(pub String);
@@ -79,6 +86,20 @@ impl<S: Send + Sync> FromRequestParts<S> for TopicQueue {
         Ok(Self {
             topic: topic.to_owned(),
             queue,
+        })
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for MessagePath {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
+        let params = params(parts, state).await?;
+        let topic = find(&params, "topic");
+        checked_name("topic name", topic)?;
+        Ok(Self {
+            topic: topic.to_owned(),
+            message_id: find(&params, "message_id").to_owned(),
         })
     }
 }

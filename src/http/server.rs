@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
+use super::clients::ClientAddress;
 use super::error::{ApiError, Problem};
 use super::limits::HttpLimits;
 use super::write_timeout::WriteTimeout;
@@ -119,8 +120,14 @@ impl Server {
         if let Err(error) = stream.set_nodelay(true) {
             tracing::debug!(%error, "setting TCP_NODELAY failed");
         }
+        let client = stream.peer_addr().map(ClientAddress::from);
+        let client = client.unwrap_or_default();
         let service = TowerToHyperService::new(self.app.clone().map_request(
-            |request: Request<hyper::body::Incoming>| request.map(axum::body::Body::new),
+            move |request: Request<hyper::body::Incoming>| {
+                let mut request = request.map(axum::body::Body::new);
+                request.extensions_mut().insert(client);
+                request
+            },
         ));
         let io = TokioIo::new(WriteTimeout::new(stream, self.limits.write_timeout));
         let connection = http1::Builder::new()

@@ -12,6 +12,7 @@ use quorate_storage::vfs::os::OsVfs;
 use tokio::sync::watch;
 
 use super::{Metrics, NamedSample, Sample};
+use crate::broker::local::LocalGroups;
 use crate::catalog::CatalogState;
 use crate::node::Scrubbed;
 
@@ -66,6 +67,19 @@ impl Metrics {
                     count(&scrubbed.bytes),
                 ),
             ]
+        });
+    }
+
+    /// Shows how many batches the replicas here hold that are not visible yet.
+    pub fn collect_held(&self, local: &Arc<LocalGroups>) {
+        let local = Arc::downgrade(local);
+        self.register_collector(move || {
+            let queues = local.upgrade().map(|local| local.queues());
+            let held = queues.unwrap_or_default();
+            let held: u64 = held.iter().map(|queue| queue.shared.held()).sum();
+            let help =
+                "Delayed messages and parts of open transactions in the replicas of this node";
+            vec![("held_batches", help, Sample::Gauge(held as f64))]
         });
     }
 

@@ -80,9 +80,12 @@ pub struct Metrics {
     produced_bytes: Counter,
     fetched_messages: Counter,
     fetched_bytes: Counter,
+    delivered_batches: Counter,
     entry_messages: Histogram,
     entry_bytes: Histogram,
     events: Family<EventLabels, Counter>,
+    one_way_stored: Counter,
+    one_way_lost: Counter,
     group_lag: Family<GroupLabels, Gauge>,
     group_lag_series: Mutex<usize>,
     connections: Gauge,
@@ -115,9 +118,12 @@ impl Metrics {
             produced_bytes: Counter::default(),
             fetched_messages: Counter::default(),
             fetched_bytes: Counter::default(),
+            delivered_batches: Counter::default(),
             entry_messages: counts(),
             entry_bytes: sizes(),
             events: Family::default(),
+            one_way_stored: Counter::default(),
+            one_way_lost: Counter::default(),
             group_lag: Family::default(),
             group_lag_series: Mutex::new(0),
             connections: Gauge::default(),
@@ -183,6 +189,11 @@ impl Metrics {
             self.fetched_bytes.clone(),
         );
         r.register(
+            "delivered_batches",
+            "Batches of delayed messages that became visible, in queues led here",
+            self.delivered_batches.clone(),
+        );
+        r.register(
             "entry_messages",
             "Messages in one proposed Raft entry",
             self.entry_messages.clone(),
@@ -197,6 +208,16 @@ impl Metrics {
             "events",
             "Cluster events seen by this node: elections, nodes up and down",
             self.events.clone(),
+        );
+        r.register(
+            "one_way_stored_messages",
+            "Messages produced with ack=none that were stored",
+            self.one_way_stored.clone(),
+        );
+        r.register(
+            "one_way_lost_messages",
+            "Messages produced with ack=none that were answered 202 and then not stored, or not known to be",
+            self.one_way_lost.clone(),
         );
         r.register(
             "group_lag_messages",
@@ -272,10 +293,21 @@ impl Metrics {
         self.commit_seconds.observe(took.as_secs_f64());
     }
 
+    /// Delayed messages became visible.
+    pub fn observe_delivered(&self, batches: u64) {
+        self.delivered_batches.inc_by(batches);
+    }
+
     /// One Raft entry was proposed.
     pub fn observe_entry(&self, messages: u64, bytes: u64) {
         self.entry_messages.observe(messages as f64);
         self.entry_bytes.observe(bytes as f64);
+    }
+
+    /// What became of a request that was answered before it was stored.
+    pub fn observe_one_way(&self, stored: u64, lost: u64) {
+        self.one_way_stored.inc_by(stored);
+        self.one_way_lost.inc_by(lost);
     }
 
     /// Something happened in the cluster: `leader_elected`, `node_down`, …

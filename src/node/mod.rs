@@ -144,6 +144,7 @@ impl Node {
         metrics.collect_commit_log(log.clone());
         metrics.collect_disk(dir.clone());
         metrics.collect_raft(&host);
+        metrics.collect_held(&locals);
         metrics.collect_damage(config.node_id, catalog.clone());
         let scrubbed: Arc<Scrubbed> = Arc::default();
         metrics.collect_scrub(scrubbed.clone());
@@ -181,9 +182,11 @@ impl Node {
         };
         tokio::spawn(mender.run(damage, stop.clone(), fatal_tx.clone()));
         tokio::spawn(replicas.follow(catalog.clone(), stop.clone(), fatal_tx.clone()));
+        let clean_every = environment.clean_every;
+        let clean_every = clean_every.map(|pause| pause.min(config.broker.retention_check));
         let register = register(config, broker.clone(), identity, catalog, fatal_tx);
         tokio::spawn(stop.clone().run_until_cancelled_owned(register));
-        if let Some(pause) = environment.clean_every {
+        if let Some(pause) = clean_every {
             tokio::spawn(clean(log.clone(), pause, stop.clone()));
             tokio::spawn(scrub::run(log.clone(), scrubbed, stop.clone()));
         }
@@ -191,6 +194,10 @@ impl Node {
         tokio::spawn(stopped.run_until_cancelled_owned(async move {
             broker_here.announce_lost_tails().await;
         }));
+        let index_keys = broker.clone().index_keys();
+        tokio::spawn(stop.clone().run_until_cancelled_owned(index_keys));
+        let retention = broker.clone().enforce_retention();
+        tokio::spawn(stop.clone().run_until_cancelled_owned(retention));
         let settle = settle_tails(run.clone(), broker.clone());
         tokio::spawn(stop.clone().run_until_cancelled_owned(settle));
         Ok(Self {

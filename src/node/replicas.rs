@@ -15,9 +15,10 @@ use quorate_raft::{
 };
 use quorate_storage::commit_log::{CommitLog, GroupState};
 use quorate_storage::derived::DerivedStore;
+use quorate_storage::key_index::KeyIndex;
 use quorate_storage::queue_index::QueueIndex;
 use quorate_storage::vfs::Vfs;
-use quorate_storage::{RaftGroupId, StorageError};
+use quorate_storage::{LogId, RaftGroupId, StorageError};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -120,7 +121,9 @@ impl Replicas {
         self.remove_lost(catalog).await?;
         let coordinators = self.locals.coordinators();
         if let Some(cause) = coordinators.iter().find_map(|(_, c)| c.soundness.broken()) {
-            self.reset_derived(&cause).await?;
+            self.reset_derived(&cause.to_string()).await?;
+        } else if self.derived.is_damaged() {
+            self.reset_derived("a queue has met bad data").await?;
         }
         for (number, placement) in (0..).zip(&catalog.coordinators) {
             if self.should_open(placement).await {
@@ -249,9 +252,10 @@ impl Replicas {
         Ok(())
     }
 
-    /// Gives the derived store up, and with it the replicas that stand on it. Opened again, they
-    /// begin with their newest snapshots.
-    async fn reset_derived(&self, cause: &StorageError) -> Result<()> {
+    /// Gives the derived store up, and with it the replicas that stand on it. Opened again,
+    /// coordinators begin with their newest snapshots, and queues apply their logs from their
+    /// boundaries on.
+    async fn reset_derived(&self, cause: &str) -> Result<()> {
         for (number, coordinator) in self.locals.coordinators() {
             self.locals.remove_coordinator(number);
             self.host
@@ -259,8 +263,15 @@ impl Replicas {
                 .await
                 .ok();
         }
+        // Of queues without held batches there is nothing in it.
+        let holding = self.locals.queues().into_iter();
+        for queue in holding.filter(|queue| queue.shared.held() > 0) {
+            let group = queue.group.id();
+            self.locals.remove_queue(group.0);
+            self.host.close_group(group, false).await.ok();
+        }
         self.derived
-            .reset(&cause.to_string())
+            .reset(cause)
             .context("the derived store is unusable and cannot be replaced")
     }
 
@@ -283,8 +294,10 @@ impl Replicas {
             opened => opened,
         };
         let index = Arc::new(index?);
+        let keys = self.open_keys(placement.id())?;
         let shared = QueueShared::new(index.clone(), self.repair.clone());
-        let machine = QueueMachine::new(index, shared.clone(), limits);
+        let held = self.derived.group(placement.id());
+        let machine = QueueMachine::new(index, shared.clone(), held, limits);
         let flush = match flush {
             FlushMode::Sync => Flush::Sync,
             FlushMode::Async => Flush::Async,
@@ -295,8 +308,19 @@ impl Replicas {
             return Ok(());
         };
         self.locals
-            .insert_queue(LocalQueue::new(group, shared, recovered_index));
+            .insert_queue(LocalQueue::new(group, shared, keys, recovered_index));
         Ok(())
+    }
+
+    /// What was built over entries that the log still has, or had purged, is true.
+    fn open_keys(&self, group: RaftGroupId) -> Result<KeyIndex> {
+        let log = self.log.group(group);
+        let purged = log.state().purged.map_or(0, |id| id.index);
+        let is_held = |id: LogId| log.log_id_at(id.index).is_ok_and(|found| found == Some(id));
+        let keys = KeyIndex::open(self.vfs.clone(), self.keys_path(group), |id| {
+            id.index <= purged || is_held(id)
+        });
+        keys.with_context(|| format!("cannot look at the key index of {group}"))
     }
 
     fn recovered_index(&self, group: RaftGroupId) -> Option<u64> {
@@ -315,6 +339,11 @@ impl Replicas {
             .join(format!("{:020}.index", group.0))
     }
 
+    fn keys_path(&self, group: RaftGroupId) -> PathBuf {
+        let keys = self.config.data_dir.join("keys");
+        keys.join(format!("{:020}", group.0))
+    }
+
     async fn remove_queue(&self, group: RaftGroupId) {
         self.locals.remove(group.0);
         if let Err(error) = self.host.close_group(group, true).await {
@@ -323,10 +352,17 @@ impl Replicas {
         self.remove_index(group);
     }
 
+    /// Removes what was derived of a queue: its index, and the records of its held batches.
     fn remove_index(&self, group: RaftGroupId) {
+        if let Err(error) = self.derived.group(group).clear() {
+            tracing::debug!(%group, %error, "records of a removed queue were not removed");
+        }
         let path = self.index_path(group);
         if let Err(error) = self.vfs.remove(&path) {
             tracing::debug!(%group, %error, "a removed queue's index was not removed");
+        }
+        if let Err(error) = KeyIndex::remove(&*self.vfs, &self.keys_path(group)) {
+            tracing::debug!(%group, %error, "a removed queue's key index was not removed");
         }
     }
 

@@ -9,6 +9,7 @@ pub mod derived;
 mod error;
 pub mod files;
 mod ids;
+pub mod key_index;
 pub mod mutation;
 pub mod queue_index;
 pub mod snapshot;

@@ -16,6 +16,7 @@ fn record() -> RecordView {
         key: Some("order-17".to_owned()),
         value: Some(Bytes::from_static(b"value")),
         tag: Some("paid".to_owned()),
+        ttl_ms: None,
         headers: vec![header("region", "eu"), header("amount", "17.5")],
     };
     let mut batch = BatchBuilder::new();

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use quorate::broker::TopicConfig;
-use quorate::broker::queue::entry::{AppendBuilder, Mark, fence};
-use quorate::broker::queue::{BatchOutcome, QueueLimits, QueueMachine, QueueShared};
+use quorate::broker::queue::entry::{AppendBuilder, Hold, Mark, cancel, deliver, fence, settle};
+use quorate::broker::queue::{QueueLimits, QueueMachine, QueueReply, QueueShared};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
 use quorate::coordinator::{
     CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp,
@@ -89,17 +89,19 @@ fn queue_entries_that_lie() {
         max_producers: 3,
         max_keys: 3,
         key_window_ms: 10_000,
+        max_held: 3,
     };
     let new = || -> Box<dyn StateMachine> {
         let index = QueueIndex::open(Arc::new(FaultVfs::new()), "/queues/1.idx").expect("open");
         let index = Arc::new(index);
         let shared = QueueShared::new(index.clone(), Arc::default());
-        Box::new(QueueMachine::new(index, shared, limits))
+        let held = DerivedStore::in_memory().group(RaftGroupId(1));
+        Box::new(QueueMachine::new(index, shared, held, limits))
     };
     let sound = sound("entry");
     fuzz("entry", 1500, |input| {
         let body = Bytes::from(input.bytes.clone());
-        agree::<Vec<BatchOutcome>>(&new, &sound, &body);
+        agree::<QueueReply>(&new, &sound, &body);
     });
 }
 
@@ -178,6 +180,17 @@ fn entries() {
         "4-again",
         &append(400, &[(1, batch(2, None)), (0, batch(3, Some(5)))]),
     );
+    let id = [9; 16];
+    let mut held = AppendBuilder::new(500, 3, 0);
+    let until = |deliver_at_ms| Some(Hold::Until { deliver_at_ms });
+    let part = Some(Hold::Transaction { id, part: 0 });
+    for hold in [until(700), until(600), part] {
+        assert!(held.push(&Mark::None, hold.as_ref(), &batch(1, None)));
+    }
+    keep("entry", "5-held", &held.finish());
+    keep("entry", "6-cancel", &cancel(510, LogId::new(1, 5), 0));
+    keep("entry", "7-deliver", &deliver(650, 10));
+    keep("entry", "8-settle", &settle(660, &id, true));
 }
 
 fn catalog() {

@@ -3,9 +3,9 @@
 use std::fs;
 
 use bytes::Bytes;
-use quorate::broker::StartAt;
 use quorate::broker::queue::BatchOutcome;
 use quorate::broker::queue::entry::Mark;
+use quorate::broker::{MessagePlace, StartAt};
 use quorate::coordinator::QueueOffset;
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
@@ -74,6 +74,18 @@ fn write_the_corpus() {
             groups: vec![1, 300, u64::MAX],
         }),
     );
+    let place = MessagePlace {
+        group: 1,
+        term: 2,
+        index: 3,
+        batch: 4,
+        record: 0,
+    };
+    let cancel = PeerRequest::Cancel {
+        place,
+        timeout_ms: 500,
+    };
+    keep("cancel", encode(&cancel));
     let offsets = PeerRequest::GroupOffsets {
         coordinator: 3,
         consumer_group: "billing".to_owned(),

@@ -4,6 +4,8 @@
 mod support;
 
 mod api;
+mod audit;
+mod backlog;
 mod cluster;
 mod consume;
 mod dead_letters;
@@ -11,8 +13,12 @@ mod filters;
 mod idempotence;
 mod leases;
 mod live;
+mod lookup;
 mod no_room;
 mod offsets;
+mod one_way;
 mod produce;
+mod quotas;
 mod strict;
 mod topics;
+mod ttl;

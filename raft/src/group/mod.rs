@@ -23,6 +23,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use self::barrier::Rounds;
 pub use self::membership::Settled;
+use crate::blocking;
 use crate::config::{GroupSpec, Replica};
 use crate::error::{ProposeError, ReadError};
 use crate::host::Peers;
@@ -515,6 +516,31 @@ impl Group {
             Box::pin(async move { hash })
         });
         read.await.map_err(|_| StorageError::Closed)
+    }
+
+    /// Purges what the state machine needs no more, up to a checkpoint, which becomes the boundary
+    /// that newcomers begin with. True when there was something to purge. Where a follower is still
+    /// being sent it, openraft purges a little later.
+    ///
+    /// # Errors
+    /// When the boundary could not be written or found; nothing was purged then.
+    pub async fn purge(&self) -> Result<bool, StorageError> {
+        let moved = self.inner.raft.with_state_machine(|machine: &mut Machine| {
+            let moved = blocking::in_place(|| machine.advance_boundary());
+            Box::pin(async move { moved })
+        });
+        let Some(boundary) = moved.await.map_err(|_| StorageError::Closed)?? else {
+            return Ok(false);
+        };
+        let trigger = self.inner.raft.trigger();
+        let told = async {
+            // It purges up to the new boundary, unless it knew that one before a restart.
+            trigger.snapshot().await?;
+            trigger.purge_log(boundary.index).await
+        };
+        told.await.map_err(|_| StorageError::Closed)?;
+        tracing::debug!(group = %self.id(), %boundary, "log purged");
+        Ok(true)
     }
 
     /// Ends the promise not to elect anyone else while `dead` leads: the whole cluster's majority

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::Place;
 
 /// Kafka's `NUM_BATCHES_TO_RETAIN`.
-const REMEMBERED_BATCHES: usize = 5;
+pub(in crate::broker) const REMEMBERED_BATCHES: usize = 5;
 /// Kafka's default `transactional.id.expiration.ms`.
 pub(super) const EXPIRE_AFTER_MS: u64 = 7 * 24 * 3_600_000;
 
@@ -52,7 +52,7 @@ pub(super) struct ProducerTable {
 }
 
 /// Sequences count from 0 to `i32::MAX` and begin again at 0.
-fn advance(sequence: i32, count: u32) -> i32 {
+pub(in crate::broker) fn advance(sequence: i32, count: u32) -> i32 {
     ((i64::from(sequence) + i64::from(count)) & i64::from(i32::MAX)) as i32
 }
 

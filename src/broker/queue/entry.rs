@@ -5,7 +5,7 @@
 //! | bytes | field |
 //! |---|---|
 //! | 0 | version = 2 |
-//! | 1 | kind: 1 = append, 2 = fence a producer |
+//! | 1 | kind: 1 append, 2 fence a producer, 3 deliver, 4 settle a transaction, 5 cancel, 7 trim |
 //! | 2..10 | stamp, ms: max(the leader's clock, its last stamp) |
 //!
 //! An append goes on with:
@@ -22,17 +22,24 @@
 //! | 4 | length of the batch |
 //! | … | one RecordBatch v2, stamped, base offset 0 |
 //!
-//! A fence goes on with the producer id (8) and the epoch (2) below which it is refused.
+//! A fence goes on with the producer id (8) and the epoch (2) below which it is refused; a delivery
+//! of what is due at the stamp with the most batches it may take (2); a settlement with the
+//! transaction id (16) and 1 = commit or 0 = rollback (1); a cancellation with term (8), index (8)
+//! and batch (2) of what is held; a trim with the offset (8) below which messages are gone.
 //!
 //! Invariant: nothing here trusts a length or a count; hostile bytes give an [`EntryError`].
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use quorate_storage::batch;
+use quorate_storage::{LogId, batch};
 use serde::{Deserialize, Serialize};
 
 const VERSION: u8 = 2;
 const KIND_APPEND: u8 = 1;
 const KIND_FENCE: u8 = 2;
+const KIND_DELIVER: u8 = 3;
+const KIND_SETTLE: u8 = 4;
+const KIND_CANCEL: u8 = 5;
+const KIND_TRIM: u8 = 7;
 const HEADER_BYTES: usize = 10;
 /// Of a batch without mark and hold.
 const MIN_PREFIX_BYTES: usize = 1 + 1 + 4;
@@ -83,6 +90,8 @@ pub enum EntryError {
     Mark(u8),
     #[error("hold {0} of a batch is not known")]
     Hold(u8),
+    #[error("end {0} of a transaction is not known")]
+    End(u8),
 }
 
 /// One batch of an append.
@@ -97,7 +106,29 @@ pub struct EntryBatch {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EntryBody {
     Append(Vec<EntryBatch>),
-    Fence { producer: i64, epoch: i16 },
+    Fence {
+        producer: i64,
+        epoch: i16,
+    },
+    /// What is due at the entry's stamp becomes visible, in the order of its times.
+    Deliver {
+        max_batches: u16,
+    },
+    /// What the queue holds for a transaction becomes visible, or never will.
+    Settle {
+        id: TransactionId,
+        commit: bool,
+    },
+    /// A batch that is held until a time is to stay unseen for ever.
+    Cancel {
+        term: u64,
+        index: u64,
+        batch: u16,
+    },
+    /// Messages below the offset are let go.
+    Trim {
+        earliest_offset: u64,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -176,6 +207,46 @@ pub fn fence(stamp_ms: u64, producer: i64, epoch: i16) -> Bytes {
     buffer.freeze()
 }
 
+/// The entry that makes what is due at `stamp_ms` visible, at most `max_batches`.
+pub fn deliver(stamp_ms: u64, max_batches: u16) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 2);
+    put_header(&mut buffer, KIND_DELIVER, stamp_ms);
+    buffer.put_u16(max_batches);
+    buffer.freeze()
+}
+
+/// The entry that ends a transaction in this queue.
+pub fn settle(stamp_ms: u64, id: &TransactionId, commit: bool) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 17);
+    put_header(&mut buffer, KIND_SETTLE, stamp_ms);
+    buffer.put_slice(id);
+    buffer.put_u8(commit.into());
+    buffer.freeze()
+}
+
+/// The entry that takes back a batch which is held until a time.
+pub fn cancel(stamp_ms: u64, stored: LogId, batch: u16) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 18);
+    put_header(&mut buffer, KIND_CANCEL, stamp_ms);
+    buffer.put_u64(stored.term);
+    buffer.put_u64(stored.index);
+    buffer.put_u16(batch);
+    buffer.freeze()
+}
+
+/// The entry that lets go of the messages below an offset.
+pub fn trim(stamp_ms: u64, earliest_offset: u64) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 8);
+    put_header(&mut buffer, KIND_TRIM, stamp_ms);
+    buffer.put_u64(earliest_offset);
+    buffer.freeze()
+}
+
+/// Whether a body is one that [`trim`] made. It frees space, so a full disk is no reason against it.
+pub fn is_trim(body: &[u8]) -> bool {
+    body.first_chunk() == Some(&[VERSION, KIND_TRIM]) && body.len() == HEADER_BYTES + 8
+}
+
 fn put_header(buffer: &mut BytesMut, kind: u8, stamp_ms: u64) {
     buffer.put_u8(VERSION);
     buffer.put_u8(kind);
@@ -228,14 +299,34 @@ pub fn decode(body: &Bytes) -> Result<Entry, EntryError> {
     let body = match kind {
         KIND_APPEND => EntryBody::Append(decode_append(&mut rest)?),
         KIND_FENCE => {
-            if rest.len() < 10 {
-                return Err(EntryError::Truncated);
-            }
+            let mut fields = take(&mut rest, 10)?;
             EntryBody::Fence {
-                producer: rest.get_i64(),
-                epoch: rest.get_i16(),
+                producer: fields.get_i64(),
+                epoch: fields.get_i16(),
             }
         }
+        KIND_DELIVER => EntryBody::Deliver {
+            max_batches: take(&mut rest, 2)?.get_u16(),
+        },
+        KIND_SETTLE => EntryBody::Settle {
+            id: take_16(&mut rest)?,
+            commit: match take(&mut rest, 1)?.get_u8() {
+                0 => false,
+                1 => true,
+                other => return Err(EntryError::End(other)),
+            },
+        },
+        KIND_CANCEL => {
+            let mut fields = take(&mut rest, 18)?;
+            EntryBody::Cancel {
+                term: fields.get_u64(),
+                index: fields.get_u64(),
+                batch: fields.get_u16(),
+            }
+        }
+        KIND_TRIM => EntryBody::Trim {
+            earliest_offset: take(&mut rest, 8)?.get_u64(),
+        },
         other => return Err(EntryError::Kind(other)),
     };
     if rest.has_remaining() {
@@ -406,14 +497,55 @@ mod tests {
     }
 
     #[test]
-    fn every_cut_is_noticed() {
-        let body = append(&[&b"a"[..]; 9]);
-        for len in 0..body.len() {
-            assert!(decode(&body.slice(..len)).is_err(), "cut at {len}");
+    fn what_becomes_of_held_batches_comes_back() {
+        let id = [7; 16];
+        let (term, index, batch) = (3, 1 << 40, 9);
+        for (body, expected) in [
+            (deliver(5, 77), EntryBody::Deliver { max_batches: 77 }),
+            (settle(5, &id, true), EntryBody::Settle { id, commit: true }),
+            (
+                settle(5, &id, false),
+                EntryBody::Settle { id, commit: false },
+            ),
+            (
+                cancel(5, LogId::new(term, index), batch),
+                EntryBody::Cancel { term, index, batch },
+            ),
+        ] {
+            let entry = decode(&body).unwrap();
+            assert_eq!((entry.stamp_ms, entry.body), (5, expected));
         }
-        let mut longer = BytesMut::from(&body[..]);
-        longer.put_u8(0);
-        assert_eq!(decode(&longer.freeze()), Err(EntryError::TrailingBytes(1)));
+    }
+
+    #[test]
+    fn a_trim_comes_back_and_is_known_for_one() {
+        let body = trim(5, 1 << 40);
+        let earliest_offset = 1 << 40;
+        assert_eq!(
+            decode(&body).unwrap().body,
+            EntryBody::Trim { earliest_offset }
+        );
+        assert!(is_trim(&body));
+        for other in [fence(5, 1, 1), append(&[b"a"]), body.slice(..17)] {
+            assert!(!is_trim(&other));
+        }
+    }
+
+    #[test]
+    fn every_cut_is_noticed() {
+        for body in [
+            append(&[&b"a"[..]; 9]),
+            deliver(5, 77),
+            settle(5, &[7; 16], true),
+            cancel(5, LogId::new(3, 4), 1),
+        ] {
+            for len in 0..body.len() {
+                assert!(decode(&body.slice(..len)).is_err(), "cut at {len}");
+            }
+            let mut longer = BytesMut::from(&body[..]);
+            longer.put_u8(0);
+            assert_eq!(decode(&longer.freeze()), Err(EntryError::TrailingBytes(1)));
+        }
     }
 
     #[test]

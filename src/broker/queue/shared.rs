@@ -1,11 +1,13 @@
 //! What readers of a queue see of its state machine: no lock is shared with apply.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
+use parking_lot::Mutex;
 use quorate_storage::queue_index::QueueIndex;
 use tokio::sync::{Notify, watch};
 
+use super::SizeTable;
 use crate::soundness::Soundness;
 
 /// The offsets a queue holds on this node: `earliest..end`.
@@ -14,6 +16,8 @@ pub struct QueueBounds {
     pub earliest: u64,
     pub end: u64,
 }
+
+const NEVER: u64 = u64::MAX;
 
 /// The applied prefix of one queue on this node. Written by the state machine alone.
 ///
@@ -24,6 +28,13 @@ pub struct QueueShared {
     earliest: AtomicU64,
     end: AtomicU64,
     last_stamp_ms: AtomicU64,
+    sizes: Mutex<SizeTable>,
+    /// Batches that are stored and not visible.
+    held: AtomicU64,
+    /// When the next of them is due; [`NEVER`] if none is.
+    next_due_ms: AtomicU64,
+    /// Told when something is due earlier than what was known.
+    due_earlier: OnceLock<Arc<Notify>>,
     wake: watch::Sender<u64>,
     closed: AtomicBool,
     soundness: Soundness,
@@ -37,6 +48,10 @@ impl QueueShared {
             earliest: AtomicU64::new(0),
             end: AtomicU64::new(0),
             last_stamp_ms: AtomicU64::new(0),
+            sizes: Mutex::default(),
+            held: AtomicU64::new(0),
+            next_due_ms: AtomicU64::new(NEVER),
+            due_earlier: OnceLock::new(),
             wake: watch::Sender::new(0),
             closed: AtomicBool::new(false),
             soundness: Soundness::new(repair),
@@ -57,6 +72,43 @@ impl QueueShared {
     /// The log's time after the last applied entry.
     pub fn last_stamp_ms(&self) -> u64 {
         self.last_stamp_ms.load(Ordering::Acquire)
+    }
+
+    /// The bytes its messages take. As new as the last point in it, so a step too low at most.
+    pub fn sizes(&self) -> SizeTable {
+        self.sizes.lock().clone()
+    }
+
+    pub(super) fn set_sizes(&self, sizes: &SizeTable) {
+        self.sizes.lock().clone_from(sizes);
+    }
+
+    /// Batches that are stored without being visible.
+    pub fn held(&self) -> u64 {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// When the next delayed batch is due. It may have been cancelled meanwhile.
+    pub fn next_due_ms(&self) -> Option<u64> {
+        let next = self.next_due_ms.load(Ordering::Acquire);
+        (next != NEVER).then_some(next)
+    }
+
+    /// From now on `told` is when something is due earlier than what was known. Only the first call
+    /// counts.
+    pub(in crate::broker) fn tell_due(&self, told: Arc<Notify>) {
+        self.due_earlier.set(told).ok();
+    }
+
+    pub(super) fn publish_held(&self, held: u64, next_due_ms: Option<u64>) {
+        self.held.store(held, Ordering::Release);
+        let next = next_due_ms.unwrap_or(NEVER);
+        let known = self.next_due_ms.swap(next, Ordering::AcqRel);
+        if next < known
+            && let Some(told) = self.due_earlier.get()
+        {
+            told.notify_one();
+        }
     }
 
     /// Changes after every run of applies that moved the end.

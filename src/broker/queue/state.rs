@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use quorate_raft::StateMachine;
 use quorate_storage::batch::BatchView;
+use quorate_storage::derived::DerivedGroup;
 use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::queue_index::{IndexRecord, QueueIndex};
 use quorate_storage::{LogId, StorageError};
@@ -15,12 +16,22 @@ use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::dedupe::{Producer, ProducerTable, Verdict};
-use super::entry::{self, EntryBatch, EntryBody, Mark};
+use super::entry::{self, EntryBatch, EntryBody, Hold, Mark};
 use super::forwarded::SourceTable;
+use super::held::{Content, Held, Summary};
 use super::idempotency::{KeyTable, KeyVerdict, RememberedKey};
-use super::{BatchOutcome, Place, QueueBounds, QueueShared};
+use super::late::LateTable;
+use super::reply::{self, BatchOutcome, QueueReply};
+use super::{Place, QueueBounds, QueueShared, SizeTable};
 
-const CHECKPOINT_VERSION: u8 = 2;
+const CHECKPOINT_VERSION: u8 = 4;
+/// Held batches are in a checkpoint where they are no more than this, so that the log may be purged
+/// up to it.
+const FEW_HELD_BYTES: u64 = 256 << 10;
+/// Where they are more, they are in one for every so many times their bytes in the log.
+const LOG_PER_HELD: u64 = 8;
+/// About what one takes in a checkpoint.
+const HELD_BYTES: u64 = 48;
 
 /// Bounds of the tables. Apply decides by them, so they must be the same on every replica at every
 /// time: the catalog records them when the cluster is made.
@@ -30,6 +41,8 @@ pub struct QueueLimits {
     pub max_keys: u32,
     /// How long an idempotency key is remembered, in log time.
     pub key_window_ms: u64,
+    /// Batches that are stored without being visible.
+    pub max_held: u32,
 }
 
 impl Default for QueueLimits {
@@ -38,15 +51,18 @@ impl Default for QueueLimits {
             max_producers: 16 << 10,
             max_keys: 100_000,
             key_window_ms: 10 * 60_000,
+            max_held: 2_000_000,
         }
     }
 }
 
 #[derive(Debug, Clone, Default)]
-struct State {
-    next_offset: u64,
+pub(super) struct State {
+    pub next_offset: u64,
     earliest_offset: u64,
-    stamp_ms: u64,
+    pub stamp_ms: u64,
+    sizes: SizeTable,
+    pub late: LateTable,
     producers: ProducerTable,
     keys: KeyTable,
     sources: SourceTable,
@@ -58,58 +74,111 @@ struct Checkpoint {
     next_offset: u64,
     earliest_offset: u64,
     stamp_ms: u64,
+    sizes: SizeTable,
     producers: Vec<(i64, Producer)>,
     keys: Vec<RememberedKey>,
     sources: SourceTable,
+    late: LateTable,
+    held: Summary,
+    /// The held batches themselves, if another replica can begin with this checkpoint.
+    content: Option<Content>,
 }
 
 /// One replica's state of one queue.
 #[derive(Debug)]
 pub struct QueueMachine {
-    state: State,
+    pub(super) state: State,
+    pub(super) held: Held,
     limits: QueueLimits,
     index: Arc<QueueIndex>,
     shared: Arc<QueueShared>,
+    /// A trim was applied, and no checkpoint taken since.
+    trimmed: bool,
+    /// Whether the last checkpoint made has all that is held.
+    has_content: bool,
+    /// Bytes of entries applied since a checkpoint had all that is held.
+    since_content: u64,
+    /// What is held here was lost, so nothing more is applied: see [`QueueShared::soundness`].
+    is_lost: bool,
 }
 
 impl QueueMachine {
-    pub fn new(index: Arc<QueueIndex>, shared: Arc<QueueShared>, limits: QueueLimits) -> Self {
+    /// `held` is where batches are kept that are not visible yet.
+    pub fn new(
+        index: Arc<QueueIndex>,
+        shared: Arc<QueueShared>,
+        held: DerivedGroup,
+        limits: QueueLimits,
+    ) -> Self {
         Self {
             state: State::default(),
+            held: Held::new(held),
             limits,
             index,
             shared,
+            trimmed: false,
+            has_content: false,
+            since_content: 0,
+            is_lost: false,
         }
     }
 
-    fn append(&mut self, log_id: LogId, batches: &[EntryBatch]) -> Vec<BatchOutcome> {
+    fn append(
+        &mut self,
+        log_id: LogId,
+        batches: &[EntryBatch],
+    ) -> Result<QueueReply, StorageError> {
         let each = batches.iter().enumerate();
         // `decode` bounds the count by MAX_BATCHES, which is below 2^16.
-        each.map(|(ordinal, batch)| self.append_one(log_id, ordinal as u16, batch))
-            .collect()
+        let outcomes = each
+            .map(|(ordinal, batch)| self.append_one(log_id, ordinal as u16, batch))
+            .collect::<Result<_, _>>()?;
+        self.held.commit(log_id, 0)?;
+        Ok(QueueReply::Batches(outcomes))
     }
 
-    fn append_one(&mut self, log_id: LogId, ordinal: u16, batch: &EntryBatch) -> BatchOutcome {
-        match &batch.mark {
-            Mark::None => {}
+    fn append_one(
+        &mut self,
+        log_id: LogId,
+        ordinal: u16,
+        batch: &EntryBatch,
+    ) -> Result<BatchOutcome, StorageError> {
+        if let Some(refused) = self.refuse_mark(&batch.mark) {
+            return Ok(refused);
+        }
+        if let Some(Hold::Transaction { id, part }) = &batch.hold {
+            if self.held.settled(id, self.state.stamp_ms)?.is_some() {
+                return Ok(BatchOutcome::TransactionEnded);
+            }
+            if let Some(place) = self.held.part(id, *part)? {
+                return Ok(BatchOutcome::Duplicate(place));
+            }
+        }
+        Ok(self.store(log_id, ordinal, batch))
+    }
+
+    /// What is known of a batch by its mark.
+    fn refuse_mark(&self, mark: &Mark) -> Option<BatchOutcome> {
+        match mark {
+            Mark::None => None,
             Mark::Key { hash, fingerprint } => {
                 let max_keys = self.limits.max_keys as usize;
                 match self.state.keys.judge(hash, *fingerprint, max_keys) {
-                    KeyVerdict::New => {}
-                    KeyVerdict::Seen(place) => return BatchOutcome::Duplicate(place),
-                    KeyVerdict::Reused => return BatchOutcome::KeyReused,
-                    KeyVerdict::Full => return BatchOutcome::KeysFull,
+                    KeyVerdict::New => None,
+                    KeyVerdict::Seen(place) => Some(BatchOutcome::Duplicate(place)),
+                    KeyVerdict::Reused => Some(BatchOutcome::KeyReused),
+                    KeyVerdict::Full => Some(BatchOutcome::KeysFull),
                 }
             }
             Mark::Forwarded { source, sequence } => {
-                if self.state.sources.has(source, *sequence) {
-                    return BatchOutcome::AlreadyForwarded;
-                }
+                let known = self.state.sources.has(source, *sequence);
+                known.then_some(BatchOutcome::AlreadyForwarded)
             }
         }
-        if batch.hold.is_some() {
-            return BatchOutcome::Malformed;
-        }
+    }
+
+    /// Takes a batch in, unless its producer's numbers forbid it.
+    fn store(&mut self, log_id: LogId, ordinal: u16, batch: &EntryBatch) -> BatchOutcome {
         let Ok(view) = BatchView::parse_trusted(batch.batch.clone()) else {
             return BatchOutcome::Malformed;
         };
@@ -128,8 +197,14 @@ impl QueueMachine {
                 Verdict::Full => return BatchOutcome::ProducersFull,
             }
         }
+        if batch.hold.is_some() && self.held.summary().count >= u64::from(self.limits.max_held) {
+            return BatchOutcome::HeldFull;
+        }
         let place = Place {
-            base_offset: self.state.next_offset,
+            base_offset: match batch.hold {
+                None => self.state.next_offset,
+                Some(_) => Place::UNSEEN,
+            },
             count,
             term: log_id.term,
             index: log_id.index,
@@ -147,9 +222,37 @@ impl QueueMachine {
             }
             Mark::Forwarded { source, sequence } => self.state.sources.record(source, sequence),
         }
+        // An entry's batches have lengths of 32 bits.
+        let bytes = batch.batch.len() as u32;
+        match &batch.hold {
+            Some(hold) => {
+                self.held.hold(place, bytes, hold, stamp_ms);
+                BatchOutcome::Held(place)
+            }
+            None => {
+                self.make_visible(place, bytes.into());
+                BatchOutcome::Stored(place)
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn index(&self) -> &QueueIndex {
+        &self.index
+    }
+
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> &QueueShared {
+        &self.shared
+    }
+
+    /// Adds a stored batch to the queue's end.
+    pub(super) fn make_visible(&mut self, place: Place, bytes: u64) {
         self.extend_index(place);
-        self.state.next_offset += u64::from(count);
-        BatchOutcome::Stored(place)
+        if self.state.sizes.add(place.base_offset, bytes) {
+            self.shared.set_sizes(&self.state.sizes);
+        }
+        self.state.next_offset += u64::from(place.count);
     }
 
     fn extend_index(&self, place: Place) {
@@ -168,20 +271,52 @@ impl QueueMachine {
         }
     }
 
+    /// Lets go of the messages below `to`. The beginning never goes back, nor beyond the end.
+    fn trim(&mut self, to: u64) {
+        let to = to.min(self.state.next_offset);
+        if to <= self.state.earliest_offset {
+            return;
+        }
+        self.state.earliest_offset = to;
+        self.state.sizes.trim(to);
+        self.state.late.trim(to);
+        self.shared.set_sizes(&self.state.sizes);
+        self.trimmed = true;
+        // Readers first: one who finds the index trimmed must find out why.
+        self.publish();
+        if let Err(error) = self.index.trim_front(to) {
+            tracing::error!(path = %self.index.path().display(), %error, "queue index failed");
+            self.shared.soundness().set_broken(error);
+        }
+    }
+
     fn publish(&self) {
         let bounds = QueueBounds {
             earliest: self.state.earliest_offset.max(self.index.first_offset()),
             end: self.state.next_offset,
         };
         self.shared.publish(bounds, self.state.stamp_ms);
+        let next_due_ms = self.held.next_due_ms();
+        self.shared
+            .publish_held(self.held.summary().count, next_due_ms);
     }
 
-    fn encode(&self) -> Vec<u8> {
+    /// What is held, if this checkpoint should be one that a replica without any can begin with.
+    fn content(&self) -> Result<Option<Content>, StorageError> {
+        let bytes = self.held.records().saturating_mul(HELD_BYTES);
+        if bytes > FEW_HELD_BYTES && self.since_content < bytes.saturating_mul(LOG_PER_HELD) {
+            return Ok(None);
+        }
+        self.held.content().map(Some)
+    }
+
+    fn encode(&self, content: Option<Content>) -> Vec<u8> {
         let checkpoint = Checkpoint {
             version: CHECKPOINT_VERSION,
             next_offset: self.state.next_offset,
             earliest_offset: self.state.earliest_offset,
             stamp_ms: self.state.stamp_ms,
+            sizes: self.state.sizes.clone(),
             producers: match mutation::on(Mutation::SkipDedupeInSnapshots) {
                 false => self.state.producers.content(),
                 true => Vec::new(),
@@ -191,12 +326,15 @@ impl QueueMachine {
                 false => self.state.sources.clone(),
                 true => SourceTable::default(),
             },
+            late: self.state.late.clone(),
+            held: self.held.summary().clone(),
+            content,
         };
         // Numbers and lists of known length into memory: there is no way to fail.
         postcard::to_stdvec(&checkpoint).unwrap_or_default()
     }
 
-    fn decode(&self, state: &[u8]) -> Result<State, StorageError> {
+    fn decode(&self, state: &[u8]) -> Result<(State, Summary, Option<Content>), StorageError> {
         let damaged = |reason: String| StorageError::Damaged {
             path: self.index.path().to_path_buf(),
             position: 0,
@@ -210,51 +348,113 @@ impl QueueMachine {
                 "checkpoint version {version} is not known"
             )));
         }
-        Ok(State {
+        let state = State {
             next_offset: found.next_offset,
             earliest_offset: found.earliest_offset,
             stamp_ms: found.stamp_ms,
+            sizes: found.sizes,
+            late: found.late,
             producers: ProducerTable::from_content(found.producers),
             keys: KeyTable::from_content(found.keys),
             sources: found.sources,
-        })
+        };
+        Ok((state, found.held, found.content))
+    }
+
+    /// Shows what was restored or installed.
+    fn begin(&mut self) {
+        self.since_content = 0;
+        self.is_lost = false;
+        self.shared.set_sizes(&self.state.sizes);
+        self.publish();
+        self.shared.wake();
+    }
+
+    fn execute(&mut self, log_id: LogId, body: &Bytes) -> Result<QueueReply, StorageError> {
+        let entry = match entry::decode(body) {
+            Ok(entry) => entry,
+            Err(error) => {
+                tracing::error!(%log_id, %error, "an entry that no version of this program wrote");
+                return Ok(QueueReply::Batches(vec![BatchOutcome::Malformed]));
+            }
+        };
+        self.state.stamp_ms = self.state.stamp_ms.max(entry.stamp_ms);
+        if mutation::on(Mutation::ApplyWithNodeClock) {
+            self.state.stamp_ms = crate::broker::batcher::now_ms();
+        }
+        let stamp_ms = self.state.stamp_ms;
+        self.state.producers.expire(stamp_ms);
+        let forget_before = stamp_ms.saturating_sub(self.limits.key_window_ms);
+        self.state.keys.expire(forget_before);
+        match entry.body {
+            EntryBody::Append(batches) => self.append(log_id, &batches),
+            EntryBody::Fence { producer, epoch } => {
+                self.state.producers.fence(producer, epoch, stamp_ms);
+                Ok(QueueReply::Done)
+            }
+            EntryBody::Deliver { max_batches } => self.deliver(log_id, entry.stamp_ms, max_batches),
+            EntryBody::Settle { id, commit } => self.settle(log_id, &id, commit),
+            EntryBody::Cancel { term, index, batch } => {
+                self.cancel(log_id, LogId::new(term, index), batch)
+            }
+            EntryBody::Trim { earliest_offset } => {
+                self.trim(earliest_offset);
+                Ok(QueueReply::Done)
+            }
+        }
     }
 }
 
 impl StateMachine for QueueMachine {
+    /// An empty reply: the entry could not be applied here.
     fn apply(&mut self, log_id: LogId, body: &Bytes) -> Bytes {
-        let outcomes = match entry::decode(body) {
-            Ok(entry) => {
-                self.state.stamp_ms = self.state.stamp_ms.max(entry.stamp_ms);
-                if mutation::on(Mutation::ApplyWithNodeClock) {
-                    self.state.stamp_ms = crate::broker::batcher::now_ms();
-                }
-                self.state.producers.expire(self.state.stamp_ms);
-                let forget_before = self
-                    .state
-                    .stamp_ms
-                    .saturating_sub(self.limits.key_window_ms);
-                self.state.keys.expire(forget_before);
-                match entry.body {
-                    EntryBody::Append(batches) => self.append(log_id, &batches),
-                    EntryBody::Fence { producer, epoch } => {
-                        let stamp_ms = self.state.stamp_ms;
-                        self.state.producers.fence(producer, epoch, stamp_ms);
-                        Vec::new()
-                    }
-                }
+        if self.is_lost {
+            return Bytes::new();
+        }
+        self.since_content += body.len() as u64;
+        match self.execute(log_id, body) {
+            Ok(reply) => {
+                self.publish();
+                reply::encode(&reply).into()
             }
             Err(error) => {
-                tracing::error!(%log_id, %error, "an entry that no version of this program wrote");
-                vec![BatchOutcome::Malformed]
+                // Offsets depend on what is held, so none is given any more.
+                tracing::error!(%log_id, %error, "held batches cannot be used");
+                self.is_lost = true;
+                self.shared.soundness().set_broken(error);
+                Bytes::new()
             }
-        };
-        self.publish();
-        postcard::to_stdvec(&outcomes).unwrap_or_default().into()
+        }
     }
 
     fn applied_batch(&mut self, _applied: LogId) {
         self.shared.wake();
+    }
+
+    /// What a trim lets go of can be purged up to a checkpoint, and a quiet queue may never come to
+    /// the next regular one.
+    fn wants_checkpoint(&mut self) -> bool {
+        std::mem::take(&mut self.trimmed)
+    }
+
+    fn oldest_needed(&mut self) -> Result<u64, StorageError> {
+        let visible = match self.state.earliest_offset >= self.state.next_offset {
+            true => None,
+            false => {
+                let first = self.index.find_from(self.state.earliest_offset, 1)?;
+                // An index that was begun anew at a later offset still lacks what is to be applied
+                // again.
+                Some(first.first().map_or(0, |record| record.log_index))
+            }
+        };
+        let held = self.held.oldest_index()?;
+        let all = [visible, self.state.late.oldest(), held];
+        Ok(all.into_iter().flatten().min().unwrap_or(u64::MAX))
+    }
+
+    fn is_whole(&self, state: &[u8]) -> bool {
+        let decoded = self.decode(state);
+        decoded.is_ok_and(|(_, held, content)| content.is_some() || held.is_untouched())
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError> {
@@ -262,19 +462,25 @@ impl StateMachine for QueueMachine {
             return Err(error);
         }
         // A failed fsync may have lost records: only a new index can be trusted again.
-        let synced = self.index.sync();
+        let synced = self.index.sync().and_then(|()| self.held.sync());
         synced.inspect_err(|error| self.shared.soundness().set_broken(error.clone()))?;
-        Ok(self.encode())
+        let content = self.content()?;
+        self.has_content = content.is_some();
+        Ok(self.encode(content))
     }
 
-    fn restore(&mut self, _last: Option<LogId>, state: Option<&[u8]>) -> Result<(), StorageError> {
-        match state {
-            None => {
-                self.index.reset_to(0)?;
-                self.state = State::default();
-            }
-            Some(state) => {
-                let state = self.decode(state)?;
+    fn checkpoint_written(&mut self, last: LogId) {
+        self.held.note_checkpoint(last.index, self.state.stamp_ms);
+        if self.has_content {
+            self.since_content = 0;
+        }
+    }
+
+    fn restore(&mut self, last: Option<LogId>, state: Option<&[u8]>) -> Result<(), StorageError> {
+        match (last, state) {
+            (Some(last), Some(state)) => {
+                let (state, held, _) = self.decode(state)?;
+                self.held.restore(last, state.stamp_ms, held)?;
                 let left = self.index.truncate_to(state.next_offset)?;
                 if left != state.next_offset {
                     return Err(StorageError::Damaged {
@@ -288,31 +494,30 @@ impl StateMachine for QueueMachine {
                 }
                 self.state = state;
             }
+            _ => {
+                self.held.reset()?;
+                self.index.reset_to(0)?;
+                self.state = State::default();
+            }
         }
-        self.publish();
-        self.shared.wake();
+        self.begin();
         Ok(())
     }
 
-    fn install(&mut self, _last: LogId, state: &[u8]) -> Result<(), StorageError> {
-        let state = self.decode(state)?;
+    fn install(&mut self, last: LogId, state: &[u8]) -> Result<(), StorageError> {
+        let (state, held, content) = self.decode(state)?;
+        self.held.install(last, state.stamp_ms, held, content)?;
         self.index.reset_to(state.next_offset)?;
         self.state = state;
-        self.publish();
-        self.shared.wake();
+        self.begin();
         Ok(())
     }
 
     fn state_hash(&self) -> u64 {
-        xxh3_64(&self.encode())
+        xxh3_64(&self.encode(None))
     }
-}
-
-/// Reads the reply of [`QueueMachine`]'s apply.
-pub(crate) fn decode_outcomes(reply: &[u8]) -> Option<Vec<BatchOutcome>> {
-    postcard::from_bytes(reply).ok()
 }
 
 #[cfg(test)]
 #[path = "state_tests.rs"]
-mod tests;
+pub(super) mod tests;

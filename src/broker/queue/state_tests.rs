@@ -3,6 +3,7 @@ use std::path::Path;
 use bytes::Bytes;
 use proptest::prelude::*;
 use quorate_storage::batch::{BatchBuilder, RecordInput};
+use quorate_storage::derived::DerivedStore;
 use quorate_storage::vfs::os::OsVfs;
 use tempfile::TempDir;
 
@@ -14,45 +15,65 @@ const LIMITS: QueueLimits = QueueLimits {
     max_producers: 3,
     max_keys: 3,
     key_window_ms: REMEMBER_MS,
+    max_held: 8,
 };
 
-struct Replica {
-    machine: QueueMachine,
-    applied: u64,
+pub(in crate::broker::queue) struct Replica {
+    pub machine: QueueMachine,
+    pub applied: u64,
     checkpoint: Option<(LogId, Vec<u8>)>,
     dir: TempDir,
+    pub store: DerivedStore,
 }
 
-fn machine_at(path: &Path) -> QueueMachine {
+fn machine_at(path: &Path, store: &DerivedStore) -> QueueMachine {
     let index = Arc::new(QueueIndex::open(Arc::new(OsVfs), path.join("index")).unwrap());
     let shared = QueueShared::new(Arc::clone(&index), Arc::default());
-    QueueMachine::new(index, shared, LIMITS)
+    let held = store.group(quorate_storage::RaftGroupId(1));
+    QueueMachine::new(index, shared, held, LIMITS)
 }
 
 impl Replica {
-    fn new() -> Self {
+    pub(in crate::broker::queue) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut machine = machine_at(dir.path());
+        let store = DerivedStore::in_memory();
+        let mut machine = machine_at(dir.path(), &store);
         machine.restore(None, None).unwrap();
         Self {
             machine,
             applied: 0,
             checkpoint: None,
             dir,
+            store,
         }
     }
 
-    fn apply(&mut self, body: &Bytes) -> Vec<BatchOutcome> {
+    pub(in crate::broker::queue) fn reply(&mut self, body: &Bytes) -> QueueReply {
         self.applied += 1;
         let log_id = LogId::new(1, self.applied);
         let reply = self.machine.apply(log_id, body);
         self.machine.applied_batch(log_id);
-        decode_outcomes(&reply).unwrap()
+        postcard::from_bytes(&reply).unwrap()
     }
 
-    fn take_checkpoint(&mut self) {
+    pub(in crate::broker::queue) fn apply(&mut self, body: &Bytes) -> Vec<BatchOutcome> {
+        match self.reply(body) {
+            QueueReply::Batches(outcomes) => outcomes,
+            _ => Vec::new(),
+        }
+    }
+
+    pub(in crate::broker::queue) fn take_checkpoint(&mut self) -> (LogId, Vec<u8>) {
         let state = self.machine.checkpoint().unwrap();
-        self.checkpoint = Some((LogId::new(1, self.applied), state));
+        let last = LogId::new(1, self.applied);
+        self.machine.checkpoint_written(last);
+        self.checkpoint = Some((last, state.clone()));
+        (last, state)
+    }
+
+    /// A process that begins with what is on the disk.
+    pub(in crate::broker::queue) fn reopen(&mut self) {
+        self.machine = machine_at(self.dir.path(), &self.store);
     }
 
     /// Restarts from the last checkpoint and applies what came after it again.
@@ -62,9 +83,10 @@ impl Replica {
             applied,
             checkpoint,
             dir,
+            store,
         } = self;
         drop(machine);
-        let mut machine = machine_at(dir.path());
+        let mut machine = machine_at(dir.path(), &store);
         let from = match &checkpoint {
             Some((last, state)) => {
                 machine.restore(Some(*last), Some(state)).unwrap();
@@ -80,6 +102,7 @@ impl Replica {
             applied: from,
             checkpoint,
             dir,
+            store,
         };
         for body in &log[from as usize..applied as usize] {
             again.apply(body);
@@ -88,7 +111,7 @@ impl Replica {
     }
 }
 
-fn batch(values: usize, producer: Option<(i64, i16, i32)>) -> Bytes {
+pub(in crate::broker::queue) fn batch(values: usize, producer: Option<(i64, i16, i32)>) -> Bytes {
     let mut builder = BatchBuilder::new();
     if let Some((id, epoch, sequence)) = producer {
         builder = builder.producer(id, epoch, sequence);
@@ -298,21 +321,27 @@ fn any_mark(key: u8, number: u64) -> Mark {
 
 fn any_entry() -> impl Strategy<Value = Bytes> {
     let producer = proptest::option::of((0..4i64, 0..2i16, 0..6i32));
-    let one = (0..5u8, 0..2u64, 1..3usize, producer);
+    let hold = proptest::option::of(prop_oneof![
+        (0..3 * REMEMBER_MS).prop_map(|deliver_at_ms| Hold::Until { deliver_at_ms }),
+        (0..3u8, 0..3u32).prop_map(|(id, part)| Hold::Transaction { id: [id; 16], part }),
+    ]);
+    let one = (0..5u8, 0..2u64, 1..3usize, producer, hold);
     let append_entry = (0..2 * REMEMBER_MS, proptest::collection::vec(one, 1..4)).prop_map(
         |(stamp_ms, batches)| {
-            let each = batches.into_iter();
-            let batches: Vec<_> = each
-                .map(|(key, fingerprint, n, producer)| {
-                    (any_mark(key, fingerprint), batch(n, producer))
-                })
-                .collect();
-            append(stamp_ms, &batches)
+            let mut builder = AppendBuilder::new(stamp_ms, batches.len(), 0);
+            for (key, number, n, producer, hold) in batches {
+                let mark = any_mark(key, number);
+                assert!(builder.push(&mark, hold.as_ref(), &batch(n, producer)));
+            }
+            builder.finish()
         },
     );
     prop_oneof![
         8 => append_entry,
         1 => (0..4i64, 0..3i16).prop_map(|(id, epoch)| entry::fence(1, id, epoch)),
+        1 => (0..2 * REMEMBER_MS, 0..4u16).prop_map(|(ms, n)| entry::deliver(ms, n)),
+        1 => (0..3u8, any::<bool>()).prop_map(|(id, end)| entry::settle(1, &[id; 16], end)),
+        1 => (1..40u64, 0..3u16).prop_map(|(i, n)| entry::cancel(1, LogId::new(1, i), n)),
         1 => proptest::collection::vec(any::<u8>(), 0..20).prop_map(Bytes::from),
     ]
 }
@@ -338,9 +367,9 @@ proptest! {
             match step {
                 Step::Entry(body) => {
                     log.push(body.clone());
-                    prop_assert_eq!(steady.apply(&body), shaken.apply(&body));
+                    prop_assert_eq!(steady.reply(&body), shaken.reply(&body));
                 }
-                Step::Checkpoint => shaken.take_checkpoint(),
+                Step::Checkpoint => drop(shaken.take_checkpoint()),
                 Step::Restart => shaken = shaken.restart(&log),
             }
             prop_assert_eq!(steady.machine.state_hash(), shaken.machine.state_hash());

@@ -18,6 +18,7 @@ fn record(key: Option<&str>, tag: Option<&str>, headers: &[(&str, &str)]) -> Rec
         key: key.map(str::to_owned),
         value: Some(Bytes::from_static(b"12345")),
         tag: tag.map(str::to_owned),
+        ttl_ms: None,
         headers: headers
             .map(|(name, value)| (name.to_string(), Bytes::copy_from_slice(value.as_bytes())))
             .collect(),

@@ -19,8 +19,8 @@ use utoipa::ToSchema;
 use crate::broker::{BrokerError, Outcome};
 use crate::names::NAME_RULE;
 
-/// What clients are told to wait before they try again, in seconds.
-const RETRY_AFTER: HeaderValue = HeaderValue::from_static("1");
+/// What clients are told to wait before they try again, in seconds, where nothing better is known.
+const RETRY_AFTER_S: u64 = 1;
 
 pub const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
 
@@ -124,7 +124,18 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "request_too_large",
             "Request too large",
         ),
-        B::QuotaExceeded(_) => (S::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded"),
+        B::MessageNotFound { .. } => (S::NOT_FOUND, "message_not_found", "Message not found"),
+        B::AlreadyDelivered { .. } => (
+            S::CONFLICT,
+            "already_delivered",
+            "Message was already delivered",
+        ),
+        B::QuotaExceeded(_) | B::RateExceeded { .. } => {
+            (S::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded")
+        }
+        B::BacklogFull(_) | B::Dropped { .. } => {
+            (S::TOO_MANY_REQUESTS, "backlog_full", "Backlog full")
+        }
         B::NoLeader { .. } => (S::SERVICE_UNAVAILABLE, "no_leader", "No leader"),
         B::NotEnoughReplicas { .. } => (
             S::SERVICE_UNAVAILABLE,
@@ -177,6 +188,9 @@ pub struct Problem {
     pub earliest_offset: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub end_offset: Option<u64>,
+    /// After this time the same request would be within its quota.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retry_after_ms: Option<u64>,
     /// Where a request of several parts failed in all of them: each part's own result.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Object>>)]
@@ -216,6 +230,12 @@ impl Problem {
             }),
             earliest_offset,
             end_offset,
+            retry_after_ms: match error {
+                ApiError::Broker(BrokerError::RateExceeded { retry_after_ms, .. }) => {
+                    Some(*retry_after_ms)
+                }
+                _ => None,
+            },
             results: None,
         }
     }
@@ -233,7 +253,9 @@ impl Problem {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, PROBLEM_JSON);
         if matches!(self.status, 429 | 503) {
-            headers.insert(header::RETRY_AFTER, RETRY_AFTER);
+            let seconds = self.retry_after_ms.map(|ms| ms.div_ceil(1000));
+            let seconds = seconds.unwrap_or(RETRY_AFTER_S).max(RETRY_AFTER_S);
+            headers.insert(header::RETRY_AFTER, seconds.into());
         }
         response
     }

@@ -89,6 +89,28 @@ fn every_broker_error() -> Vec<(BrokerError, u16, &'static str)> {
             "request_too_large",
         ),
         (B::QuotaExceeded(s()), 429, "quota_exceeded"),
+        (
+            B::RateExceeded {
+                whose: s(),
+                retry_after_ms: 1,
+            },
+            429,
+            "quota_exceeded",
+        ),
+        (B::BacklogFull(s()), 429, "backlog_full"),
+        (
+            B::MessageNotFound {
+                topic: s(),
+                message_id: s(),
+            },
+            404,
+            "message_not_found",
+        ),
+        (
+            B::AlreadyDelivered { message_id: s() },
+            409,
+            "already_delivered",
+        ),
         (B::NoLeader { outcome }, 503, "no_leader"),
         (
             B::NotEnoughReplicas {
@@ -150,6 +172,19 @@ fn out_of_range_says_where_the_queue_is() {
     assert_eq!(problem["earliest_offset"], 2);
     assert_eq!(problem["end_offset"], 5);
     assert_eq!(problem["type"], "urn:quorate:problem:offset_out_of_range");
+}
+
+#[test]
+fn who_is_over_quota_is_told_how_long() {
+    for (retry_after_ms, seconds) in [(1, "1"), (1000, "1"), (1001, "2"), (59_500, "60")] {
+        let error = BrokerError::RateExceeded {
+            whose: String::new(),
+            retry_after_ms,
+        };
+        let problem = Problem::new(&error.into(), true);
+        assert_eq!(problem.retry_after_ms, Some(retry_after_ms));
+        assert_eq!(problem.response().headers()["retry-after"], seconds);
+    }
 }
 
 #[test]

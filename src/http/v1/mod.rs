@@ -1,9 +1,11 @@
 //! The endpoints under `/v1` and those for operation, one file a section of the reference.
 
+pub mod cancel;
 pub mod cluster;
 pub mod consume;
 pub mod health;
 pub mod leases;
+pub mod lookup;
 pub mod offsets;
 pub mod produce;
 pub mod replica;

@@ -1,7 +1,8 @@
 //! The message model on top of records: key, value, tag and user headers.
 //!
 //! The record's key is the message's key, its headers are the user's headers, and the tag is a
-//! record header with the reserved name [`TAG_HEADER`], which is never shown among the user's.
+//! record header with the reserved name [`TAG_HEADER`], which is never shown among the user's. So is
+//! its time to live, [`TTL_HEADER`].
 
 use bytes::Bytes;
 
@@ -9,6 +10,8 @@ use super::{BatchBuilder, BatchError, MAX_RECORD_HEADERS, RecordInput, RecordVie
 
 /// The record header that holds a message's tag. Users can't send a header of this name.
 pub const TAG_HEADER: &str = "quorate.tag";
+/// The record header that holds a message's time to live: milliseconds in decimal digits.
+pub const TTL_HEADER: &str = "quorate.ttl_ms";
 
 /// One message as its producer gave it, without its place in a queue.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -17,20 +20,26 @@ pub struct MessageRecord {
     /// `None` is null, which is not the same as empty.
     pub value: Option<Bytes>,
     pub tag: Option<String>,
+    /// How long after it became visible it is delivered.
+    pub ttl_ms: Option<u64>,
     /// In the producer's order; names may repeat.
     pub headers: Vec<(String, Bytes)>,
 }
 
 impl MessageRecord {
-    /// Adds the message to a batch. Fails, adding nothing, when a header has the reserved name
+    /// Adds the message to a batch. Fails, adding nothing, when a header has a reserved name
     /// or there are too many.
     pub fn encode(&self, batch: &mut BatchBuilder) -> Result<(), BatchError> {
-        let mut headers: Vec<(&str, &[u8])> = Vec::with_capacity(self.headers.len() + 1);
+        let ttl = self.ttl_ms.map(|ms| ms.to_string());
+        let mut headers: Vec<(&str, &[u8])> = Vec::with_capacity(self.headers.len() + 2);
         if let Some(tag) = &self.tag {
             headers.push((TAG_HEADER, tag.as_bytes()));
         }
+        if let Some(ttl) = &ttl {
+            headers.push((TTL_HEADER, ttl.as_bytes()));
+        }
         for (name, value) in &self.headers {
-            if name == TAG_HEADER {
+            if name == TAG_HEADER || name == TTL_HEADER {
                 return Err(BatchError::ReservedHeader(name.clone()));
             }
             headers.push((name, value));
@@ -68,6 +77,9 @@ impl MessageRecord {
                 }
                 continue;
             }
+            if header.key == TTL_HEADER.as_bytes() {
+                continue;
+            }
             let name = utf8(&header.key, "a header's name")?.to_owned();
             headers.push((name, header.value.unwrap_or_default()));
         }
@@ -75,6 +87,7 @@ impl MessageRecord {
             key,
             value: record.value.clone(),
             tag,
+            ttl_ms: record.ttl_ms(),
             headers,
         })
     }
@@ -88,6 +101,21 @@ impl RecordView {
             .filter(|header| header.key == TAG_HEADER.as_bytes())
             .find_map(|header| header.value)
     }
+
+    /// The message's time to live, without decoding the rest.
+    pub fn ttl_ms(&self) -> Option<u64> {
+        self.headers
+            .iter()
+            .filter(|header| header.key == TTL_HEADER.as_bytes())
+            .find_map(|header| parse_ttl(header.value.as_deref()?))
+    }
+}
+
+/// Reads the value of a [`TTL_HEADER`]; none if it is not a number of milliseconds above 0.
+pub fn parse_ttl(value: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(value).ok()?;
+    let digits = text.bytes().all(|b| b.is_ascii_digit());
+    text.parse().ok().filter(|ms| digits && *ms > 0)
 }
 
 /// `bytes` as text; `what` names them in the error.

@@ -36,7 +36,7 @@ mod view;
 
 pub use builder::{BatchBuilder, RecordInput};
 pub use error::BatchError;
-pub use message::{MessageRecord, TAG_HEADER};
+pub use message::{MessageRecord, TAG_HEADER, TTL_HEADER, parse_ttl};
 pub use records::{HeaderView, Headers, HeadersIter, RecordView, Records};
 pub use validate::MAX_RECORD_HEADERS;
 pub use view::{BatchView, Split, split};

@@ -59,6 +59,10 @@ impl Database {
         }
     }
 
+    pub(super) fn is_damaged(&self) -> bool {
+        self.damaged.load(Ordering::Acquire)
+    }
+
     /// Runs an operation. From the first sign of bad data on, all of them are refused.
     pub(super) fn run<T>(
         &self,

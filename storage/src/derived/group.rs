@@ -83,7 +83,8 @@ impl DerivedGroup {
     }
 
     /// Makes the changes and moves the group to `applied`, all or nothing. Refuses to move
-    /// backwards; [`DerivedGroup::clear`] first to start again from a snapshot.
+    /// backwards; [`DerivedGroup::clear`] first to start again from a snapshot, or undo what is
+    /// younger with [`DerivedGroup::rewind`].
     pub fn write(&self, batch: Vec<DerivedWrite>, applied: LogId) -> Result<(), StorageError> {
         self.with(|database| {
             let before = database.meta(self.id)?;
@@ -95,21 +96,41 @@ impl DerivedGroup {
                     self.id, before.applied
                 )));
             }
-            let mut sum = before.map_or(0, |meta| meta.fingerprint);
-            let mut out = Vec::new();
-            let changes: HashMap<Vec<u8>, Option<Vec<u8>>> = batch.into_iter().collect();
-            for (key, value) in changes {
-                sum = self.replaced(database, sum, &key, value.as_deref())?;
-                out.push((self.full_key(&key), value));
-            }
-            let meta = Meta {
-                applied,
-                fingerprint: sum,
-            };
-            let meta = (meta_key(self.id).to_vec(), Some(encode_meta(meta).to_vec()));
-            out.push(meta);
-            database.run(|engine| engine.apply(Tree::Pairs, out))
+            self.change(database, before, batch, applied)
         })
+    }
+
+    /// Makes the last changes that bring the group back to its state at `applied`, all or nothing.
+    pub fn rewind(&self, batch: Vec<DerivedWrite>, applied: LogId) -> Result<(), StorageError> {
+        self.with(|database| self.change(database, database.meta(self.id)?, batch, applied))
+    }
+
+    fn change(
+        &self,
+        database: &Database,
+        before: Option<Meta>,
+        batch: Vec<DerivedWrite>,
+        applied: LogId,
+    ) -> Result<(), StorageError> {
+        let mut sum = before.map_or(0, |meta| meta.fingerprint);
+        let mut out = Vec::new();
+        let changes: HashMap<Vec<u8>, Option<Vec<u8>>> = batch.into_iter().collect();
+        for (key, value) in changes {
+            sum = self.replaced(database, sum, &key, value.as_deref())?;
+            out.push((self.full_key(&key), value));
+        }
+        let meta = Meta {
+            applied,
+            fingerprint: sum,
+        };
+        let meta = (meta_key(self.id).to_vec(), Some(encode_meta(meta).to_vec()));
+        out.push(meta);
+        database.run(|engine| engine.apply(Tree::Pairs, out))
+    }
+
+    /// [`DerivedStore::flush`](super::DerivedStore::flush), for who has no more than this handle.
+    pub fn flush(&self) -> Result<(), StorageError> {
+        self.with(Database::flush)
     }
 
     /// Removes all of the group, its applied log id first. A crash in between is made good when

@@ -136,6 +136,12 @@ impl DerivedStore {
         Ok(())
     }
 
+    /// Whether bad data was met: every call fails until [`DerivedStore::reset`].
+    pub fn is_damaged(&self) -> bool {
+        let database = self.inner.database.read();
+        database.as_ref().is_none_or(Database::is_damaged)
+    }
+
     /// Hands what is buffered to the operating system, so that a killed process finds more recent
     /// state when it starts. No promise of durability.
     pub fn flush(&self) -> Result<(), StorageError> {

@@ -169,7 +169,7 @@ pub fn value_bytes(messages: &[Message]) -> usize {
 }
 
 /// A little more than the JSON will take if few bytes need escaping.
-fn json_bytes(messages: &[Message]) -> usize {
+pub fn json_bytes(messages: &[Message]) -> usize {
     256 + messages.len() * 192 + value_bytes(messages) * 9 / 8
 }
 

@@ -14,8 +14,14 @@ pub struct StoredBody<'a> {
     queue: u32,
     /// Null while the message is not visible yet.
     offset: Option<u64>,
-    /// Opaque and unique for ever.
-    message_id: &'a str,
+    /// Of a delayed message: when it is due. Absent from the answer to a retry.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deliver_at_ms: Option<u64>,
+    /// Opaque and unique for ever. Null if the message was dropped.
+    message_id: Option<&'a str>,
+    /// The queue's backlog was full and its topic drops what comes then: nothing was stored.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    dropped: bool,
 }
 
 impl<'a> From<&'a Stored> for StoredBody<'a> {
@@ -23,8 +29,27 @@ impl<'a> From<&'a Stored> for StoredBody<'a> {
         Self {
             queue: stored.queue,
             offset: stored.offset,
-            message_id: &stored.message_id,
+            deliver_at_ms: stored.deliver_at_ms,
+            message_id: Some(&stored.message_id),
+            dropped: false,
         }
+    }
+}
+
+/// What is told as an answer and not as an error.
+fn told<'a>(
+    result: Result<&'a Stored, &'a BrokerError>,
+) -> Result<StoredBody<'a>, &'a BrokerError> {
+    match result {
+        Ok(stored) => Ok(StoredBody::from(stored)),
+        Err(BrokerError::Dropped { queue, .. }) => Ok(StoredBody {
+            queue: *queue,
+            offset: None,
+            deliver_at_ms: None,
+            message_id: None,
+            dropped: true,
+        }),
+        Err(error) => Err(error),
     }
 }
 
@@ -43,9 +68,9 @@ struct Extra {
 }
 
 pub fn response(answer: &ProduceAnswer) -> Response {
-    let parts = answer.results.iter().map(|result| match result {
-        Ok(stored) => Ok(StoredBody::from(stored)),
-        Err(error) => Err((Nothing {}, error.clone())),
+    let parts = answer.results.iter().map(|result| {
+        let told = told(result.as_ref());
+        told.map_err(|error| (Nothing {}, error.clone()))
     });
     respond(
         parts,
@@ -75,9 +100,9 @@ pub fn write_line(
     result: Result<&Stored, &BrokerError>,
     durability: Durability,
 ) {
-    let line = match result {
+    let line = match told(result) {
         Ok(stored) => Line::Stored {
-            stored: StoredBody::from(stored),
+            stored,
             durability: durability.as_str(),
         },
         Err(error) => Line::Failed {

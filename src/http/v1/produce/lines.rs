@@ -4,8 +4,6 @@
 //! it at once. A line that is no message gets an error of its own and the others go on. Results
 //! leave in the order of the lines, and no more than one body's worth of lines is in memory.
 
-use std::sync::Arc;
-
 use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -14,12 +12,12 @@ use futures_util::stream;
 
 use super::answer::write_line;
 use super::wire::MessageBody;
-use crate::broker::{Broker, BrokerError, Durability, NewMessage, Outcome, ProduceRequest, Stored};
+use crate::broker::{BrokerError, Durability, NewMessage, Outcome, ProduceRequest, Stored};
 use crate::http::HttpState;
 use crate::http::body::{BodyReader, charge, parse_json};
+use crate::http::clients::ClientAddress;
 use crate::http::error::{ApiError, Problem};
 use crate::http::limits::{BudgetShare, ByteBudget};
-use crate::metrics::Metrics;
 
 /// Most lines stored in one go.
 const MAX_GROUP: usize = 1_000;
@@ -27,8 +25,8 @@ const MAX_GROUP: usize = 1_000;
 /// Where the messages of the lines go and how retries are recognised.
 #[derive(Debug)]
 struct Target {
-    broker: Arc<Broker>,
-    metrics: Arc<Metrics>,
+    state: HttpState,
+    client: ClientAddress,
     topic: String,
     idempotency_key: Option<String>,
 }
@@ -91,6 +89,7 @@ struct Answered {
 
 pub async fn produce_lines(
     state: &HttpState,
+    client: ClientAddress,
     reader: BodyReader,
     topic: String,
     idempotency_key: Option<String>,
@@ -100,8 +99,8 @@ pub async fn produce_lines(
         budget: state.budget.clone(),
         splitter: LineSplitter::default(),
         target: Target {
-            broker: Arc::clone(&state.broker),
-            metrics: Arc::clone(&state.metrics),
+            state: state.clone(),
+            client,
             topic,
             idempotency_key,
         },
@@ -325,7 +324,9 @@ impl Target {
             producer: None,
             idempotency_key: key,
         };
-        super::measured(&self.metrics, &self.broker, request).await
+        let clients = &self.state.clients;
+        clients.take_messages(self.client, &request.messages)?;
+        super::measured(&self.state.metrics, &self.state.broker, request).await
     }
 }
 

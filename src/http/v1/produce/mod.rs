@@ -10,19 +10,25 @@ use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
+use quorate_storage::batch::split;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::broker::{Broker, BrokerError, NewMessage, ProduceAnswer, ProduceRequest};
+use crate::broker::{
+    Broker, BrokerError, Delay, NewMessage, ProduceAnswer, ProduceRequest, records_in,
+};
 use crate::http::HttpState;
-use crate::http::body::{BodyReader, JsonBody, is_json, media_type, parse_json, wrong_media_type};
+use crate::http::body::{
+    BodyReader, JsonBody, WholeBody, is_json, media_type, parse_json, wrong_media_type,
+};
+use crate::http::clients::ClientAddress;
 use crate::http::error::{ApiError, Problem};
 use crate::http::multi::json;
 use crate::http::path::{TopicName, checked_name};
 use crate::http::query::Params;
 use crate::metrics::Metrics;
 use crate::names::check_tag;
-use wire::{ProduceBody, refuse_later_fields};
+use wire::{ProduceBody, check_ttl};
 
 /// Stored RecordBatch v2 bytes, one batch after the other.
 pub const BATCHES: &str = "application/vnd.quorate.batches";
@@ -68,6 +74,73 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     }
 }
 
+/// When a producer is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ack {
+    /// When a majority has its messages.
+    Majority,
+    /// At once; what becomes of the messages is not told.
+    None,
+}
+
+fn ack(params: &Params) -> Result<Ack, ApiError> {
+    match params.get("ack") {
+        None | Some("all" | "majority") => Ok(Ack::Majority),
+        Some("none" | "0") => Ok(Ack::None),
+        Some("leader" | "1") => Err(ApiError::invalid(
+            "ack=leader is not offered: before a majority has a message, its offset may still go \
+             to another one; use ack=all, or ack=none to be answered before anything is stored",
+        )),
+        Some(other) => {
+            let shown: String = other.chars().take(100).collect();
+            Err(ApiError::invalid(format!(
+                "ack={shown:?} is not known; use all (default) or none"
+            )))
+        }
+    }
+}
+
+/// The answer to `ack=none`.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct AcceptedBody {
+    /// Messages that were queued. They may be lost, and nobody will be told.
+    accepted: usize,
+}
+
+/// One request on its way to the broker.
+struct Producing<'a> {
+    state: &'a HttpState,
+    client: ClientAddress,
+    ack: Ack,
+}
+
+impl Producing<'_> {
+    /// `body` is what the messages are slices of.
+    async fn store(&self, request: ProduceRequest, body: WholeBody) -> Result<Response, ApiError> {
+        let clients = &self.state.clients;
+        clients.take_messages(self.client, &request.messages)?;
+        match self.ack {
+            Ack::Majority => {
+                let answer = measured(&self.state.metrics, &self.state.broker, request).await?;
+                Ok(answer::response(&answer))
+            }
+            Ack::None => {
+                let accepted = self.state.broker.accept(request, body).await?;
+                Ok(json(StatusCode::ACCEPTED, &AcceptedBody { accepted }))
+            }
+        }
+    }
+
+    fn only_majority(&self, form: &str) -> Result<(), ApiError> {
+        match self.ack {
+            Ack::Majority => Ok(()),
+            Ack::None => Err(ApiError::invalid(format!(
+                "ack=none takes messages as application/json or application/octet-stream, not {form}"
+            ))),
+        }
+    }
+}
+
 /// Asks the broker and counts what was acknowledged.
 async fn measured(
     metrics: &Metrics,
@@ -102,7 +175,10 @@ async fn measured(
         ("key" = Option<String>, Query, description = "octet-stream only"),
         ("tag" = Option<String>, Query, description = "octet-stream only"),
         ("queue" = Option<u32>, Query, description = "octet-stream and batches only"),
-        ("delay_ms" = Option<u64>, Query, description = "octet-stream only"),
+        ("delay_ms" = Option<u64>, Query, description = "octet-stream only: becomes visible so much later, at most a year"),
+        ("deliver_at_ms" = Option<u64>, Query, description = "octet-stream only: becomes visible then, in ms since 1970; at once if that is past"),
+        ("ttl_ms" = Option<u64>, Query, description = "octet-stream only: how long it is delivered once it is visible"),
+        ("ack" = Option<String>, Query, description = "`all` (default): answered when a majority has the messages. `none`: answered 202 at once, unacknowledged; JSON and octet-stream only"),
         ("Idempotency-Key" = Option<String>, Header, description = "A retry with the same key and topic within 10 minutes gets the first answer"),
     ),
     request_body(content(
@@ -113,12 +189,14 @@ async fn measured(
     )),
     responses(
     (status = 200, description = "All stored", body = answer::ProduceAnswerBody),
+    (status = 202, description = "`ack=none`: queued, not stored yet, and never acknowledged", body = AcceptedBody),
     (status = 207, description = "Some stored; the other entries are errors", body = answer::ProduceAnswerBody),
     (status = "default", description = "Problem", body = Problem, content_type = "application/problem+json"),
 ))]
 pub async fn produce(
     State(state): State<HttpState>,
     TopicName(topic): TopicName,
+    client: ClientAddress,
     params: Params,
     request: Request,
 ) -> Result<Response, ApiError> {
@@ -127,9 +205,14 @@ pub async fn produce(
     let (parts, body) = request.into_parts();
     let headers = parts.headers;
     let idempotency_key = idempotency_key(&headers)?;
+    let producing = Producing {
+        state: &state,
+        client,
+        ack: ack(&params)?,
+    };
     match form(&headers)? {
         Form::Json => {
-            params.none()?;
+            params.only(&["ack"])?;
             let whole = read(&state, &headers, body).await?;
             let parsed: ProduceBody<'_> = parse_json(&whole.bytes)?;
             let (messages, producer) = parsed.into_messages(&whole.bytes)?;
@@ -139,9 +222,7 @@ pub async fn produce(
                 producer,
                 idempotency_key,
             };
-            Ok(answer::response(
-                &measured(&state.metrics, &state.broker, request).await?,
-            ))
+            producing.store(request, whole).await
         }
         Form::Bytes => {
             let mut message = message_of_query(params)?;
@@ -154,37 +235,36 @@ pub async fn produce(
                 producer: None,
                 idempotency_key,
             };
-            Ok(answer::response(
-                &measured(&state.metrics, &state.broker, request).await?,
-            ))
+            producing.store(request, whole).await
         }
         Form::Lines => {
-            params.none()?;
+            producing.only_majority("application/x-ndjson")?;
+            params.only(&["ack"])?;
             let reader = BodyReader::new(&headers, body, &state.limits)?;
-            lines::produce_lines(&state, reader, topic, idempotency_key).await
+            lines::produce_lines(&state, client, reader, topic, idempotency_key).await
         }
         Form::Batches => {
-            let queue = params.only(&["queue"])?.number("queue")?.ok_or_else(|| {
-                ApiError::invalid("batches go to one queue; name it with ?queue=")
-            })?;
+            producing.only_majority(BATCHES)?;
+            let queue = params
+                .only(&["ack", "queue"])?
+                .number("queue")?
+                .ok_or_else(|| {
+                    ApiError::invalid("batches go to one queue; name it with ?queue=")
+                })?;
             let whole = read(&state, &headers, body).await?;
-            produce_batches(&state, &topic, queue, whole.bytes, idempotency_key).await
+            produce_batches(&producing, &topic, queue, whole.bytes, idempotency_key).await
         }
     }
 }
 
-async fn read(
-    state: &HttpState,
-    headers: &HeaderMap,
-    body: Body,
-) -> Result<crate::http::body::WholeBody, ApiError> {
+async fn read(state: &HttpState, headers: &HeaderMap, body: Body) -> Result<WholeBody, ApiError> {
     BodyReader::new(headers, body, &state.limits)?
         .read_all(&state.budget)
         .await
 }
 
 async fn produce_batches(
-    state: &HttpState,
+    producing: &Producing<'_>,
     topic: &str,
     queue: u32,
     batches: bytes::Bytes,
@@ -195,7 +275,13 @@ async fn produce_batches(
             "the body is empty; it must be at least one RecordBatch v2",
         ));
     }
+    let state = producing.state;
     let (begun, bytes) = (Instant::now(), batches.len() as u64);
+    let views = split(batches.clone()).map_while(Result::ok);
+    let messages = views.map(|batch| u64::from(records_in(&batch)));
+    state
+        .clients
+        .take(producing.client, messages.sum(), bytes)?;
     let answer = state
         .broker
         .produce_batches(topic, queue, batches, idempotency_key)
@@ -215,14 +301,19 @@ async fn produce_batches(
 
 /// The parameters of an octet-stream request; the body is the value.
 fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
-    let params = params.only(&["key", "tag", "queue", "delay_ms", "deliver_at_ms", "ttl_ms"])?;
-    let later = |name| params.number::<u64>(name);
-    refuse_later_fields(
-        later("delay_ms")?,
-        later("deliver_at_ms")?,
-        later("ttl_ms")?,
-    )
-    .map_err(ApiError::invalid)?;
+    let params = params.only(&[
+        "ack",
+        "key",
+        "tag",
+        "queue",
+        "delay_ms",
+        "deliver_at_ms",
+        "ttl_ms",
+    ])?;
+    let delay = Delay::new(params.number("delay_ms")?, params.number("deliver_at_ms")?);
+    let delay = delay.map_err(ApiError::invalid)?;
+    let ttl_ms = params.number("ttl_ms")?;
+    check_ttl(ttl_ms).map_err(ApiError::invalid)?;
     let tag = params.get("tag").map(str::to_owned);
     if let Some(tag) = &tag {
         check_tag(tag).map_err(ApiError::invalid)?;
@@ -231,6 +322,8 @@ fn message_of_query(params: Params) -> Result<NewMessage, ApiError> {
     Ok(NewMessage {
         key,
         tag,
+        ttl_ms,
+        delay,
         queue: params.number("queue")?,
         ..NewMessage::default()
     })

@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use utoipa::ToSchema;
 
 use super::super::given;
-use crate::broker::{NewMessage, ProducerMark};
+use crate::broker::{Delay, MAX_TTL_MS, NewMessage, ProducerMark};
 use crate::http::error::ApiError;
 use crate::http::object::{self, Object};
 use crate::names::{RESERVED_HEADER_PREFIX, check_tag};
@@ -108,10 +108,13 @@ pub struct MessageBody<'a> {
     /// Beats the key's hash, which beats round robin.
     #[serde(default)]
     pub queue: Option<u32>,
+    /// Becomes visible so much later, in ms: at most a year.
     #[serde(default)]
     pub delay_ms: Option<u64>,
+    /// Becomes visible then, in ms since 1970, at most a year ahead; at once if that is past.
     #[serde(default)]
     pub deliver_at_ms: Option<u64>,
+    /// How long it is delivered once it is visible, in ms.
     #[serde(default)]
     pub ttl_ms: Option<u64>,
 }
@@ -219,7 +222,8 @@ impl ProduceBody<'_> {
 impl MessageBody<'_> {
     /// The message, or why it can't be one.
     pub fn into_message(self, body: &Bytes) -> Result<NewMessage, String> {
-        refuse_later_fields(self.delay_ms, self.deliver_at_ms, self.ttl_ms)?;
+        let delay = Delay::new(self.delay_ms, self.deliver_at_ms)?;
+        check_ttl(self.ttl_ms)?;
         if let Some(tag) = &self.tag {
             check_tag(tag)?;
         }
@@ -238,27 +242,20 @@ impl MessageBody<'_> {
             key: self.key,
             tag: self.tag,
             headers: self.headers.0,
+            ttl_ms: self.ttl_ms,
+            delay,
             queue: self.queue,
         })
     }
 }
 
-/// Fields of the contract that this version knows but can't honour.
-pub fn refuse_later_fields(
-    delay_ms: Option<u64>,
-    deliver_at_ms: Option<u64>,
-    ttl_ms: Option<u64>,
-) -> Result<(), String> {
-    let given = [
-        ("delay_ms", delay_ms, "delay messages"),
-        ("deliver_at_ms", deliver_at_ms, "delay messages"),
-        ("ttl_ms", ttl_ms, "expire messages by ttl"),
-    ];
-    match given.iter().find(|(_, value, _)| value.is_some()) {
-        None => Ok(()),
-        Some((name, _, what)) => Err(format!(
-            "{name}: this version can't {what} yet; leave the field out"
-        )),
+/// A time to live is at least a millisecond.
+pub fn check_ttl(ttl_ms: Option<u64>) -> Result<(), String> {
+    match ttl_ms {
+        Some(ms) if !(1..=MAX_TTL_MS).contains(&ms) => {
+            Err(format!("ttl_ms is {ms}; it must be 1 to {MAX_TTL_MS}"))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -350,9 +347,10 @@ mod tests {
             ),
             (r#"{"value":7}"#, "expected a string"),
             (r#"{"value_base64":"?"}"#, "messages[1]: value_base64"),
-            (r#"{"delay_ms":5}"#, "can't delay messages yet"),
-            (r#"{"deliver_at_ms":5}"#, "can't delay messages yet"),
-            (r#"{"ttl_ms":5}"#, "can't expire messages by ttl yet"),
+            (r#"{"delay_ms":31536000001}"#, "a year"),
+            (r#"{"delay_ms":-1}"#, "line 1 column"),
+            (r#"{"delay_ms":5,"deliver_at_ms":5}"#, "not both"),
+            (r#"{"ttl_ms":0}"#, "ttl_ms is 0; it must be 1"),
             (r#"{"queue":-1}"#, "line 1 column"),
             (r#"{"tag":"a||b"}"#, "||"),
             (r#"{"tag":""}"#, "1 to 255"),

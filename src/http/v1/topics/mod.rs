@@ -5,6 +5,8 @@ mod wire;
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::http::HttpState;
 use crate::http::body::JsonBody;
@@ -89,6 +91,32 @@ pub async fn update(
     let patch = wanted.patch(&current.config, Allowed::from(&state))?;
     let topic = state.broker.update_topic(&name, patch).await?;
     Ok(json(StatusCode::OK, &TopicBody::from(&topic)))
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub struct QueueOfKey {
+    queue: u32,
+}
+
+/// The queue that messages with this key go to. It stays the same until `hash_queues` is changed.
+#[utoipa::path(get, path = "/v1/topics/{topic}/queue", tag = "topics",
+    params(
+        ("topic" = String, Path, description = "Topic name"),
+        ("key" = String, Query, description = "A message's key"),
+    ), responses(
+    (status = 200, description = "The queue", body = QueueOfKey),
+    (status = "default", description = "Problem", body = Problem, content_type = "application/problem+json"),
+))]
+pub async fn queue_of_key(
+    State(state): State<HttpState>,
+    TopicName(name): TopicName,
+    params: Params,
+) -> Result<Response, ApiError> {
+    let params = params.only(&["key"])?;
+    let missing = || ApiError::invalid("name the key with ?key=");
+    let key = params.get("key").ok_or_else(missing)?;
+    let queue = state.broker.queue_of_key(&name, key).await?;
+    Ok(json(StatusCode::OK, &QueueOfKey { queue }))
 }
 
 /// Deletes a topic with all its messages.

@@ -5,8 +5,8 @@ use utoipa::ToSchema;
 
 use super::super::given;
 use crate::broker::{
-    Backlog, FlushMode, OnFull, QueueDescription, Retention, TopicConfig, TopicDescription,
-    TopicPatch,
+    Backlog, FlushMode, MAX_TTL_MS, OnFull, QueueDescription, Quota, Retention, TopicConfig,
+    TopicDescription, TopicPatch,
 };
 use crate::http::HttpState;
 use crate::http::error::ApiError;
@@ -37,6 +37,9 @@ pub struct CreateTopic {
     max_message_bytes: Option<u64>,
     #[serde(default, deserialize_with = "object::optional")]
     backlog: Option<BacklogBody>,
+    #[serde(default, deserialize_with = "object::optional")]
+    quota: Option<QuotaBody>,
+    /// How long a message is delivered once it is visible. Default: as long as it is kept.
     #[serde(default)]
     ttl_ms: Option<u64>,
     /// Keys hash over this many queues, default all.
@@ -56,14 +59,38 @@ pub struct RetentionBody {
     max_bytes: Option<Option<u64>>,
 }
 
+/// What each queue takes that the slowest consumer group has not consumed yet (without any consumer
+/// group: all that it holds). Null means no limit.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BacklogBody {
-    #[serde(default)]
-    max_messages: Option<u64>,
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u64>)]
+    max_messages: Option<Option<u64>>,
+    /// Stored bytes.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u64>)]
+    max_bytes: Option<Option<u64>>,
+    /// How long ago the oldest message that was not consumed became visible.
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u64>)]
+    max_age_ms: Option<Option<u64>>,
+    /// `reject` (default): 429. `drop_newest`: 200 with `"dropped": true`, and nothing stored.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     on_full: Option<OnFull>,
+}
+
+/// Rates beyond which producers are answered 429. Null means no limit.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct QuotaBody {
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u64>)]
+    messages_per_s: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u64>)]
+    bytes_per_s: Option<Option<u64>>,
 }
 
 /// A change of a topic: absent fields stay as they are.
@@ -82,8 +109,11 @@ pub struct UpdateTopic {
     max_message_bytes: Option<u64>,
     #[serde(default, deserialize_with = "object::optional")]
     backlog: Option<BacklogBody>,
-    #[serde(default)]
-    ttl_ms: Option<u64>,
+    #[serde(default, deserialize_with = "object::optional")]
+    quota: Option<QuotaBody>,
+    #[serde(default, deserialize_with = "given")]
+    #[schema(value_type = Option<u64>)]
+    ttl_ms: Option<Option<u64>>,
     /// Moves keyed messages to other queues: their order is only kept within a queue.
     #[serde(default)]
     hash_queues: Option<u32>,
@@ -170,7 +200,7 @@ impl From<&HttpState> for Allowed {
 impl CreateTopic {
     pub fn config(&self, allowed: Allowed) -> Result<TopicConfig, ApiError> {
         let base = TopicConfig::default();
-        refuse_ttl(self.ttl_ms)?;
+        check_ttl(self.ttl_ms)?;
         let queues = bounded("queues", self.queues, 1..=MAX_QUEUES, base.queues)?;
         let default_bytes = base.max_message_bytes.min(allowed.max_message_bytes);
         Ok(TopicConfig {
@@ -190,7 +220,8 @@ impl CreateTopic {
                 default_bytes,
             )?,
             backlog: merge_backlog(self.backlog.as_ref(), base.backlog)?,
-            ttl_ms: None,
+            quota: merge_quota(self.quota.as_ref(), base.quota)?,
+            ttl_ms: self.ttl_ms,
             // 0: as many as there are queues, or as the topic has if it is there already.
             hash_queues: match self.hash_queues {
                 None => 0,
@@ -203,7 +234,7 @@ impl CreateTopic {
 impl UpdateTopic {
     /// `current` fills the absent parts of fields that are objects.
     pub fn patch(&self, current: &TopicConfig, allowed: Allowed) -> Result<TopicPatch, ApiError> {
-        refuse_ttl(self.ttl_ms)?;
+        check_ttl(self.ttl_ms.flatten())?;
         if let Some(queues) = self.queues {
             bounded("queues", Some(queues), 1..=MAX_QUEUES, queues)?;
             if queues < current.queues {
@@ -227,6 +258,7 @@ impl UpdateTopic {
         }
         let retention = self.retention.as_ref();
         let backlog = self.backlog.as_ref();
+        let quota = self.quota.as_ref();
         Ok(TopicPatch {
             queues: self.queues,
             retention: retention
@@ -236,34 +268,41 @@ impl UpdateTopic {
             backlog: backlog
                 .map(|b| merge_backlog(Some(b), current.backlog))
                 .transpose()?,
-            ttl_ms: None,
+            quota: quota
+                .map(|q| merge_quota(Some(q), current.quota))
+                .transpose()?,
+            ttl_ms: self.ttl_ms,
             flush: self.flush,
             hash_queues: self.hash_queues,
         })
     }
 }
 
-fn refuse_ttl(ttl_ms: Option<u64>) -> Result<(), ApiError> {
-    match ttl_ms {
-        None => Ok(()),
-        Some(_) => Err(ApiError::invalid(
-            "ttl_ms: this version can't expire messages by ttl yet; leave it out or set it to null",
-        )),
+fn check_ttl(ttl_ms: Option<u64>) -> Result<(), ApiError> {
+    let Some(ttl_ms) = ttl_ms else {
+        return Ok(());
+    };
+    bounded("ttl_ms", Some(ttl_ms), 1..=MAX_TTL_MS, ttl_ms).map(drop)
+}
+
+/// Limits that are given must lie above 0 and far below overflow.
+fn check_limits(limits: &[(&str, Option<Option<u64>>)]) -> Result<(), ApiError> {
+    for (name, value) in limits {
+        if let Some(value) = value.flatten() {
+            bounded(name, Some(value), 1..=u64::from(u32::MAX) << 20, value)?;
+        }
     }
+    Ok(())
 }
 
 fn merge_retention(body: Option<&RetentionBody>, base: Retention) -> Result<Retention, ApiError> {
     let Some(body) = body else {
         return Ok(base);
     };
-    for (name, value) in [
-        ("retention.max_age_ms", body.max_age_ms.flatten()),
-        ("retention.max_bytes", body.max_bytes.flatten()),
-    ] {
-        if let Some(value) = value {
-            bounded(name, Some(value), 1..=u64::from(u32::MAX) << 20, value)?;
-        }
-    }
+    check_limits(&[
+        ("retention.max_age_ms", body.max_age_ms),
+        ("retention.max_bytes", body.max_bytes),
+    ])?;
     Ok(Retention {
         max_age_ms: body.max_age_ms.unwrap_or(base.max_age_ms),
         max_bytes: body.max_bytes.unwrap_or(base.max_bytes),
@@ -274,15 +313,30 @@ fn merge_backlog(body: Option<&BacklogBody>, base: Backlog) -> Result<Backlog, A
     let Some(body) = body else {
         return Ok(base);
     };
-    if body.max_messages.is_some() {
-        return Err(ApiError::invalid(
-            "backlog.max_messages: this version can't bound a topic's backlog yet; leave it out \
-             or set it to null",
-        ));
-    }
+    check_limits(&[
+        ("backlog.max_messages", body.max_messages),
+        ("backlog.max_bytes", body.max_bytes),
+        ("backlog.max_age_ms", body.max_age_ms),
+    ])?;
     Ok(Backlog {
-        max_messages: None,
+        max_messages: body.max_messages.unwrap_or(base.max_messages),
+        max_bytes: body.max_bytes.unwrap_or(base.max_bytes),
+        max_age_ms: body.max_age_ms.unwrap_or(base.max_age_ms),
         on_full: body.on_full.unwrap_or(base.on_full),
+    })
+}
+
+fn merge_quota(body: Option<&QuotaBody>, base: Quota) -> Result<Quota, ApiError> {
+    let Some(body) = body else {
+        return Ok(base);
+    };
+    check_limits(&[
+        ("quota.messages_per_s", body.messages_per_s),
+        ("quota.bytes_per_s", body.bytes_per_s),
+    ])?;
+    Ok(Quota {
+        messages_per_s: body.messages_per_s.unwrap_or(base.messages_per_s),
+        bytes_per_s: body.bytes_per_s.unwrap_or(base.bytes_per_s),
     })
 }
 
@@ -371,12 +425,16 @@ mod tests {
             (json!({"name": "t", "replicas": 9}), "replicas"),
             (json!({"name": "t", "flush": "never"}), "never"),
             (
-                json!({"name": "t", "ttl_ms": 5}),
-                "can't expire messages by ttl yet",
+                json!({"name": "t", "ttl_ms": 0}),
+                "ttl_ms is 0; it must be 1",
             ),
             (
-                json!({"name": "t", "backlog": {"max_messages": 5}}),
-                "backlog yet",
+                json!({"name": "t", "backlog": {"max_messages": 0}}),
+                "backlog.max_messages is 0",
+            ),
+            (
+                json!({"name": "t", "quota": {"bytes_per_s": 0}}),
+                "quota.bytes_per_s is 0",
             ),
             (
                 json!({"name": "t", "backlog": {"max": 5}}),
@@ -404,6 +462,10 @@ mod tests {
                 max_age_ms: Some(7),
                 max_bytes: Some(9),
             },
+            backlog: Backlog {
+                max_messages: Some(3),
+                ..TopicConfig::default().backlog
+            },
             ..TopicConfig::default()
         };
         let patch = |body: serde_json::Value| {
@@ -421,6 +483,13 @@ mod tests {
             })
         );
         assert!(changed.queues.is_none() && changed.flush.is_none());
+        let bounded = patch(json!({"backlog": {"max_bytes": 5}, "ttl_ms": null})).unwrap();
+        let backlog = bounded.backlog.unwrap();
+        assert_eq!(
+            (backlog.max_messages, backlog.max_bytes),
+            (Some(3), Some(5))
+        );
+        assert_eq!(bounded.ttl_ms, Some(None));
         assert_eq!(patch(json!({"queues": 8})).unwrap().queues, Some(8));
         assert!(
             patch(json!({"queues": 3}))

@@ -1,0 +1,226 @@
+//! Bounded backlogs: exactly as much is taken as fits, and a commit makes room at once.
+
+use anyhow::{Result, ensure};
+use futures_util::future::join_all;
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use crate::api::Api;
+use crate::support::{Cluster, eventually};
+
+const PRODUCE: &str = "/v1/topics/t/messages";
+
+async fn bounded(api: &Api, backlog: Value) {
+    let topic = json!({"name": "t", "queues": 1, "backlog": backlog});
+    api.post("/v1/topics", &topic).await.expect(201);
+}
+
+fn one() -> Value {
+    json!({"messages": [{"value": "v"}]})
+}
+
+async fn commit(api: &Api, group: &str, offset: u64) {
+    let body =
+        json!({"offsets": [{"topic": "t", "queue": 0, "offset": offset}], "allow_rewind": true});
+    let path = format!("/v1/groups/{group}/offsets");
+    api.call(Method::PUT, &path, &body).await.expect(200);
+}
+
+async fn end(api: &Api) -> u64 {
+    let topic = api.get("/v1/topics/t").await.expect(200);
+    topic["queues"][0]["end_offset"].as_u64().unwrap()
+}
+
+#[tokio::test]
+async fn of_many_at_once_exactly_as_many_are_taken_as_fit() -> Result<()> {
+    let api = Api::start().await?;
+    bounded(&api, json!({"max_messages": 10})).await;
+    let body = one();
+    for fits in [10, 4] {
+        let sent = join_all((0..40).map(|_| api.post(PRODUCE, &body))).await;
+        let (taken, refused): (Vec<_>, Vec<_>) = sent.iter().partition(|a| a.status == 200);
+        assert_eq!(taken.len(), fits);
+        for answer in refused {
+            let problem = answer.problem(429, "backlog_full");
+            assert_eq!(problem["outcome"], "not_committed");
+            assert_eq!(problem["retryable"], true);
+        }
+        // The first group to commit is the slowest there is; the next one makes nothing worse.
+        commit(&api, "a", 4).await;
+        commit(&api, "b", 9).await;
+    }
+    assert_eq!(end(&api).await, 14);
+    api.post(PRODUCE, &one()).await.problem(429, "backlog_full");
+    // One after the other: each commit counts for the message that comes after it.
+    for offset in 5..10 {
+        commit(&api, "a", offset).await;
+        api.post(PRODUCE, &one()).await.expect(200);
+        api.post(PRODUCE, &one()).await.problem(429, "backlog_full");
+    }
+    // A rewind is known within a second.
+    commit(&api, "a", 12).await;
+    commit(&api, "b", 12).await;
+    commit(&api, "b", 0).await;
+    eventually("the rewound group counts", || async {
+        let answer = api.post(PRODUCE, &one()).await;
+        ensure!(answer.status == 429, "{}", answer.text());
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_request_is_taken_whole_or_not_at_all() -> Result<()> {
+    let api = Api::start().await?;
+    bounded(&api, json!({"max_messages": 5})).await;
+    let batch = |n: usize| json!({"messages": vec![json!({"value": "v"}); n]});
+    api.post(PRODUCE, &batch(3)).await.expect(200);
+    api.post(PRODUCE, &batch(3))
+        .await
+        .problem(429, "backlog_full");
+    api.post(PRODUCE, &batch(2)).await.expect(200);
+    // It would never fit.
+    let answer = api.post(PRODUCE, &batch(6)).await;
+    assert_eq!(answer.problem(400, "invalid_request")["retryable"], false);
+    assert_eq!(end(&api).await, 5);
+
+    let none = json!({"backlog": {"max_messages": null}});
+    let patched = api
+        .call(Method::PATCH, "/v1/topics/t", &none)
+        .await
+        .expect(200);
+    assert_eq!(patched["config"]["backlog"]["max_messages"], Value::Null);
+    api.post(PRODUCE, &batch(6)).await.expect(200);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_topic_that_drops_says_so_for_each_message() -> Result<()> {
+    let api = Api::start().await?;
+    bounded(&api, json!({"max_messages": 2, "on_full": "drop_newest"})).await;
+    api.store("t", 0, &["a", "b"]).await;
+    let dropped = json!({"queue": 0, "offset": null, "message_id": null, "dropped": true});
+    let answer = api.post(PRODUCE, &one()).await.expect(200);
+    assert_eq!(answer["results"][0], dropped);
+    let lines = "{\"value\":\"c\"}\n{\"value\":\"d\"}\n";
+    let answer = api.post_as(PRODUCE, "application/x-ndjson", lines).await;
+    assert_eq!(answer.text().matches("\"dropped\":true").count(), 2);
+    let bytes = "application/octet-stream";
+    let answer = api.post_as(PRODUCE, bytes, "e").await.expect(200);
+    assert_eq!(answer["results"][0], dropped);
+    assert_eq!(end(&api).await, 2);
+    let metrics = api.get("/metrics").await.text();
+    assert!(
+        metrics.contains("quorate_produced_messages_total 2\n"),
+        "{metrics}"
+    );
+
+    // A message left out would be a gap in the producer's sequence.
+    let producer = api.post("/v1/producers", &json!({})).await.expect(200);
+    let mark = json!({"id": producer["id"], "epoch": 0, "sequence": 0});
+    let marked = json!({"messages": [{"value": "f"}], "producer": mark});
+    api.post(PRODUCE, &marked)
+        .await
+        .problem(429, "backlog_full");
+    commit(&api, "g", 1).await;
+    let answer = api.post(PRODUCE, &marked).await.expect(200);
+    assert_eq!(answer["results"][0]["offset"], 2);
+    Ok(())
+}
+
+#[tokio::test]
+async fn bytes_and_age_bound_a_backlog_as_well() -> Result<()> {
+    let api = Api::start().await?;
+    bounded(&api, json!({"max_bytes": 10_000})).await;
+    let kilobyte = json!({"messages": [{"value": "x".repeat(1000)}]});
+    let mut taken = 0;
+    while api.post(PRODUCE, &kilobyte).await.status == 200 {
+        taken += 1;
+        assert!(taken < 20);
+    }
+    // A message has its batch's head to itself: 1000 bytes are a little more when stored.
+    assert_eq!(taken, 9);
+    commit(&api, "g", 3).await;
+    for _ in 0..3 {
+        api.post(PRODUCE, &kilobyte).await.expect(200);
+    }
+    api.post(PRODUCE, &kilobyte)
+        .await
+        .problem(429, "backlog_full");
+
+    let aged = json!({"backlog": {"max_bytes": null, "max_age_ms": 1}});
+    api.call(Method::PATCH, "/v1/topics/t", &aged)
+        .await
+        .expect(200);
+    api.post(PRODUCE, &one()).await.problem(429, "backlog_full");
+    commit(&api, "g", 12).await;
+    // Nothing waits, so nothing is too old.
+    api.post(PRODUCE, &one()).await.expect(200);
+    eventually("the message has become too old", || async {
+        let answer = api.post(PRODUCE, &one()).await;
+        ensure!(answer.status == 429, "{}", answer.text());
+        Ok(())
+    })
+    .await
+}
+
+#[tokio::test]
+async fn in_a_cluster_every_node_says_the_same_and_commits_count_at_once() -> Result<()> {
+    let cluster = Cluster::start(3).await?;
+    let http = reqwest::Client::builder().no_proxy().build()?;
+    let urls = cluster.urls();
+    let topic = json!({"name": "t", "queues": 3, "backlog": {"max_messages": 4}});
+    let made = http
+        .post(format!("{}/v1/topics", urls[0]))
+        .json(&topic)
+        .send()
+        .await?;
+    ensure!(made.status() == 201, "{}", made.text().await?);
+    let produce = |node: usize, queue: u64| {
+        let body = json!({"messages": [{"value": "v", "queue": queue}]});
+        let request = http.post(format!("{}{PRODUCE}", urls[node])).json(&body);
+        async move {
+            let answer = request.send().await?;
+            Ok::<_, anyhow::Error>(answer.status().as_u16())
+        }
+    };
+    // Queues are led by different nodes; whoever is asked, the fifth is refused.
+    for queue in 0..3 {
+        for n in 0..4 {
+            ensure!(
+                produce(n % 3, queue).await? == 200,
+                "queue {queue}, message {n}"
+            );
+        }
+        for node in 0..3 {
+            ensure!(
+                produce(node, queue).await? == 429,
+                "queue {queue}, node {node}"
+            );
+        }
+    }
+    for round in 1..=6 {
+        let node = round % 3;
+        let offsets: Vec<_> = (0..3)
+            .map(|queue| json!({"topic": "t", "queue": queue, "offset": round}))
+            .collect();
+        let path = format!("{}/v1/groups/g-{}/offsets", urls[node], 1);
+        let answer = http
+            .put(path)
+            .json(&json!({"offsets": offsets}))
+            .send()
+            .await?;
+        ensure!(answer.status() == 200, "{}", answer.text().await?);
+        for queue in 0..3 {
+            ensure!(
+                produce((node + 1) % 3, queue).await? == 200,
+                "round {round}, queue {queue}"
+            );
+            ensure!(
+                produce(node, queue).await? == 429,
+                "round {round}, queue {queue}"
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,141 @@
+//! Quotas of topics and of client addresses.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use futures_util::future::join_all;
+use reqwest::Method;
+use serde_json::json;
+
+use crate::api::{Answer, Api};
+use crate::support::{Cluster, eventually};
+
+const PRODUCE: &str = "/v1/topics/t/messages";
+
+/// Checks a refusal and gives the time after which to try again.
+fn refused(answer: &Answer) -> Duration {
+    let problem = answer.problem(429, "quota_exceeded");
+    assert_eq!(problem["outcome"], "not_committed");
+    let ms = problem["retry_after_ms"].as_u64().expect("retry_after_ms");
+    let seconds: u64 = answer.header("retry-after").parse().expect("seconds");
+    assert_eq!(seconds, ms.div_ceil(1000).max(1));
+    Duration::from_millis(ms)
+}
+
+#[tokio::test]
+async fn a_topic_takes_its_rate_and_tells_the_truth_about_when() -> Result<()> {
+    let api = Api::start().await?;
+    let topic = json!({"name": "t", "queues": 3, "quota": {"messages_per_s": 10}});
+    let made = api.post("/v1/topics", &topic).await.expect(201);
+    assert_eq!(
+        made["config"]["quota"],
+        json!({"messages_per_s": 10, "bytes_per_s": null})
+    );
+    let batch = |n: usize| json!({"messages": vec![json!({"value": "v", "queue": 0}); n]});
+    api.post(PRODUCE, &batch(10)).await.expect(200);
+    let wait = refused(&api.post(PRODUCE, &batch(10)).await);
+    let asked = Instant::now();
+    ensure!(
+        wait > Duration::from_millis(500) && wait <= Duration::from_secs(1),
+        "{wait:?}"
+    );
+    tokio::time::sleep_until((asked + wait).into()).await;
+    api.post(PRODUCE, &batch(10)).await.expect(200);
+    // More than a second's worth goes when there is a second's worth, and is paid for later.
+    let wait = refused(&api.post(PRODUCE, &batch(30)).await);
+    eventually("a large request", || async {
+        ensure!(api.post(PRODUCE, &batch(30)).await.status == 200);
+        Ok(())
+    })
+    .await?;
+    let debt = refused(&api.post(PRODUCE, &batch(1)).await);
+    ensure!(
+        debt > wait && debt > Duration::from_millis(1_900),
+        "{debt:?}"
+    );
+
+    let patch = json!({"quota": {"messages_per_s": null, "bytes_per_s": 10_000}});
+    let patched = api
+        .call(Method::PATCH, "/v1/topics/t", &patch)
+        .await
+        .expect(200);
+    assert_eq!(
+        patched["config"]["quota"],
+        json!({"messages_per_s": null, "bytes_per_s": 10_000})
+    );
+    for _ in 0..5 {
+        api.post(PRODUCE, &batch(30)).await.expect(200);
+    }
+    let large = json!({"messages": [{"value": "x".repeat(9_000), "queue": 0}]});
+    refused(&api.post(PRODUCE, &large).await);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_client_address_has_a_quota_where_the_server_says_so() -> Result<()> {
+    let limits = "[limits]\nclient_messages_per_s = 5\nclient_bytes_per_s = 100000\n";
+    let api = Api::start_with(limits).await?;
+    api.topic("t", 1).await;
+    let bytes = "application/octet-stream";
+    for _ in 0..5 {
+        api.post_as(PRODUCE, bytes, "v").await.expect(200);
+    }
+    refused(&api.post_as(PRODUCE, bytes, "v").await);
+    let lines = api
+        .post_as(PRODUCE, "application/x-ndjson", "{}\n{}\n{}\n")
+        .await;
+    refused(&lines);
+    let path = format!("{PRODUCE}?ack=none");
+    refused(&api.post(&path, &json!({"messages": [{}, {}, {}]})).await);
+    // Reading is free.
+    for _ in 0..20 {
+        api.get("/v1/topics/t/queues/0/messages").await.expect(200);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_nodes_of_a_cluster_together_never_give_more_than_the_quota() -> Result<()> {
+    const RATE: u64 = 60;
+    let cluster = Cluster::start(3).await?;
+    let http = reqwest::Client::builder().no_proxy().build()?;
+    let urls = cluster.urls();
+    let topic = json!({"name": "t", "queues": 3, "quota": {"messages_per_s": RATE}});
+    let made = http
+        .post(format!("{}/v1/topics", urls[0]))
+        .json(&topic)
+        .send()
+        .await?;
+    ensure!(made.status() == 201, "{}", made.text().await?);
+    let begun = Instant::now();
+    let until = begun + Duration::from_secs(3);
+    let producers = (0..3).map(|n| {
+        let (http, url) = (&http, format!("{}{PRODUCE}", urls[n]));
+        async move {
+            let mut taken = 0;
+            while Instant::now() < until {
+                let body = json!({"messages": [{"value": "v"}]});
+                let answer = http.post(&url).json(&body).send().await?;
+                match answer.status().as_u16() {
+                    200 => taken += 1,
+                    429 => tokio::time::sleep(Duration::from_millis(5)).await,
+                    other => anyhow::bail!("{other}: {}", answer.text().await?),
+                }
+            }
+            Ok(taken)
+        }
+    });
+    let taken: Vec<u64> = join_all(producers)
+        .await
+        .into_iter()
+        .collect::<Result<_>>()?;
+    let (taken, passed) = (taken.iter().sum::<u64>(), begun.elapsed().as_secs_f64());
+    // A second's worth may be there at the beginning; leaders may settle while it runs.
+    let most = RATE as f64 * (passed + 1.0) + 3.0;
+    ensure!((taken as f64) <= most, "{taken} in {passed} s");
+    ensure!(
+        taken as f64 >= RATE as f64 * passed / 2.0,
+        "{taken} in {passed} s"
+    );
+    Ok(())
+}
