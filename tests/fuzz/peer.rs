@@ -91,6 +91,12 @@ fn write_the_corpus() {
         consumer_group: "billing".to_owned(),
     };
     keep("offsets", encode(&offsets));
+    let redrive = PeerRequest::Redrive {
+        coordinator: 3,
+        consumer_group: "packing".to_owned(),
+        max_messages: 100,
+    };
+    keep("redrive", encode(&redrive));
     let view = GroupView {
         leader: Some(2),
         term: 7,

@@ -232,7 +232,7 @@ impl Broker {
                 Some(message) => message,
                 // Its key came free after it was passed over.
                 None => match self.read_one(source, grant.offset).await {
-                    Ok(Some((message, _))) => message,
+                    Ok(Some(message)) => message,
                     Ok(None) => continue,
                     Err(error) => return Err(PeerError::Broker(error)),
                 },
