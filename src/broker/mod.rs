@@ -174,6 +174,10 @@ impl Broker {
         tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
         trace::start(&broker);
         leases::duty::start(&broker);
+        });
+        events::start(&broker);
+        leases::duty::start(&broker);
+        deliver::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -14,7 +14,7 @@ use quorate_storage::{LogId, StorageError};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::command::{CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
+use super::command::{CoordinatorCommand, CoordinatorReply, GroupMode, unstamp, CommitVerdict};
 use super::leases::{LeaseSignals, News};
 use super::records::{Content, CoordinatorView, Records, TIME_KEY};
 use crate::names::MAX_NAME_CHARS;
@@ -27,7 +27,6 @@ pub struct CoordinatorMachine {
     pub(super) records: Records,
     /// What the command being applied has to tell.
     pub(super) news: News,
-    signals: Arc<LeaseSignals>,
     soundness: Arc<Soundness>,
     /// By the command that is being applied, maybe.
     transactions_changed: bool,
@@ -40,7 +39,6 @@ impl CoordinatorMachine {
             number,
             records: Records::new(store),
             news: News::default(),
-            signals: Arc::default(),
             soundness: Arc::new(Soundness::new(repair)),
             transactions_changed: false,
         }
@@ -53,7 +51,7 @@ impl CoordinatorMachine {
 
     /// The applied state, for readers.
     pub fn view(&self) -> CoordinatorView {
-        self.records.view(self.signals.clone())
+        self.records.view()
     }
 
     fn execute(&mut self, command: CoordinatorCommand) -> Result<CoordinatorReply, StorageError> {
@@ -163,6 +161,7 @@ impl CoordinatorMachine {
         if std::mem::take(&mut self.transactions_changed) {
             self.records.tell_transactions();
         }
+        self.news.publish(&self.records.signals);
         Ok(postcard::to_stdvec(&reply).unwrap_or_default().into())
     }
 }

@@ -47,6 +47,7 @@ pub(super) struct NamedProducer {
 #[derive(Debug)]
 pub(super) struct Records {
     stored: DerivedGroup,
+    pub(super) signals: Arc<LeaseSignals>,
     /// None: removed.
     changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     transactions: watch::Sender<()>,
@@ -56,16 +57,18 @@ impl Records {
     pub(super) fn new(stored: DerivedGroup) -> Self {
         Self {
             stored,
+            signals: Arc::default(),
             changes: BTreeMap::new(),
             transactions: watch::Sender::new(()),
         }
     }
 
-    pub(super) fn view(&self, signals: Arc<LeaseSignals>) -> CoordinatorView {
+    pub(super) fn view(&self) -> CoordinatorView {
         CoordinatorView {
             records: self.stored.clone(),
             signals,
             transactions: self.transactions.subscribe(),
+            signals: self.signals.clone(),
         }
     }
 

@@ -8,17 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use quorate::broker::TopicConfig;
-use quorate::broker::queue::entry::{
-    AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim,
-};
-use quorate::broker::queue::{Place, QueueLimits, QueueMachine, QueueReply, QueueShared};
+use quorate::broker::queue::entry::{AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim};
+use quorate::broker::queue::{QueueLimits, QueueMachine, QueueReply, QueueShared, Place};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
+use quorate::coordinator::leases::{Lease, LeaseCommand, Pick, Receipt, RetryPolicy};
+use quorate::coordinator::{CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp, AssignStrategy, Delivery, GroupStart, Newcomer, QueueId, TopicShape};
 use quorate::coordinator::transactions::{
     Decision, NewTransaction, Part, PreparedParts, Timing, TransactionCommand,
-};
-use quorate::coordinator::{
-    AssignStrategy, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, Delivery, GroupStart,
-    Newcomer, QueueId, QueueOffset, TopicShape, stamp,
 };
 use quorate::exchange::{Binding, ExchangeKind};
 use quorate_raft::StateMachine;
@@ -414,6 +410,41 @@ fn join(member: &str, instance: &str) -> CoordinatorCommand {
         topics: topics(1, 4),
     }
 }
+fn leases(command: LeaseCommand) -> CoordinatorCommand {
+    CoordinatorCommand::Leases {
+        group: "packing".to_owned(),
+        command,
+    }
+}
+
+fn lease(token: u64, again: Vec<u64>) -> Lease {
+    Lease {
+        token,
+        consumer: 9,
+        lease_ms: 1,
+        ordered: true,
+        max: 2,
+        picks: vec![Pick {
+            topic: 1,
+            queue: 2,
+            from: 5,
+            through: 9,
+            fresh: vec![(5, 77), (6, 77), (7, 0)],
+            again,
+            gone: vec![8],
+        }],
+    }
+}
+
+fn receipt(offset: u64) -> Receipt {
+    Receipt {
+        topic: 1,
+        queue: 2,
+        offset,
+        token: 40,
+        consumer: 9,
+    }
+}
 
 fn coordinator() {
     let commands = [
@@ -476,6 +507,53 @@ fn coordinator() {
                     queue: 2,
                     offset: 3,
                 }],
+<<<<<<< HEAD
+            },
+        ),
+        (
+            "5-policy",
+            leases(LeaseCommand::SetPolicy(RetryPolicy::default())),
+        ),
+        ("6-lease", leases(LeaseCommand::Lease(lease(40, vec![])))),
+        (
+            "7-lease-again",
+            leases(LeaseCommand::Lease(lease(41, vec![5]))),
+        ),
+        (
+            "8-ack",
+            leases(LeaseCommand::Ack {
+                receipts: vec![receipt(5), receipt(7)],
+                through: Some(receipt(6)),
+            }),
+        ),
+        (
+            "9-nack",
+            leases(LeaseCommand::Nack {
+                receipts: vec![receipt(6)],
+                delay_ms: Some(0),
+            }),
+        ),
+        (
+            "a-extend",
+            leases(LeaseCommand::Extend {
+                receipts: vec![receipt(6)],
+                lease_ms: 1,
+            }),
+        ),
+        ("b-expire", leases(LeaseCommand::Expire)),
+        ("c-dead", leases(LeaseCommand::DeadLettered { through: 0 })),
+        (
+            "d-redriven",
+            leases(LeaseCommand::Redriven { topic: 1, next: 5 }),
+        ),
+        (
+            "e-seek",
+            leases(LeaseCommand::Seek {
+                offsets: vec![QueueOffset {
+                    topic: 1,
+                    queue: 2,
+                    offset: 3,
+                }],
             },
         ),
         (
@@ -503,6 +581,9 @@ fn coordinator() {
                 group: "shipping".to_owned(),
             },
         ),
+            }),
+        ),
+        ("f-forget", leases(LeaseCommand::ForgetTopic { topic: 1 })),
     ];
     let transactions =
         transactions().map(|(name, command)| (name, CoordinatorCommand::Transaction(command)));

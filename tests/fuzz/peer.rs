@@ -138,6 +138,12 @@ fn write_the_corpus() {
         timeout_ms: 1000,
     };
     keep("catalog", encode(&catalog));
+    let redrive = PeerRequest::Redrive {
+        coordinator: 3,
+        consumer_group: "packing".to_owned(),
+        max_messages: 100,
+    };
+    keep("redrive", encode(&redrive));
     let view = GroupView {
         leader: Some(2),
         term: 7,

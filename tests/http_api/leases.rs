@@ -291,6 +291,29 @@ async fn filters_and_starts() {
 }
 
 #[tokio::test]
+async fn what_has_expired_is_done() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let messages = json!({"messages": [
+        {"value": "over", "ttl_ms": 1, "queue": 0}, {"value": "lasts", "queue": 0},
+    ]});
+    api.post("/v1/topics/t/messages", &messages)
+        .await
+        .expect(200);
+    let path = "/v1/topics/t/queues/0/messages?offset=0";
+    crate::support::eventually("it is over", || async {
+        let found = api.get(path).await.json();
+        anyhow::ensure!(found["messages"][0]["value"] == "lasts", "{found}");
+        Ok(())
+    })
+    .await
+    .unwrap();
+    let found = receive(&api, "g", json!({})).await;
+    assert_eq!(values(&found), ["lasts"]);
+    assert_eq!(in_flight(&api, "g").await["offset"], 1);
+}
+
+#[tokio::test]
 async fn a_group_works_one_way() {
     let api = Api::start().await.unwrap();
     api.topic("t", 1).await;

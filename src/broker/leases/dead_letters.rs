@@ -8,7 +8,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use quorate_storage::batch::{BatchBuilder, MessageRecord};
+use quorate_storage::batch::{BatchBuilder, MAX_RECORD_HEADERS, MessageRecord};
 use xxhash_rust::xxh3::xxh3_128;
 
 use super::broken;
@@ -27,7 +27,11 @@ use crate::peer::{NewBatch, PeerError, PeerResult};
 /// Headers that say where a dead letter came from, and why.
 pub(super) const HEADER_PREFIX: &str = "quorate.dlq.";
 pub(super) const TOPIC_HEADER: &str = "quorate.dlq.topic";
+const TTL_HEADER: &str = "quorate.dlq.ttl_ms";
 pub(super) const QUEUE_HEADER: &str = "quorate.dlq.queue";
+
+/// Of a record's headers, what is left beside the address, the tag and what may come.
+const MAX_USER_HEADERS: usize = MAX_RECORD_HEADERS - 16;
 
 /// Dead letters that are stored before their coordinator hears of it.
 const AT_ONCE: usize = 64;
@@ -165,11 +169,22 @@ fn dead_letter_config(source: &Topic) -> TopicConfig {
 /// Writes on a message where it came from. What an earlier death wrote there goes.
 fn address(record: &mut MessageRecord, topic: &str, letter: &DeadLetter, message_id: &str) {
     strip_address(record);
+    if record.headers.len() > MAX_USER_HEADERS {
+        let lost = record.headers.len() - MAX_USER_HEADERS;
+        tracing::warn!(
+            lost,
+            message_id,
+            "a dead letter has no room for all its headers"
+        );
+        record.headers.truncate(MAX_USER_HEADERS);
+    }
+    let mut address: Vec<(String, Bytes)> = Vec::new();
     let mut add = |name: &str, value: &str| {
         let value = Bytes::copy_from_slice(value.as_bytes());
         record
             .headers
             .push((format!("{HEADER_PREFIX}{name}"), value));
+        address.push((format!("{HEADER_PREFIX}{name}"), value));
     };
     add("topic", topic);
     add("queue", &letter.queue.to_string());
@@ -178,10 +193,22 @@ fn address(record: &mut MessageRecord, topic: &str, letter: &DeadLetter, message
     add("reason", letter.reason.as_str());
     add("deliveries", &letter.deliveries.to_string());
     add("dead_at_ms", &letter.dead_at_ms.to_string());
+    // The dead don't expire; who goes back lives as long as at first.
+    if let Some(ttl_ms) = record.ttl_ms {
+        add("ttl_ms", &ttl_ms.to_string());
+    }
+    record.headers.extend(address);
+    record.ttl_ms = None;
 }
 
 /// The message as it was before it died.
 pub(super) fn strip_address(record: &mut MessageRecord) {
+    let ttl = record.headers.iter().find(|(name, _)| name == TTL_HEADER);
+    if let Some((_, value)) = ttl {
+        record.ttl_ms = std::str::from_utf8(value)
+            .ok()
+            .and_then(|ms| ms.parse().ok());
+    }
     record
         .headers
         .retain(|(name, _)| !name.starts_with(HEADER_PREFIX));
@@ -193,4 +220,38 @@ pub(super) fn encode(record: &MessageRecord) -> BrokerResult<Bytes> {
         .encode(&mut builder)
         .map_err(|e| BrokerError::Internal(format!("a dead letter cannot be written: {e}")))?;
     Ok(builder.finish())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::coordinator::leases::DeathReason;
+
+    #[test]
+    fn who_comes_back_is_as_before() {
+        let before = MessageRecord {
+            key: Some("k".to_owned()),
+            value: Some(Bytes::from_static(b"v")),
+            tag: Some("t".to_owned()),
+            ttl_ms: Some(5_000),
+            headers: vec![("a".to_owned(), Bytes::from_static(b"1"))],
+        };
+        let letter = DeadLetter {
+            topic: 1,
+            queue: 2,
+            offset: 3,
+            deliveries: 4,
+            reason: DeathReason::Nacked,
+            dead_at_ms: 5,
+        };
+        let mut record = before.clone();
+        for _ in 0..2 {
+            // A dead letter may die again.
+            address(&mut record, "orders", &letter, "id");
+        }
+        assert_eq!((record.ttl_ms, record.headers.len()), (None, 9));
+        assert!(encode(&record).is_ok());
+        strip_address(&mut record);
+        assert_eq!(record, before);
+    }
 }

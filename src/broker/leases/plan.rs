@@ -8,10 +8,12 @@ use quorate_storage::batch::{BatchView, RecordView};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::{ReceiveRequest, broken};
+use crate::broker::batcher::now_ms;
 use crate::broker::fetch::{message, size_of_message, unreadable};
 use crate::broker::local::LocalCoordinator;
 use crate::broker::queue::QueueBounds;
 use crate::broker::selection::Seen;
+use crate::broker::ttl::is_expired;
 use crate::broker::{Broker, BrokerError, BrokerResult, Message, StartAt};
 use crate::catalog::{Topic, TopicId};
 use crate::coordinator::leases::{DueDelivery, MAX_IN_FLIGHT, Pick, QueueLeases};
@@ -206,17 +208,15 @@ impl Broker {
             if left == 0 || self.is_full(request, plan) {
                 break;
             }
-            match self.read_one(&offer.source, due.offset).await {
-                Ok(Some((message, wanted))) => {
-                    // Left for consumers with another filter.
-                    if wanted(&request.selection) {
-                        pick.again.push(due.offset);
-                        plan.add(&pick, message);
-                        left -= 1;
-                    }
+            let read = self.read_due(request, &offer.source, due.offset);
+            match read.await.map_err(PeerError::Broker)? {
+                Due::Ours(message) => {
+                    pick.again.push(due.offset);
+                    plan.add(&pick, message);
+                    left -= 1;
                 }
-                Ok(None) => pick.gone.push(due.offset),
-                Err(error) => return Err(PeerError::Broker(error)),
+                Due::Others => {}
+                Due::Gone => pick.gone.push(due.offset),
             }
         }
         if left > 0 && offer.has_fresh() && !self.is_full(request, plan) {
@@ -285,7 +285,8 @@ impl Broker {
                 if offset < start {
                     continue;
                 }
-                if !wants(request, source, stored, &record, offset) {
+                let over = is_over(source, stored, &record);
+                if over || !takes(request, stored, &record, offset) {
                     pick.through = offset + 1;
                     continue;
                 }
@@ -309,14 +310,14 @@ impl Broker {
         Ok(())
     }
 
-    /// One message, and whether a selection takes it. None: it is not there any more.
+    /// One message that was granted. None: retention took it.
     pub(super) async fn read_one(
         &self,
         source: &Source,
         offset: u64,
-    ) -> BrokerResult<Option<(Message, impl Fn(&crate::broker::Selection) -> bool + use<>)>> {
-        let Some((stored, view, record, ordinal)) = self.read_record(source.group, offset).await?
-        else {
+    ) -> BrokerResult<Option<Message>> {
+        let found = self.read_record(source.group, offset).await?;
+        let Some((stored, view, record, ordinal)) = found else {
             return Ok(None);
         };
         let message = message(source.group, source.queue, &stored, &view, &record, ordinal)?;
@@ -324,10 +325,29 @@ impl Broker {
             offset,
             timestamp_ms: stored.timestamp_ms,
         };
-        Ok(Some((
-            message,
-            move |selection: &crate::broker::Selection| selection.takes(&record, seen),
-        )))
+        let (group, queue) = (source.group, source.queue);
+        message(group, queue, &stored, &view, &record, ordinal).map(Some)
+    }
+
+    /// A message that is due, if it is still to be had.
+    async fn read_due(
+        &self,
+        request: &ReceiveRequest,
+        source: &Source,
+        offset: u64,
+    ) -> BrokerResult<Due> {
+        let found = self.read_record(source.group, offset).await?;
+        let Some((stored, view, record, ordinal)) = found else {
+            return Ok(Due::Gone);
+        };
+        if is_over(source, &stored, &record) {
+            return Ok(Due::Gone);
+        }
+        if !takes(request, &stored, &record, offset) {
+            return Ok(Due::Others);
+        }
+        let (group, queue) = (source.group, source.queue);
+        message(group, queue, &stored, &view, &record, ordinal).map(Due::Ours)
     }
 
     /// One stored record. None: retention took it.
@@ -375,19 +395,28 @@ impl Plan {
     }
 }
 
-/// Whether the group is to have a message at all.
-fn wants(
-    request: &ReceiveRequest,
-    _source: &Source,
-    stored: &StoredBatch,
-    record: &RecordView,
-    offset: u64,
-) -> bool {
+/// What became of a message that is due again.
+enum Due {
+    Ours(Message),
+    /// Left for consumers with another filter.
+    Others,
+    /// Retention took it, or its time to live is over.
+    Gone,
+}
+
+/// Whether the consumer wants a message.
+fn takes(request: &ReceiveRequest, stored: &StoredBatch, record: &RecordView, offset: u64) -> bool {
     let seen = Seen {
         offset,
         timestamp_ms: stored.timestamp_ms,
     };
     request.selection.takes(record, seen)
+}
+
+/// Whether the message's time to live is over.
+fn is_over(source: &Source, stored: &StoredBatch, record: &RecordView) -> bool {
+    let ttl_ms = source.topic.config.ttl_ms;
+    is_expired(record, stored.timestamp_ms, ttl_ms, now_ms())
 }
 
 /// What an order goes by. 0: no key, no order.

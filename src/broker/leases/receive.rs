@@ -28,8 +28,8 @@ const LEADERSHIP: Duration = Duration::from_millis(500);
 const WAIT_AT_ONCE: Duration = Duration::from_secs(3);
 /// Between two looks where the first could not take what is due.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Turns in a row that find a queue's cursor elsewhere, or only what a filter leaves out.
-const MAX_TURNS: usize = 1_000;
+/// A receive that was not asked to wait goes past what a filter leaves out for so long.
+const SCAN_AT_LEAST: Duration = Duration::from_secs(1);
 
 /// What one turn came to.
 enum Turn {
@@ -93,7 +93,7 @@ impl Broker {
         };
         let mut changed = signals.subscribe(&request.group, interest);
         let mut proved = false;
-        let mut turns = 0;
+        let scan_until = deadline.max(Instant::now() + SCAN_AT_LEAST);
         loop {
             changed.mark_unchanged();
             let turn = match self.take_turn(&local, request, proved).await {
@@ -111,7 +111,7 @@ impl Broker {
             };
             match turn {
                 Turn::Leased(answer) => return Ok(answer),
-                Turn::Moved if turns < MAX_TURNS => turns += 1,
+                Turn::Moved if Instant::now() < scan_until => {}
                 Turn::Moved => return Ok(ReceiveAnswer::default()),
                 Turn::Nothing(..) if !proved => {
                     let patience = Instant::now() + self.config.read_timeout;
@@ -131,7 +131,6 @@ impl Broker {
                     let until = deadline.min(Instant::now() + LOOK_AGAIN);
                     self.wait_for_messages(&local, request, sources, &mut changed, until)
                         .await?;
-                    turns = 0;
                 }
             }
         }
@@ -234,7 +233,7 @@ impl Broker {
                 Some(message) => message,
                 // Its key came free after it was passed over.
                 None => match self.read_one(source, grant.offset).await {
-                    Ok(Some((message, _))) => message,
+                    Ok(Some(message)) => message,
                     Ok(None) => continue,
                     Err(error) => return Err(PeerError::Broker(error)),
                 },

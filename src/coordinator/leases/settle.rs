@@ -1,6 +1,7 @@
 //! What becomes of leases: ack, nack, extend, expiry, death, and a group that goes elsewhere.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use quorate_storage::StorageError;
 
@@ -31,14 +32,10 @@ impl CoordinatorMachine {
         place: &Place<'_>,
         touched: &'t mut Touched,
     ) -> Result<Option<&'t mut QueueLeases>, StorageError> {
-        let at = (place.topic, place.queue);
-        if !touched.contains_key(&at) {
-            let Some(queue) = self.queue_leases(place)? else {
-                return Ok(None);
-            };
-            touched.insert(at, queue);
-        }
-        Ok(touched.get_mut(&at))
+        Ok(match touched.entry((place.topic, place.queue)) {
+            Entry::Occupied(known) => Some(known.into_mut()),
+            Entry::Vacant(new) => self.queue_leases(place)?.map(|queue| new.insert(queue)),
+        })
     }
 
     fn settle_touched(&mut self, group: &str, touched: &Touched) -> Result<(), StorageError> {

@@ -244,11 +244,11 @@ pub async fn messages(
     params: Params,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
+    let (request, encoding) = wire::stream_request(group, params)?;
     if query::form(&headers) != Form::Events {
         return Err(ApiError::invalid(
             "this is an event stream; send Accept: text/event-stream, or use POST …/receive",
         ));
     }
-    let (request, encoding) = wire::stream_request(group, params)?;
     stream::response(state, request, encoding).await
 }
