@@ -13,6 +13,7 @@ mod encode;
 mod error;
 mod events;
 mod fetch;
+mod generate;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -123,6 +124,7 @@ impl Broker {
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
         });
         events::start(&broker);
+        generate::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

@@ -6,18 +6,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::join_all;
-use quorate_storage::batch::{BatchView, ProducerStamp, RecordView, TAG_HEADER, TTL_HEADER, parse_ttl, split};
+use quorate_storage::batch::{
+    BatchView, ProducerStamp, RecordView, TAG_HEADER, TTL_HEADER, parse_ttl, split,
+};
 
 use super::batcher::{SubmitError, submit};
-use super::encode::{
-    Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in,
-};
+use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in};
 use super::queue::BatchOutcome;
 use super::queue::entry::{MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::{
-    Broker, BrokerError, BrokerResult, Durability, FlushMode, MAX_TTL_MS, ProduceAnswer, ProduceRequest,
-    Stored, message_id,
+    Broker, BrokerError, BrokerResult, Durability, FlushMode, MAX_TTL_MS, ProduceAnswer,
+    ProduceRequest, Stored, message_id,
 };
 use crate::catalog::Topic;
 use crate::names::{RESERVED_HEADER_PREFIX, check_tag};

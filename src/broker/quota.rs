@@ -227,7 +227,11 @@ mod tests {
         let wait = take(100).unwrap_err().as_millis() as u64;
         assert_eq!(take(100 + wait), Ok(()));
         for _ in 0..10 {
-            assert_eq!(take(60_000), Ok(()), "not more than a second's worth gathers");
+            assert_eq!(
+                take(60_000),
+                Ok(()),
+                "not more than a second's worth gathers"
+            );
         }
         assert!(take(60_000).is_err());
     }
@@ -262,7 +266,12 @@ mod tests {
         let begun = Instant::now();
         let mut buckets = Buckets::full(begun);
         for n in 0..5 {
-            assert!(buckets.take(quota(Some(10), None), 0.5, 1, 0, begun).is_ok(), "{n}");
+            assert!(
+                buckets
+                    .take(quota(Some(10), None), 0.5, 1, 0, begun)
+                    .is_ok(),
+                "{n}"
+            );
         }
         let slow = buckets.take(quota(Some(10), None), 0.5, 1, 0, begun);
         assert_eq!(slow, Err(ms(200)));
@@ -275,7 +284,11 @@ mod tests {
         let now = Instant::now();
         let mut table = BucketTable::new(2);
         let quota = quota(Some(1), None);
-        let mut take = |key: u32, at| table.of(key, now + ms(at)).take(quota, 1.0, 1, 0, now + ms(at));
+        let mut take = |key: u32, at| {
+            table
+                .of(key, now + ms(at))
+                .take(quota, 1.0, 1, 0, now + ms(at))
+        };
         assert!(take(1, 0).is_ok() && take(2, 0).is_ok());
         assert!(take(3, 0).is_ok());
         assert!(take(4, 0).is_err(), "those that find no place share one");

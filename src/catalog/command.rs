@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{GroupPlacement, TopicId};
 use crate::broker::queue::QueueLimits;
-use crate::broker::{Backlog, FlushMode, Quota, Retention, TopicConfig};
+use crate::broker::{Backlog, FlushMode, Generator, Quota, Retention, TopicConfig};
 
 /// A change of the catalog. All are idempotent: asked twice, the second changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,6 +37,11 @@ pub enum CatalogCommand {
         name: String,
         change: TopicChange,
         avoid: Vec<NodeId>,
+    },
+    /// Has a topic generate messages, or stop.
+    SetGenerator {
+        name: String,
+        generator: Option<Generator>,
     },
     DeleteTopic {
         name: String,

@@ -8,8 +8,8 @@ use quorate_storage::RaftGroupId;
 use serde::{Deserialize, Serialize};
 
 use super::{FIRST_COORDINATOR_GROUP, FIRST_QUEUE_GROUP, FIRST_REPLICA};
-use crate::broker::TopicConfig;
 use crate::broker::queue::QueueLimits;
+use crate::broker::{Generator, TopicConfig};
 
 /// Of one topic's life: a topic of the same name made later has another.
 pub type TopicId = u64;
@@ -149,6 +149,7 @@ pub struct CatalogState {
     pub coordinators: Vec<GroupPlacement>,
     pub topics: BTreeMap<TopicId, Arc<Topic>>,
     pub names: BTreeMap<String, TopicId>,
+    pub generators: BTreeMap<TopicId, Generator>,
     /// Queue groups by id: the way back from Raft's events.
     pub queue_groups: BTreeMap<u64, (TopicId, u32)>,
     pub(super) next_topic: TopicId,
@@ -167,6 +168,7 @@ impl Default for CatalogState {
             coordinators: Vec::new(),
             topics: BTreeMap::new(),
             names: BTreeMap::new(),
+            generators: BTreeMap::new(),
             queue_groups: BTreeMap::new(),
             next_topic: 1,
             next_group: FIRST_QUEUE_GROUP,

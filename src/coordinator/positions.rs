@@ -81,6 +81,9 @@ mod tests {
         records.commit(LogId::new(1, 1)).unwrap();
         let found = records.view().lowest_offsets(&[7, 9]).unwrap();
         let found: Vec<_> = found.iter().map(|o| (o.topic, o.queue, o.offset)).collect();
-        assert_eq!(found, [(7, 0, 3), (7, 1, 9), (9, 0, 4001 - 2 * PAGE as u64)]);
+        assert_eq!(
+            found,
+            [(7, 0, 3), (7, 1, 9), (9, 0, 4001 - 2 * PAGE as u64)]
+        );
     }
 }

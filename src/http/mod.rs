@@ -105,6 +105,11 @@ fn routes() -> OpenApiRouter<HttpState> {
             v1::topics::delete
         ))
         .routes(routes!(v1::topics::queue_of_key))
+        .routes(routes!(
+            v1::topics::generator::put,
+            v1::topics::generator::get,
+            v1::topics::generator::delete
+        ))
         .routes(routes!(v1::produce::produce))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
@@ -157,6 +162,7 @@ mod tests {
         found.sort();
         let expected = [
             "DELETE /v1/topics/{topic}",
+            "DELETE /v1/topics/{topic}/generator",
             "GET /health/live",
             "GET /health/ready",
             "GET /metrics",
@@ -166,6 +172,7 @@ mod tests {
             "GET /v1/groups/{group}/offsets",
             "GET /v1/topics",
             "GET /v1/topics/{topic}",
+            "GET /v1/topics/{topic}/generator",
             "GET /v1/topics/{topic}/queue",
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",
@@ -178,6 +185,7 @@ mod tests {
             "POST /v1/topics/{topic}/messages",
             "POST /v1/topics/{topic}/queues/{queue}/leader",
             "PUT /v1/groups/{group}/offsets",
+            "PUT /v1/topics/{topic}/generator",
         ];
         assert_eq!(found, expected);
     }

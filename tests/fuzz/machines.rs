@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use quorate::broker::TopicConfig;
 use quorate::broker::queue::entry::{AppendBuilder, Mark, fence};
 use quorate::broker::queue::{BatchOutcome, QueueLimits, QueueMachine, QueueShared};
+use quorate::broker::{Generator, TopicConfig};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
 use quorate::coordinator::{
     CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp,
@@ -253,6 +253,16 @@ fn catalog() {
             CatalogCommand::Filled {
                 group: 1024,
                 replica: 1040,
+            },
+        ),
+        (
+            "8-generator",
+            CatalogCommand::SetGenerator {
+                name: "orders".to_owned(),
+                generator: Some(Generator {
+                    per_1000_s: 500,
+                    value: Bytes::from_static(b"token"),
+                }),
             },
         ),
         (

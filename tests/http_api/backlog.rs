@@ -20,7 +20,8 @@ fn one() -> Value {
 }
 
 async fn commit(api: &Api, group: &str, offset: u64) {
-    let body = json!({"offsets": [{"topic": "t", "queue": 0, "offset": offset}], "allow_rewind": true});
+    let body =
+        json!({"offsets": [{"topic": "t", "queue": 0, "offset": offset}], "allow_rewind": true});
     let path = format!("/v1/groups/{group}/offsets");
     api.call(Method::PUT, &path, &body).await.expect(200);
 }
@@ -74,7 +75,9 @@ async fn a_request_is_taken_whole_or_not_at_all() -> Result<()> {
     bounded(&api, json!({"max_messages": 5})).await;
     let batch = |n: usize| json!({"messages": vec![json!({"value": "v"}); n]});
     api.post(PRODUCE, &batch(3)).await.expect(200);
-    api.post(PRODUCE, &batch(3)).await.problem(429, "backlog_full");
+    api.post(PRODUCE, &batch(3))
+        .await
+        .problem(429, "backlog_full");
     api.post(PRODUCE, &batch(2)).await.expect(200);
     // It would never fit.
     let answer = api.post(PRODUCE, &batch(6)).await;
@@ -82,7 +85,10 @@ async fn a_request_is_taken_whole_or_not_at_all() -> Result<()> {
     assert_eq!(end(&api).await, 5);
 
     let none = json!({"backlog": {"max_messages": null}});
-    let patched = api.call(Method::PATCH, "/v1/topics/t", &none).await.expect(200);
+    let patched = api
+        .call(Method::PATCH, "/v1/topics/t", &none)
+        .await
+        .expect(200);
     assert_eq!(patched["config"]["backlog"]["max_messages"], Value::Null);
     api.post(PRODUCE, &batch(6)).await.expect(200);
     Ok(())
@@ -104,13 +110,18 @@ async fn a_topic_that_drops_says_so_for_each_message() -> Result<()> {
     assert_eq!(answer["results"][0], dropped);
     assert_eq!(end(&api).await, 2);
     let metrics = api.get("/metrics").await.text();
-    assert!(metrics.contains("quorate_produced_messages_total 2\n"), "{metrics}");
+    assert!(
+        metrics.contains("quorate_produced_messages_total 2\n"),
+        "{metrics}"
+    );
 
     // A message left out would be a gap in the producer's sequence.
     let producer = api.post("/v1/producers", &json!({})).await.expect(200);
     let mark = json!({"id": producer["id"], "epoch": 0, "sequence": 0});
     let marked = json!({"messages": [{"value": "f"}], "producer": mark});
-    api.post(PRODUCE, &marked).await.problem(429, "backlog_full");
+    api.post(PRODUCE, &marked)
+        .await
+        .problem(429, "backlog_full");
     commit(&api, "g", 1).await;
     let answer = api.post(PRODUCE, &marked).await.expect(200);
     assert_eq!(answer["results"][0]["offset"], 2);
@@ -133,10 +144,14 @@ async fn bytes_and_age_bound_a_backlog_as_well() -> Result<()> {
     for _ in 0..3 {
         api.post(PRODUCE, &kilobyte).await.expect(200);
     }
-    api.post(PRODUCE, &kilobyte).await.problem(429, "backlog_full");
+    api.post(PRODUCE, &kilobyte)
+        .await
+        .problem(429, "backlog_full");
 
     let aged = json!({"backlog": {"max_bytes": null, "max_age_ms": 1}});
-    api.call(Method::PATCH, "/v1/topics/t", &aged).await.expect(200);
+    api.call(Method::PATCH, "/v1/topics/t", &aged)
+        .await
+        .expect(200);
     api.post(PRODUCE, &one()).await.problem(429, "backlog_full");
     commit(&api, "g", 12).await;
     // Nothing waits, so nothing is too old.
@@ -155,7 +170,11 @@ async fn in_a_cluster_every_node_says_the_same_and_commits_count_at_once() -> Re
     let http = reqwest::Client::builder().no_proxy().build()?;
     let urls = cluster.urls();
     let topic = json!({"name": "t", "queues": 3, "backlog": {"max_messages": 4}});
-    let made = http.post(format!("{}/v1/topics", urls[0])).json(&topic).send().await?;
+    let made = http
+        .post(format!("{}/v1/topics", urls[0]))
+        .json(&topic)
+        .send()
+        .await?;
     ensure!(made.status() == 201, "{}", made.text().await?);
     let produce = |node: usize, queue: u64| {
         let body = json!({"messages": [{"value": "v", "queue": queue}]});
@@ -168,10 +187,16 @@ async fn in_a_cluster_every_node_says_the_same_and_commits_count_at_once() -> Re
     // Queues are led by different nodes; whoever is asked, the fifth is refused.
     for queue in 0..3 {
         for n in 0..4 {
-            ensure!(produce(n % 3, queue).await? == 200, "queue {queue}, message {n}");
+            ensure!(
+                produce(n % 3, queue).await? == 200,
+                "queue {queue}, message {n}"
+            );
         }
         for node in 0..3 {
-            ensure!(produce(node, queue).await? == 429, "queue {queue}, node {node}");
+            ensure!(
+                produce(node, queue).await? == 429,
+                "queue {queue}, node {node}"
+            );
         }
     }
     for round in 1..=6 {
@@ -180,11 +205,21 @@ async fn in_a_cluster_every_node_says_the_same_and_commits_count_at_once() -> Re
             .map(|queue| json!({"topic": "t", "queue": queue, "offset": round}))
             .collect();
         let path = format!("{}/v1/groups/g-{}/offsets", urls[node], 1);
-        let answer = http.put(path).json(&json!({"offsets": offsets})).send().await?;
+        let answer = http
+            .put(path)
+            .json(&json!({"offsets": offsets}))
+            .send()
+            .await?;
         ensure!(answer.status() == 200, "{}", answer.text().await?);
         for queue in 0..3 {
-            ensure!(produce((node + 1) % 3, queue).await? == 200, "round {round}, queue {queue}");
-            ensure!(produce(node, queue).await? == 429, "round {round}, queue {queue}");
+            ensure!(
+                produce((node + 1) % 3, queue).await? == 200,
+                "round {round}, queue {queue}"
+            );
+            ensure!(
+                produce(node, queue).await? == 429,
+                "round {round}, queue {queue}"
+            );
         }
     }
     Ok(())

@@ -7,6 +7,7 @@ mod api;
 mod backlog;
 mod cluster;
 mod consume;
+mod generator;
 mod idempotence;
 mod live;
 mod no_room;

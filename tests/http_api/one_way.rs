@@ -20,7 +20,10 @@ async fn one_way_messages_are_accepted_at_once_and_stored_soon() -> Result<()> {
     api.topic("t", 1).await;
     let path = format!("{PRODUCE}?ack=none");
     let body = json!({"messages": [{"value": "a"}, {"value": "b"}]});
-    assert_eq!(api.post(&path, &body).await.expect(202), json!({"accepted": 2}));
+    assert_eq!(
+        api.post(&path, &body).await.expect(202),
+        json!({"accepted": 2})
+    );
     let bytes = "application/octet-stream";
     let answer = api.post_as(&format!("{path}&queue=0"), bytes, "c").await;
     assert_eq!(answer.expect(202), json!({"accepted": 1}));
@@ -32,7 +35,10 @@ async fn one_way_messages_are_accepted_at_once_and_stored_soon() -> Result<()> {
         Ok(())
     })
     .await?;
-    assert_eq!(metric(&api, "quorate_one_way_lost_messages_total ").await, 0);
+    assert_eq!(
+        metric(&api, "quorate_one_way_lost_messages_total ").await,
+        0
+    );
     Ok(())
 }
 
@@ -42,12 +48,18 @@ async fn what_is_wrong_is_told_at_once_and_what_is_lost_is_counted() -> Result<(
     api.topic("t", 1).await;
     let one = json!({"messages": [{"value": "a"}]});
     let missing = "/v1/topics/none/messages?ack=none";
-    api.post(missing, &one).await.problem(404, "topic_not_found");
+    api.post(missing, &one)
+        .await
+        .problem(404, "topic_not_found");
     let path = format!("{PRODUCE}?ack=none");
     let large = json!({"messages": [{"value": "x".repeat(10_001)}]});
-    api.post(&path, &large).await.problem(413, "message_too_large");
+    api.post(&path, &large)
+        .await
+        .problem(413, "message_too_large");
     let elsewhere = json!({"messages": [{"value": "a", "queue": 7}]});
-    api.post(&path, &elsewhere).await.problem(404, "queue_not_found");
+    api.post(&path, &elsewhere)
+        .await
+        .problem(404, "queue_not_found");
     let lines = api.post_as(&path, "application/x-ndjson", "{}\n").await;
     lines.problem(400, "invalid_request");
     for ack in ["leader", "1", "two", ""] {
@@ -55,7 +67,9 @@ async fn what_is_wrong_is_told_at_once_and_what_is_lost_is_counted() -> Result<(
         answer.problem(400, "invalid_request");
     }
     for ack in ["all", "majority"] {
-        api.post(&format!("{PRODUCE}?ack={ack}"), &one).await.expect(200);
+        api.post(&format!("{PRODUCE}?ack={ack}"), &one)
+            .await
+            .expect(200);
     }
     // A sequence with a gap that nobody fills is refused after the answer was given.
     let producer = api.post("/v1/producers", &json!({})).await.expect(200);
@@ -73,14 +87,23 @@ async fn what_is_wrong_is_told_at_once_and_what_is_lost_is_counted() -> Result<(
 async fn a_key_goes_where_it_is_said_to_go() -> Result<()> {
     let api = Api::start().await?;
     api.topic("t", 5).await;
-    for (key, coded) in [("a", "a"), ("order-17", "order-17"), ("", ""), ("ä&", "%C3%A4%26")] {
+    for (key, coded) in [
+        ("a", "a"),
+        ("order-17", "order-17"),
+        ("", ""),
+        ("ä&", "%C3%A4%26"),
+    ] {
         let said = api.get(&format!("/v1/topics/t/queue?key={coded}")).await;
         let said = said.expect(200);
         let body = json!({"messages": [{"value": "v", "key": key}]});
         let stored = api.post(PRODUCE, &body).await.expect(200);
         assert_eq!(said["queue"], stored["results"][0]["queue"], "{key:?}");
     }
-    api.get("/v1/topics/t/queue").await.problem(400, "invalid_request");
-    api.get("/v1/topics/none/queue?key=a").await.problem(404, "topic_not_found");
+    api.get("/v1/topics/t/queue")
+        .await
+        .problem(400, "invalid_request");
+    api.get("/v1/topics/none/queue?key=a")
+        .await
+        .problem(404, "topic_not_found");
     Ok(())
 }

@@ -17,13 +17,16 @@ async fn producer(api: &Api) -> String {
 }
 
 fn part(id: &str, sequence: u64, count: u64) -> Value {
-    let messages = (sequence..sequence + count).map(|n| json!({"value": n.to_string(), "queue": 0}));
+    let messages =
+        (sequence..sequence + count).map(|n| json!({"value": n.to_string(), "queue": 0}));
     json!({"messages": messages.collect::<Vec<_>>(),
         "producer": {"id": id, "epoch": 0, "sequence": sequence}})
 }
 
 fn offset(answer: &Answer) -> u64 {
-    answer.expect(200)["results"][0]["offset"].as_u64().expect("offset")
+    answer.expect(200)["results"][0]["offset"]
+        .as_u64()
+        .expect("offset")
 }
 
 #[tokio::test]
@@ -61,7 +64,10 @@ async fn five_requests_under_way_are_stored_in_order_whichever_comes_first() -> 
     }
     // Again, as a retry of each: the first answers.
     for n in 0..5 {
-        assert_eq!(offset(&api.post(PRODUCE, &part(&id, 200 + n, 1)).await), 200 + n);
+        assert_eq!(
+            offset(&api.post(PRODUCE, &part(&id, 200 + n, 1)).await),
+            200 + n
+        );
     }
     Ok(())
 }
@@ -81,7 +87,11 @@ async fn a_gap_that_nobody_fills_is_told_soon() -> Result<()> {
         let problem = answer.problem(409, "out_of_order_sequence");
         assert_eq!(problem["outcome"], "not_committed");
     }
-    ensure!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    ensure!(
+        begun.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        begun.elapsed()
+    );
     assert_eq!(offset(&api.post(PRODUCE, &part(&id, 1, 1)).await), 1);
     let late = api.post(PRODUCE, &part("1", 1 << 31, 1)).await;
     late.problem(400, "invalid_request");

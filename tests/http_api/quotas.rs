@@ -27,12 +27,18 @@ async fn a_topic_takes_its_rate_and_tells_the_truth_about_when() -> Result<()> {
     let api = Api::start().await?;
     let topic = json!({"name": "t", "queues": 3, "quota": {"messages_per_s": 10}});
     let made = api.post("/v1/topics", &topic).await.expect(201);
-    assert_eq!(made["config"]["quota"], json!({"messages_per_s": 10, "bytes_per_s": null}));
+    assert_eq!(
+        made["config"]["quota"],
+        json!({"messages_per_s": 10, "bytes_per_s": null})
+    );
     let batch = |n: usize| json!({"messages": vec![json!({"value": "v", "queue": 0}); n]});
     api.post(PRODUCE, &batch(10)).await.expect(200);
     let wait = refused(&api.post(PRODUCE, &batch(10)).await);
     let asked = Instant::now();
-    ensure!(wait > Duration::from_millis(500) && wait <= Duration::from_secs(1), "{wait:?}");
+    ensure!(
+        wait > Duration::from_millis(500) && wait <= Duration::from_secs(1),
+        "{wait:?}"
+    );
     tokio::time::sleep_until((asked + wait).into()).await;
     api.post(PRODUCE, &batch(10)).await.expect(200);
     // More than a second's worth goes when there is a second's worth, and is paid for later.
@@ -43,11 +49,20 @@ async fn a_topic_takes_its_rate_and_tells_the_truth_about_when() -> Result<()> {
     })
     .await?;
     let debt = refused(&api.post(PRODUCE, &batch(1)).await);
-    ensure!(debt > wait && debt > Duration::from_millis(1_900), "{debt:?}");
+    ensure!(
+        debt > wait && debt > Duration::from_millis(1_900),
+        "{debt:?}"
+    );
 
     let patch = json!({"quota": {"messages_per_s": null, "bytes_per_s": 10_000}});
-    let patched = api.call(Method::PATCH, "/v1/topics/t", &patch).await.expect(200);
-    assert_eq!(patched["config"]["quota"], json!({"messages_per_s": null, "bytes_per_s": 10_000}));
+    let patched = api
+        .call(Method::PATCH, "/v1/topics/t", &patch)
+        .await
+        .expect(200);
+    assert_eq!(
+        patched["config"]["quota"],
+        json!({"messages_per_s": null, "bytes_per_s": 10_000})
+    );
     for _ in 0..5 {
         api.post(PRODUCE, &batch(30)).await.expect(200);
     }
@@ -66,7 +81,9 @@ async fn a_client_address_has_a_quota_where_the_server_says_so() -> Result<()> {
         api.post_as(PRODUCE, bytes, "v").await.expect(200);
     }
     refused(&api.post_as(PRODUCE, bytes, "v").await);
-    let lines = api.post_as(PRODUCE, "application/x-ndjson", "{}\n{}\n{}\n").await;
+    let lines = api
+        .post_as(PRODUCE, "application/x-ndjson", "{}\n{}\n{}\n")
+        .await;
     refused(&lines);
     let path = format!("{PRODUCE}?ack=none");
     refused(&api.post(&path, &json!({"messages": [{}, {}, {}]})).await);
@@ -84,7 +101,11 @@ async fn the_nodes_of_a_cluster_together_never_give_more_than_the_quota() -> Res
     let http = reqwest::Client::builder().no_proxy().build()?;
     let urls = cluster.urls();
     let topic = json!({"name": "t", "queues": 3, "quota": {"messages_per_s": RATE}});
-    let made = http.post(format!("{}/v1/topics", urls[0])).json(&topic).send().await?;
+    let made = http
+        .post(format!("{}/v1/topics", urls[0]))
+        .json(&topic)
+        .send()
+        .await?;
     ensure!(made.status() == 201, "{}", made.text().await?);
     let begun = Instant::now();
     let until = begun + Duration::from_secs(3);
@@ -104,11 +125,17 @@ async fn the_nodes_of_a_cluster_together_never_give_more_than_the_quota() -> Res
             Ok(taken)
         }
     });
-    let taken: Vec<u64> = join_all(producers).await.into_iter().collect::<Result<_>>()?;
+    let taken: Vec<u64> = join_all(producers)
+        .await
+        .into_iter()
+        .collect::<Result<_>>()?;
     let (taken, passed) = (taken.iter().sum::<u64>(), begun.elapsed().as_secs_f64());
     // A second's worth may be there at the beginning; leaders may settle while it runs.
     let most = RATE as f64 * (passed + 1.0) + 3.0;
     ensure!((taken as f64) <= most, "{taken} in {passed} s");
-    ensure!(taken as f64 >= RATE as f64 * passed / 2.0, "{taken} in {passed} s");
+    ensure!(
+        taken as f64 >= RATE as f64 * passed / 2.0,
+        "{taken} in {passed} s"
+    );
     Ok(())
 }

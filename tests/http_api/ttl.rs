@@ -39,20 +39,33 @@ async fn expired_messages_are_skipped_by_every_reader() -> Result<()> {
     let answer = left(&api, &["a", "c"]).await;
     assert_eq!(answer["messages"][1]["offset"], 2);
     assert_eq!(answer["messages"][1]["headers"], json!({}));
-    assert_eq!((&answer["next_offset"], &answer["end_offset"]), (&json!(4), &json!(4)));
-    let one = api.get(&format!("{FETCH}?max_messages=1&offset=1")).await.expect(200);
+    assert_eq!(
+        (&answer["next_offset"], &answer["end_offset"]),
+        (&json!(4), &json!(4))
+    );
+    let one = api
+        .get(&format!("{FETCH}?max_messages=1&offset=1"))
+        .await
+        .expect(200);
     assert_eq!((values(&one), &one["next_offset"]), (vec!["c"], &json!(4)));
     let none = api.get(&format!("{FETCH}?offset=3")).await.expect(200);
     assert_eq!((values(&none), &none["next_offset"]), (vec![], &json!(4)));
 
     let many = json!({"queues": [{"topic": "t", "queue": 0, "offset": 0}]});
     let many = api.post("/v1/fetch", &many).await.expect(200);
-    assert!(many.to_string().contains("\"c\"") && !many.to_string().contains("\"d\""), "{many}");
+    assert!(
+        many.to_string().contains("\"c\"") && !many.to_string().contains("\"d\""),
+        "{many}"
+    );
 
     // A long poll on nothing but expired messages goes on waiting for one that isn't.
-    let poll = api.request(Method::GET, &format!("{FETCH}?offset=3&wait_ms=60000")).send();
+    let poll = api
+        .request(Method::GET, &format!("{FETCH}?offset=3&wait_ms=60000"))
+        .send();
     let poll = tokio::spawn(poll);
-    api.post(PRODUCE, &json!({"messages": [{"value": "e"}]})).await.expect(200);
+    api.post(PRODUCE, &json!({"messages": [{"value": "e"}]}))
+        .await
+        .expect(200);
     let polled: Value = poll.await??.json().await?;
     assert_eq!(values(&polled), ["e"]);
     Ok(())
@@ -63,18 +76,28 @@ async fn every_form_of_produce_takes_a_time_to_live() -> Result<()> {
     let api = Api::start().await?;
     api.topic("t", 1).await;
     let bytes = "application/octet-stream";
-    api.post_as(&format!("{PRODUCE}?ttl_ms=1"), bytes, "gone").await.expect(200);
-    api.post_as(&format!("{PRODUCE}?ttl_ms=3600000"), bytes, "here").await.expect(200);
+    api.post_as(&format!("{PRODUCE}?ttl_ms=1"), bytes, "gone")
+        .await
+        .expect(200);
+    api.post_as(&format!("{PRODUCE}?ttl_ms=3600000"), bytes, "here")
+        .await
+        .expect(200);
     let lines = "{\"value\":\"gone\",\"ttl_ms\":1}\n{\"value\":\"there\"}\n";
-    api.post_as(PRODUCE, "application/x-ndjson", lines).await.expect(200);
+    api.post_as(PRODUCE, "application/x-ndjson", lines)
+        .await
+        .expect(200);
     left(&api, &["here", "there"]).await;
 
     for ttl in ["0", "-1", "9007199254740993"] {
         let path = format!("{PRODUCE}?ttl_ms={ttl}");
-        api.post_as(&path, bytes, "x").await.problem(400, "invalid_request");
+        api.post_as(&path, bytes, "x")
+            .await
+            .problem(400, "invalid_request");
     }
     let zero = json!({"messages": [{"value": "x", "ttl_ms": 0}]});
-    api.post(PRODUCE, &zero).await.problem(400, "invalid_request");
+    api.post(PRODUCE, &zero)
+        .await
+        .problem(400, "invalid_request");
     Ok(())
 }
 

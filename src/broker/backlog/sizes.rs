@@ -146,7 +146,10 @@ mod tests {
         sizes.extend(&batches, 1000);
         assert_eq!((sizes.bytes, sizes.until), (500, 10));
         sizes.begin_at(3);
-        assert_eq!(sizes.bytes, 400, "a batch counts until all of it is consumed");
+        assert_eq!(
+            sizes.bytes, 400,
+            "a batch counts until all of it is consumed"
+        );
         sizes.begin_at(4);
         assert_eq!(sizes.bytes, 300);
         // Read again by somebody else, or rewound.
@@ -163,7 +166,11 @@ mod tests {
         let batches: Vec<_> = (0..10_000).map(|n| stored(n, 1, 100)).collect();
         sizes.extend(&batches, max_bytes);
         assert_eq!(sizes.bytes, 1_000_000);
-        assert!(sizes.chunks.len() <= CHUNKS as usize * 2, "{}", sizes.chunks.len());
+        assert!(
+            sizes.chunks.len() <= CHUNKS as usize * 2,
+            "{}",
+            sizes.chunks.len()
+        );
         sizes.begin_at(5_000);
         let exact = 500_000;
         let more = sizes.bytes - exact;

@@ -67,7 +67,10 @@ impl<T> Reorder<T> {
         until: Instant,
     ) -> Result<(), T> {
         let producer = (stamp.id, stamp.epoch);
-        let own = self.held.range((producer, 0)..=(producer, i32::MAX)).count();
+        let own = self
+            .held
+            .range((producer, 0)..=(producer, i32::MAX))
+            .count();
         let place = (producer, stamp.base_sequence);
         let fits = own < HELD_PER_PRODUCER && self.bytes + bytes <= self.max_bytes;
         if !fits || self.held.contains_key(&place) {
@@ -166,7 +169,9 @@ mod tests {
         for sequence in sequences {
             assert!(reorder.is_early(stamp(7, *sequence)));
             let until = Instant::now() + Duration::from_secs(1);
-            reorder.hold(stamp(7, *sequence), *sequence, 10, until).unwrap();
+            reorder
+                .hold(stamp(7, *sequence), *sequence, 10, until)
+                .unwrap();
         }
         reorder
     }
@@ -209,7 +214,11 @@ mod tests {
         assert_eq!(reorder.hold(stamp(8, 6), 6, 960, until), Ok(()));
         assert_eq!(reorder.next_due(), Some(until));
         assert_eq!(reorder.overdue(until), [6]);
-        assert_eq!(reorder.hold(stamp(7, 2), 9, 10, until), Err(9), "it is there");
+        assert_eq!(
+            reorder.hold(stamp(7, 2), 9, 10, until),
+            Err(9),
+            "it is there"
+        );
         assert_eq!(reorder.forget(stamp(7, 0)), [2, 3, 4, 5]);
         assert!(reorder.hold(stamp(7, 2), 2, 10, until).is_ok());
         assert_eq!(reorder.drain(), [2]);

@@ -33,7 +33,9 @@ impl<'a> From<&'a Stored> for StoredBody<'a> {
 }
 
 /// What is told as an answer and not as an error.
-fn told<'a>(result: Result<&'a Stored, &'a BrokerError>) -> Result<StoredBody<'a>, &'a BrokerError> {
+fn told<'a>(
+    result: Result<&'a Stored, &'a BrokerError>,
+) -> Result<StoredBody<'a>, &'a BrokerError> {
     match result {
         Ok(stored) => Ok(StoredBody::from(stored)),
         Err(BrokerError::Dropped { queue, .. }) => Ok(StoredBody {

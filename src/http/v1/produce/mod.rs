@@ -14,9 +14,11 @@ use quorate_storage::batch::split;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::broker::{records_in, Broker, BrokerError, NewMessage, ProduceAnswer, ProduceRequest};
+use crate::broker::{Broker, BrokerError, NewMessage, ProduceAnswer, ProduceRequest, records_in};
 use crate::http::HttpState;
-use crate::http::body::{BodyReader, JsonBody, WholeBody, is_json, media_type, parse_json, wrong_media_type};
+use crate::http::body::{
+    BodyReader, JsonBody, WholeBody, is_json, media_type, parse_json, wrong_media_type,
+};
 use crate::http::clients::ClientAddress;
 use crate::http::error::{ApiError, Problem};
 use crate::http::multi::json;
@@ -238,20 +240,19 @@ pub async fn produce(
         }
         Form::Batches => {
             producing.only_majority(BATCHES)?;
-            let queue = params.only(&["ack", "queue"])?.number("queue")?.ok_or_else(|| {
-                ApiError::invalid("batches go to one queue; name it with ?queue=")
-            })?;
+            let queue = params
+                .only(&["ack", "queue"])?
+                .number("queue")?
+                .ok_or_else(|| {
+                    ApiError::invalid("batches go to one queue; name it with ?queue=")
+                })?;
             let whole = read(&state, &headers, body).await?;
             produce_batches(&producing, &topic, queue, whole.bytes, idempotency_key).await
         }
     }
 }
 
-async fn read(
-    state: &HttpState,
-    headers: &HeaderMap,
-    body: Body,
-) -> Result<WholeBody, ApiError> {
+async fn read(state: &HttpState, headers: &HeaderMap, body: Body) -> Result<WholeBody, ApiError> {
     BodyReader::new(headers, body, &state.limits)?
         .read_all(&state.budget)
         .await

@@ -5,8 +5,8 @@ use utoipa::ToSchema;
 
 use super::super::given;
 use crate::broker::{
-    Backlog, FlushMode, MAX_TTL_MS, OnFull, QueueDescription, Quota, Retention, TopicConfig, TopicDescription,
-    TopicPatch,
+    Backlog, FlushMode, MAX_TTL_MS, OnFull, QueueDescription, Quota, Retention, TopicConfig,
+    TopicDescription, TopicPatch,
 };
 use crate::http::HttpState;
 use crate::http::error::ApiError;
@@ -485,7 +485,10 @@ mod tests {
         assert!(changed.queues.is_none() && changed.flush.is_none());
         let bounded = patch(json!({"backlog": {"max_bytes": 5}, "ttl_ms": null})).unwrap();
         let backlog = bounded.backlog.unwrap();
-        assert_eq!((backlog.max_messages, backlog.max_bytes), (Some(3), Some(5)));
+        assert_eq!(
+            (backlog.max_messages, backlog.max_bytes),
+            (Some(3), Some(5))
+        );
         assert_eq!(bounded.ttl_ms, Some(None));
         assert_eq!(patch(json!({"queues": 8})).unwrap().queues, Some(8));
         assert!(
