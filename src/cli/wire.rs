@@ -69,6 +69,8 @@ pub struct NewMessage {
     pub queue: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delay_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
 }
 
 impl NewMessage {
