@@ -113,7 +113,15 @@ pub struct ProduceAnswer {
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub enum ProduceResult {
-    Failed { error: Problem },
+    Failed {
+        error: Problem,
+    },
+    /// The topic drops what does not fit its backlog.
+    Dropped {
+        queue: u32,
+        #[serde(rename = "dropped")]
+        _dropped: bool,
+    },
     Stored(Stored),
 }
 

@@ -13,6 +13,7 @@ mod live;
 mod no_room;
 mod offsets;
 mod one_way;
+mod overload;
 mod overtaking;
 mod produce;
 mod quotas;
