@@ -6,7 +6,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -16,8 +16,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use support::client::{Client, Produced};
 use support::{Cluster, eventually};
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
 const QUEUES: u32 = 3;
@@ -49,11 +48,16 @@ async fn send(
     progress: Arc<AtomicU64>,
 ) -> Result<BTreeMap<String, u64>> {
     let mut sent = BTreeMap::new();
-    let window = Arc::new(Semaphore::new(UNDER_WAY));
-    let mut requests = JoinSet::new();
+    let mut requests = VecDeque::new();
     let mut sequence = 0u64;
     while !stop.load(Ordering::Relaxed) {
-        let turn = window.clone().acquire_owned().await?;
+        // The oldest has to be done: a queue would forget one that lags behind many others.
+        if requests.len() == UNDER_WAY
+            && let Some(oldest) = requests.pop_front()
+        {
+            let oldest: JoinHandle<Result<()>> = oldest;
+            oldest.await??;
+        }
         // One to three messages of different keys make a request.
         let count = 1 + sequence as usize % 3;
         let messages: Vec<Value> = (0..count)
@@ -69,18 +73,14 @@ async fn send(
         let body = json!({"messages": messages, "producer": producer});
         sequence += count as u64;
         let (client, progress) = (client.clone(), progress.clone());
-        requests.spawn(async move {
+        requests.push_back(tokio::spawn(async move {
             insist(client, body).await?;
             progress.fetch_add(1, Ordering::Relaxed);
-            drop(turn);
-            anyhow::Ok(())
-        });
-        while let Some(done) = requests.try_join_next() {
-            done??;
-        }
+            Ok(())
+        }));
     }
-    while let Some(done) = requests.join_next().await {
-        done??;
+    for request in requests {
+        request.await??;
     }
     Ok(sent)
 }

