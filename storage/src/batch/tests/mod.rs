@@ -135,12 +135,14 @@ proptest! {
         key in proptest::option::of(".{0,9}"),
         value in proptest::option::of(proptest::collection::vec(any::<u8>(), 0..50)),
         tag in proptest::option::of(".{0,9}"),
+        ttl_ms in proptest::option::of(1..u64::MAX),
         headers in proptest::collection::vec(("[a-z]{0,5}", proptest::collection::vec(any::<u8>(), 0..9)), 0..4),
     ) {
         let message = MessageRecord {
             key,
             value: value.map(Bytes::from),
             tag,
+            ttl_ms,
             headers: headers.into_iter().map(|(name, value)| (name, Bytes::from(value))).collect(),
         };
         let mut builder = BatchBuilder::new();
@@ -149,6 +151,7 @@ proptest! {
         view.validate_client().unwrap();
         let record = view.records().next().unwrap().unwrap();
         prop_assert_eq!(record.tag().map(|t| t.to_vec()), message.tag.clone().map(String::into_bytes));
+        prop_assert_eq!(record.ttl_ms(), ttl_ms);
         prop_assert_eq!(MessageRecord::decode(&record).unwrap(), message);
     }
 }
@@ -215,6 +218,29 @@ fn the_tag_is_no_user_header_and_cannot_be_sent_as_one() {
         Err(BatchError::ReservedHeader(TAG_HEADER.into()))
     );
     assert_eq!(builder.record_count(), 0);
+}
+
+#[test]
+fn a_time_to_live_is_a_number_of_milliseconds() {
+    for (text, read) in [
+        ("1", Some(1)),
+        ("18446744073709551615", Some(u64::MAX)),
+        ("07", Some(7)),
+    ] {
+        assert_eq!(parse_ttl(text.as_bytes()), read);
+    }
+    for text in [
+        "",
+        "0",
+        "-1",
+        "+1",
+        " 1",
+        "1.5",
+        "18446744073709551616",
+        "\u{661}",
+    ] {
+        assert_eq!(parse_ttl(text.as_bytes()), None, "{text:?}");
+    }
 }
 
 #[test]
