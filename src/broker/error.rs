@@ -136,6 +136,8 @@ pub enum BrokerError {
     RateExceeded { whose: String, retry_after_ms: u64 },
     #[error("{0}")]
     BacklogFull(String),
+    #[error("topic {topic:?} generates nothing; set a generator with PUT")]
+    GeneratorNotFound { topic: String },
     /// Not an error to the producer, but nothing was stored.
     #[error("queue {queue} of topic {topic:?} is full, and the topic drops what comes then")]
     Dropped { topic: String, queue: u32 },

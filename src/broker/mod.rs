@@ -20,6 +20,7 @@ pub(crate) mod exchanges;
 mod fetch;
 pub mod groups;
 pub(crate) mod leases;
+mod generate;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -178,6 +179,7 @@ impl Broker {
         events::start(&broker);
         leases::duty::start(&broker);
         deliver::start(&broker);
+        generate::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);
             broker.local.bring_up(catalog, recovered);

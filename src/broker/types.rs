@@ -52,6 +52,14 @@ pub struct Backlog {
     pub on_full: OnFull,
 }
 
+/// Messages that a topic makes of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Generator {
+    /// Thousandths of a message a second: without fractions, equal on every replica.
+    pub per_1000_s: u64,
+    pub value: Bytes,
+}
+
 /// How fast a topic takes messages, over all its queues.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quota {

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{GroupPlacement, TopicId};
 use crate::broker::queue::QueueLimits;
-use crate::broker::{Backlog, FlushMode, Quota, Retention, TopicConfig};
+use crate::broker::{Backlog, FlushMode, Quota, Retention, TopicConfig, Generator};
 use crate::exchange::{Binding, ExchangeKind};
 
 /// A change of the catalog. All are idempotent: asked twice, the second changes nothing.
@@ -38,6 +38,11 @@ pub enum CatalogCommand {
         name: String,
         change: TopicChange,
         avoid: Vec<NodeId>,
+    },
+    /// Has a topic generate messages, or stop.
+    SetGenerator {
+        name: String,
+        generator: Option<Generator>,
     },
     DeleteTopic {
         name: String,

@@ -9,14 +9,12 @@ use tokio::sync::watch;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{CatalogCommand, CatalogReply, GivenUp, TopicChange};
-use super::damage;
-use super::exchanges;
+use super::{damage, exchanges, CATALOG_GROUP, FIRST_COORDINATOR_GROUP, MAX_COORDINATORS};
 use super::placement::place;
 use super::state::{CatalogState, GroupPlacement, NodeEntry, Topic};
-use super::{CATALOG_GROUP, FIRST_COORDINATOR_GROUP, MAX_COORDINATORS};
-use crate::broker::TopicConfig;
 use crate::broker::queue::QueueLimits;
 use crate::exchange::{ExchangeKind, store_of};
+use crate::broker::{Generator, TopicConfig};
 
 const DEFAULT_REPLICAS: u32 = 3;
 /// Queues one topic may have.
@@ -86,6 +84,9 @@ impl CatalogMachine {
                 change,
                 avoid,
             } => self.update(&name, &change, &avoid),
+            CatalogCommand::SetGenerator { name, generator } => {
+                self.set_generator(&name, generator)
+            }
             CatalogCommand::DeleteTopic { name } => self.delete(&name),
             CatalogCommand::RaiseEpoch { group, from } => self.raise_epoch(group, from),
             CatalogCommand::GiveUp { node, what } => self.give_up(node, &what),
@@ -261,10 +262,36 @@ impl CatalogMachine {
         CatalogReply::Exists(id)
     }
 
+    fn set_generator(&mut self, name: &str, generator: Option<Generator>) -> CatalogReply {
+        let Some(id) = self.state.names.get(name).copied() else {
+            return CatalogReply::NotFound;
+        };
+        let Some(generator) = generator else {
+            let removed = self.state.generators.remove(&id);
+            self.state.version += u64::from(removed.is_some());
+            return CatalogReply::Done;
+        };
+        let bytes = generator.value.len();
+        if !Generator::RATES_PER_1000_S.contains(&generator.per_1000_s)
+            || bytes > Generator::MAX_VALUE_BYTES
+        {
+            return CatalogReply::Invalid(format!(
+                "a generator makes 0.001 to 10000 messages a second of at most {} bytes",
+                Generator::MAX_VALUE_BYTES
+            ));
+        }
+        if self.state.generators.get(&id) != Some(&generator) {
+            self.state.generators.insert(id, generator);
+            self.state.version += 1;
+        }
+        CatalogReply::Done
+    }
+
     fn delete(&mut self, name: &str) -> CatalogReply {
         let Some(id) = self.state.names.remove(name) else {
             return CatalogReply::NotFound;
         };
+        self.state.generators.remove(&id);
         if let Some(topic) = self.state.topics.remove(&id) {
             for placement in &topic.queues {
                 self.state.queue_groups.remove(&placement.group);

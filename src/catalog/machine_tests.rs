@@ -187,6 +187,43 @@ fn an_epoch_is_raised_once_from_each_value() {
     assert_eq!(epochs(&machine), [0, 2]);
 }
 
+fn generator(per_1000_s: u64, bytes: usize) -> Generator {
+    Generator {
+        per_1000_s,
+        value: vec![0; bytes].into(),
+    }
+}
+
+#[test]
+fn a_generator_lives_as_long_as_its_topic() {
+    let mut machine = machine(1);
+    assert_eq!(machine.set_generator("a", None), CatalogReply::NotFound);
+    create(&mut machine, "a", 1, 1);
+    let set = |machine: &mut CatalogMachine, rate, bytes| {
+        let reply = machine.set_generator("a", Some(generator(rate, bytes)));
+        (
+            reply == CatalogReply::Done,
+            machine.state.generators.get(&1).cloned(),
+        )
+    };
+    assert_eq!(set(&mut machine, 0, 0), (false, None));
+    assert_eq!(set(&mut machine, 10_000_001, 0), (false, None));
+    assert_eq!(
+        set(&mut machine, 1, Generator::MAX_VALUE_BYTES + 1),
+        (false, None)
+    );
+    let kept = Some(generator(1, 3));
+    assert_eq!(set(&mut machine, 1, 3), (true, kept.clone()));
+    let version = machine.state.version;
+    assert_eq!(set(&mut machine, 1, 3), (true, kept));
+    assert_eq!(
+        machine.state.version, version,
+        "the same again changes nothing"
+    );
+    machine.delete("a");
+    assert!(machine.state.generators.is_empty());
+}
+
 #[test]
 fn unreadable_commands_are_answered() {
     let mut machine = machine(1);
@@ -325,6 +362,11 @@ fn any_command() -> impl Strategy<Value = CatalogCommand> {
         }),
         (name.clone(), name)
             .prop_map(|(exchange, topic)| CatalogCommand::DeleteBinding { exchange, topic }),
+        (name.clone(), proptest::option::of(0..3u64)).prop_map(|(name, rate)| {
+            let generator = rate.map(|rate| generator(rate, 1));
+            CatalogCommand::SetGenerator { name, generator }
+        }),
+        name.prop_map(|name| CatalogCommand::DeleteTopic { name }),
         (1024..1030u64, 0..2u64)
             .prop_map(|(group, from)| CatalogCommand::RaiseEpoch { group, from }),
     ]

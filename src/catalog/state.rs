@@ -8,9 +8,9 @@ use quorate_storage::RaftGroupId;
 use serde::{Deserialize, Serialize};
 
 use super::{FIRST_COORDINATOR_GROUP, FIRST_QUEUE_GROUP, FIRST_REPLICA};
-use crate::broker::TopicConfig;
 use crate::broker::queue::QueueLimits;
 use crate::exchange::Exchange;
+use crate::broker::{Generator, TopicConfig};
 
 /// Of one topic's life: a topic of the same name made later has another.
 pub type TopicId = u64;
@@ -150,6 +150,7 @@ pub struct CatalogState {
     pub coordinators: Vec<GroupPlacement>,
     pub topics: BTreeMap<TopicId, Arc<Topic>>,
     pub names: BTreeMap<String, TopicId>,
+    pub generators: BTreeMap<TopicId, Generator>,
     /// Queue groups by id: the way back from Raft's events.
     pub queue_groups: BTreeMap<u64, (TopicId, u32)>,
     /// By name.
@@ -170,6 +171,7 @@ impl Default for CatalogState {
             coordinators: Vec::new(),
             topics: BTreeMap::new(),
             names: BTreeMap::new(),
+            generators: BTreeMap::new(),
             queue_groups: BTreeMap::new(),
             exchanges: BTreeMap::new(),
             next_topic: 1,

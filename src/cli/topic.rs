@@ -18,9 +18,14 @@ pub enum TopicCommand {
     /// One topic: who leads each queue, which replicas keep up, which offsets it has.
     Show { topic: String },
     /// Change a topic. Queues can only grow.
+    #[command(visible_alias = "alter")]
     Update(UpdateArgs),
     /// Delete a topic and every message in it.
     Delete { topic: String },
+    /// Which queue messages with a key go to.
+    Queue { topic: String, key: String },
+    /// Have a topic generate messages of itself, or stop it.
+    Generate(GenerateArgs),
     /// Hand the leadership of a queue to another of its replicas.
     MoveLeader {
         topic: String,
@@ -63,8 +68,21 @@ struct Settings {
     /// How many messages a consumer group may be behind before producers feel it.
     #[arg(long, value_name = "MESSAGES|none", value_parser = number_or_none)]
     backlog: Option<OrNone>,
+    /// How many bytes of a queue may wait for the slowest consumer group.
+    #[arg(long, value_name = "BYTES|none", value_parser = number_or_none)]
+    backlog_bytes: Option<OrNone>,
+    /// How old the oldest message that waits for the slowest consumer group may be.
+    #[arg(long, value_name = "MS|none", value_parser = number_or_none)]
+    backlog_age_ms: Option<OrNone>,
+    /// What becomes of a message when the backlog is full.
     #[arg(long)]
     on_full: Option<OnFull>,
+    /// Messages a second that producers may send, over all queues.
+    #[arg(long, value_name = "MESSAGES|none", value_parser = number_or_none)]
+    quota_messages: Option<OrNone>,
+    /// Bytes a second that producers may send, over all queues.
+    #[arg(long, value_name = "BYTES|none", value_parser = number_or_none)]
+    quota_bytes: Option<OrNone>,
     /// How long a message can be consumed; `none` for ever.
     #[arg(long, value_name = "MS|none", value_parser = number_or_none)]
     ttl_ms: Option<OrNone>,
@@ -88,6 +106,20 @@ pub struct UpdateArgs {
     topic: String,
     #[command(flatten)]
     settings: Settings,
+}
+
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    topic: String,
+    /// Messages a second, 0.001 to 10000; without it the generator is shown.
+    #[arg(long, value_name = "RATE", conflicts_with = "stop")]
+    rate: Option<f64>,
+    /// Of every message.
+    #[arg(long, requires = "rate", default_value = "")]
+    value: String,
+    /// No more of it.
+    #[arg(long)]
+    stop: bool,
 }
 
 /// A number, or the JSON null that says "no limit".
@@ -134,6 +166,15 @@ pub async fn run(client: &Client, out: Output, command: TopicCommand) -> Result<
             }
             Ok(())
         }
+        TopicCommand::Queue { topic, key } => {
+            let path = ["v1", "topics", &topic, "queue"];
+            let answer = client.call(Request::get(&path).query("key", &key)).await?;
+            if out.is_json() {
+                return out.json(&answer);
+            }
+            out.line(&answer["queue"].to_string())
+        }
+        TopicCommand::Generate(args) => generate(client, out, args).await,
         TopicCommand::MoveLeader { topic, queue, node } => {
             let number = queue.to_string();
             let path = ["v1", "topics", &topic, "queues", &number, "leader"];
@@ -146,6 +187,26 @@ pub async fn run(client: &Client, out: Output, command: TopicCommand) -> Result<
             }
             out.line(&format!("node {node} leads {topic}/{queue}"))
         }
+    }
+}
+
+async fn generate(client: &Client, out: Output, args: GenerateArgs) -> Result<(), CliError> {
+    let path = ["v1", "topics", &args.topic, "generator"];
+    let request = match (args.rate, args.stop) {
+        (_, true) => Request::new(Method::DELETE, &path, Repeat::Always),
+        (Some(rate), false) => Request::new(Method::PUT, &path, Repeat::Always)
+            .json(&json!({ "rate_per_s": rate, "value": args.value }))?,
+        (None, false) => Request::get(&path),
+    };
+    let answer = client.call(request).await?;
+    match (args.stop, out.is_json()) {
+        (true, false) => out.line(&format!("{} generates nothing", args.topic)),
+        (true, true) => Ok(()),
+        (false, true) => out.json(&answer),
+        (false, false) => out.line(&format!(
+            "{} generates {} messages a second: {}",
+            args.topic, answer["rate_per_s"], answer["value"]
+        )),
     }
 }
 
@@ -171,6 +232,7 @@ impl Settings {
         set("retention", self.retention());
         set("max_message_bytes", self.max_message_bytes.map(Value::from));
         set("backlog", self.backlog_body());
+        set("quota", self.quota());
         set("ttl_ms", self.ttl_ms.map(|limit| json!(limit.0)));
         set("trace", self.trace.map(|on| json!(on)));
         body
@@ -187,10 +249,29 @@ impl Settings {
         (!retention.is_empty()).then_some(Value::Object(retention))
     }
 
+    fn quota(&self) -> Option<Value> {
+        let mut quota = Map::new();
+        for (name, limit) in [
+            ("messages_per_s", self.quota_messages),
+            ("bytes_per_s", self.quota_bytes),
+        ] {
+            if let Some(OrNone(limit)) = limit {
+                quota.insert(name.into(), json!(limit));
+            }
+        }
+        (!quota.is_empty()).then_some(Value::Object(quota))
+    }
+
     fn backlog_body(&self) -> Option<Value> {
         let mut backlog = Map::new();
-        if let Some(OrNone(messages)) = self.backlog {
-            backlog.insert("max_messages".into(), json!(messages));
+        for (name, limit) in [
+            ("max_messages", self.backlog),
+            ("max_bytes", self.backlog_bytes),
+            ("max_age_ms", self.backlog_age_ms),
+        ] {
+            if let Some(OrNone(limit)) = limit {
+                backlog.insert(name.into(), json!(limit));
+            }
         }
         if let Some(on_full) = &self.on_full {
             backlog.insert("on_full".into(), value_name(on_full));
@@ -327,6 +408,20 @@ mod tests {
         assert_eq!(
             body["backlog"],
             json!({"max_messages": 10, "on_full": "drop_newest"})
+        );
+    }
+
+    #[test]
+    fn bounds_and_quotas_are_nested_as_the_api_wants_them() {
+        let bounds = ["--backlog-bytes", "9", "--backlog-age-ms", "none"];
+        let quota = ["--quota-messages", "5", "--quota-bytes", "none"];
+        let body = created(&[&["orders"], &bounds[..], &quota[..]].concat());
+        assert_eq!(
+            (&body["backlog"], &body["quota"]),
+            (
+                &json!({"max_bytes": 9, "max_age_ms": null}),
+                &json!({"messages_per_s": 5, "bytes_per_s": null})
+            )
         );
     }
 

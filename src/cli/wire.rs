@@ -69,6 +69,8 @@ pub struct NewMessage {
     pub queue: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub delay_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl_ms: Option<u64>,
 }
 
 impl NewMessage {
@@ -111,7 +113,15 @@ pub struct ProduceAnswer {
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub enum ProduceResult {
-    Failed { error: Problem },
+    Failed {
+        error: Problem,
+    },
+    /// The topic drops what does not fit its backlog.
+    Dropped {
+        queue: u32,
+        #[serde(rename = "dropped")]
+        _dropped: bool,
+    },
     Stored(Stored),
 }
 

@@ -13,30 +13,17 @@ use crate::catalog::TopicId;
 const PAGE: usize = 1024;
 
 impl CoordinatorView {
-    /// The lowest committed offset of any of this coordinator's consumer groups in each queue of
-    /// these topics. A queue for which none has committed is left out.
+    /// How far the slowest of this coordinator's consumer groups is in each queue of these topics:
+    /// what it has committed, or its oldest message that is leased or waits to be. A queue that none
+    /// has been to is left out.
     pub fn lowest_offsets(&self, topics: &[TopicId]) -> Result<Vec<QueueOffset>, StorageError> {
-        let mut lowest: BTreeMap<(TopicId, u32), u64> = BTreeMap::new();
-        let mut after: Option<Vec<u8>> = None;
-        loop {
-            let page = self.records.scan_page(b"o", after.as_deref(), PAGE)?;
-            for (key, value) in &page {
-                let Some((topic, queue)) = place(key) else {
-                    continue;
-                };
-                let Ok(offset) = value[..].try_into().map(u64::from_be_bytes) else {
-                    continue;
-                };
-                if topics.contains(&topic) {
-                    let known = lowest.entry((topic, queue)).or_insert(offset);
-                    *known = offset.min(*known);
-                }
-            }
-            if page.len() < PAGE {
-                break;
-            }
-            after = page.last().map(|(key, _)| key.to_vec());
-        }
+        let mut lowest = Lowest::new();
+        self.each_of(b"o", topics, &mut lowest, |_, value| {
+            Ok(value.try_into().map(u64::from_be_bytes).ok())
+        })?;
+        self.each_of(b"l", topics, &mut lowest, |key, value| {
+            self.oldest_leased(key, value)
+        })?;
         let each = lowest.into_iter();
         let offsets = each.map(|((topic, queue), offset)| QueueOffset {
             topic,
@@ -45,10 +32,54 @@ impl CoordinatorView {
         });
         Ok(offsets.collect())
     }
+
+    /// Goes through the records of one kind that name a group, a topic and a queue.
+    fn each_of(
+        &self,
+        kind: &[u8],
+        topics: &[TopicId],
+        lowest: &mut Lowest,
+        offset: impl Fn(&[u8], &[u8]) -> Result<Option<u64>, StorageError>,
+    ) -> Result<(), StorageError> {
+        let mut after: Option<Vec<u8>> = None;
+        loop {
+            let page = self.records.scan_page(kind, after.as_deref(), PAGE)?;
+            for (key, value) in &page {
+                let Some((topic, queue)) = place(key).filter(|(t, _)| topics.contains(t)) else {
+                    continue;
+                };
+                if let Some(offset) = offset(key, value)? {
+                    let known = lowest.entry((topic, queue)).or_insert(offset);
+                    *known = offset.min(*known);
+                }
+            }
+            if page.len() < PAGE {
+                return Ok(());
+            }
+            after = page.last().map(|(key, _)| key.to_vec());
+        }
+    }
+
+    /// Of a group that leases: below its cursor (the first field of the record) all is done but what
+    /// has a record of its own, of kind `d`, under the same key and its offset.
+    fn oldest_leased(&self, key: &[u8], value: &[u8]) -> Result<Option<u64>, StorageError> {
+        let deliveries = [b"d", &key[1..]].concat();
+        let first = self.records.scan_page(&deliveries, None, 1)?;
+        let first = first.first().and_then(|(found, _)| {
+            let offset = found.get(deliveries.len()..)?;
+            KeyReader::new(offset).u64()
+        });
+        let cursor = postcard::take_from_bytes::<u64>(value).ok();
+        let cursor = cursor.map(|(cursor, _)| cursor);
+        Ok(first.into_iter().chain(cursor).min())
+    }
 }
 
 /// The queue that a users' group committed an offset for. The server's own groups say by theirs
 /// where forwarders are, in other queues.
+type Lowest = BTreeMap<(TopicId, u32), u64>;
+
+/// The queue that a record of a group is about.
 fn place(key: &[u8]) -> Option<(TopicId, u32)> {
     let mut fields = KeyReader::new(key);
     fields.u8()?;
@@ -63,6 +94,7 @@ mod tests {
     use std::sync::Arc;
 
     use quorate_storage::derived::DerivedStore;
+    use quorate_storage::derived::{DerivedStore, KeyBuilder};
     use quorate_storage::{LogId, RaftGroupId};
 
     use super::super::records::{Records, offset_key};
@@ -84,6 +116,17 @@ mod tests {
         for n in 0..2 * PAGE as u64 {
             commit(&format!("many-{n}"), 9, 0, 4000 - n);
         }
+        // Groups that lease: one with a message that is not done, one without.
+        let leases = |kind: u8, group: &str, topic: u64| {
+            KeyBuilder::new().u8(kind).text(group).u64(topic).u32(0)
+        };
+        for (group, topic, cursor) in [("l", 10, 300_u64), ("m", 11, 7)] {
+            let value = postcard::to_stdvec(&(cursor, 1_u32)).unwrap();
+            records.put(leases(b'l', group, topic).build(), value);
+        }
+        for offset in [290, 250, 299] {
+            records.put(leases(b'd', "l", 10).u64(offset).build(), vec![1]);
+        }
         records.commit(LogId::new(1, 1)).unwrap();
         let found = records
             .view(Default::default())
@@ -94,6 +137,13 @@ mod tests {
         assert_eq!(
             found,
             [(7, 0, 3), (7, 1, 9), (9, 0, 4001 - 2 * PAGE as u64)]
+        );
+        let found = records.view().lowest_offsets(&[7, 9, 10, 11]).unwrap();
+        let found: Vec<_> = found.iter().map(|o| (o.topic, o.queue, o.offset)).collect();
+        let many = (9, 0, 4001 - 2 * PAGE as u64);
+        assert_eq!(
+            found,
+            [(7, 0, 3), (7, 1, 9), many, (10, 0, 250), (11, 0, 7)]
         );
     }
 }

@@ -1,8 +1,8 @@
 //! Request bodies: bounded in size, in time and in their sum over all requests.
 //!
 //! A sender that is too slow or sends too much is answered, not merely cut off: after a size
-//! limit is hit a bounded rest is read and thrown away, so that the answer reaches a client that
-//! is still writing.
+//! limit is hit, or the memory for bodies is used up, a bounded rest is read and thrown away, so
+//! that the answer reaches a client that is still writing.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -101,20 +101,27 @@ impl BodyReader {
         ApiError::SlowBody { reason }
     }
 
-    async fn too_large(&mut self) -> ApiError {
-        if !self.expects_continue {
-            let mut rest = self.limits.max_request_bytes.saturating_mul(DRAIN_FACTOR);
-            let drain = async {
-                while let Some(Ok(piece)) = self.stream.next().await {
-                    rest = rest.saturating_sub(piece.len());
-                    if rest == 0 {
-                        break;
-                    }
-                }
-            };
-            // Whether it ended or the time did: the answer is the same.
-            let _ = tokio::time::timeout(DRAIN_TIME, drain).await;
+    /// Throws the rest away. An answer to a client that still writes would be lost with the
+    /// connection, which is closed when something on it was not read.
+    async fn drain(&mut self) {
+        if self.expects_continue {
+            return;
         }
+        let mut rest = self.limits.max_request_bytes.saturating_mul(DRAIN_FACTOR);
+        let drain = async {
+            while let Some(Ok(piece)) = self.stream.next().await {
+                rest = rest.saturating_sub(piece.len());
+                if rest == 0 {
+                    break;
+                }
+            }
+        };
+        // Whether it ended or the time did: the answer is the same.
+        let _ = tokio::time::timeout(DRAIN_TIME, drain).await;
+    }
+
+    async fn too_large(&mut self) -> ApiError {
+        self.drain().await;
         BrokerError::RequestTooLarge {
             max_bytes: self.limits.max_request_bytes as u64,
         }
@@ -161,7 +168,13 @@ impl BodyReader {
         let Some(piece) = self.next().await? else {
             return Ok(None);
         };
-        charge(budget, share, piece.len())?;
+        if let Err(refused) = charge(budget, share, piece.len()) {
+            // Others can use what this one had at once.
+            *share = BudgetShare::default();
+            drop(piece);
+            self.drain().await;
+            return Err(refused);
+        }
         Ok(Some(piece))
     }
 }

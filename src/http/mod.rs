@@ -108,6 +108,12 @@ fn routes() -> OpenApiRouter<HttpState> {
         .routes(routes!(v1::topics::queue_of_key))
         .routes(routes!(v1::cancel::cancel_message))
         .routes(routes!(v1::trace::message_trace))
+        .routes(routes!(
+            v1::topics::generator::put,
+            v1::topics::generator::get,
+            v1::topics::generator::delete
+        ))
+        .routes(routes!(v1::produce::produce))
         .routes(routes!(v1::produce::register_producer))
         .routes(routes!(v1::consume::fetch))
         .routes(routes!(v1::consume::fetch_many))
@@ -200,6 +206,7 @@ mod tests {
             "DELETE /v1/groups/{group}/members/{member}",
             "DELETE /v1/topics/{topic}",
             "DELETE /v1/topics/{topic}/messages/{message_id}",
+            "DELETE /v1/topics/{topic}/generator",
             "GET /health/live",
             "GET /health/ready",
             "GET /metrics",
@@ -221,6 +228,7 @@ mod tests {
             "GET /v1/topics/{topic}",
             "GET /v1/topics/{topic}/messages",
             "GET /v1/topics/{topic}/messages/{message_id}/trace",
+            "GET /v1/topics/{topic}/generator",
             "GET /v1/topics/{topic}/queue",
             "GET /v1/topics/{topic}/queues/{queue}/messages",
             "GET /v1/topics/{topic}/queues/{queue}/offset",
@@ -252,6 +260,7 @@ mod tests {
             "PUT /v1/exchanges/{exchange}/bindings/{topic}",
             "PUT /v1/groups/{group}/offsets",
             "PUT /v1/groups/{group}/retry_policy",
+            "PUT /v1/topics/{topic}/generator",
         ];
         assert_eq!(found, expected);
     }

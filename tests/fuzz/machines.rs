@@ -7,9 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use quorate::broker::TopicConfig;
+<<<<<<< HEAD
+use quorate::broker::{TopicConfig, Generator};
 use quorate::broker::queue::entry::{AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim};
-use quorate::broker::queue::{QueueLimits, QueueMachine, QueueReply, QueueShared, Place};
+use quorate::broker::queue::{QueueLimits, QueueMachine, QueueReply, QueueShared, Place, BatchOutcome};
+=======
+>>>>>>> h-flow
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
 use quorate::coordinator::leases::{Lease, LeaseCommand, Pick, Receipt, RetryPolicy};
 use quorate::coordinator::{CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp, AssignStrategy, Delivery, GroupStart, Newcomer, QueueId, TopicShape};
@@ -274,6 +277,7 @@ fn catalog() {
             },
         ),
         (
+<<<<<<< HEAD
             "8a-exchange",
             CatalogCommand::PutExchange {
                 name: "shop".to_owned(),
@@ -294,6 +298,15 @@ fn catalog() {
             CatalogCommand::DeleteBinding {
                 exchange: "shop".to_owned(),
                 topic: "orders".to_owned(),
+=======
+            "8-generator",
+            CatalogCommand::SetGenerator {
+                name: "orders".to_owned(),
+                generator: Some(Generator {
+                    per_1000_s: 500,
+                    value: Bytes::from_static(b"token"),
+                }),
+>>>>>>> h-flow
             },
         ),
         (

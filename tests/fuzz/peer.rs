@@ -90,6 +90,7 @@ fn write_the_corpus() {
             groups: vec![1, 300, u64::MAX],
         }),
     );
+<<<<<<< HEAD
     let place = MessagePlace {
         group: 1,
         term: 2,
@@ -102,6 +103,16 @@ fn write_the_corpus() {
         timeout_ms: 500,
     };
     keep("cancel", encode(&cancel));
+=======
+    keep(
+        "lowest-offsets",
+        encode(&PeerRequest::LowestOffsets {
+            coordinator: 3,
+            topics: vec![1, 7],
+            prove: true,
+        }),
+    );
+>>>>>>> h-flow
     let offsets = PeerRequest::GroupOffsets {
         coordinator: 3,
         consumer_group: "billing".to_owned(),

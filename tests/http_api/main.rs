@@ -8,12 +8,16 @@ mod audit;
 mod backlog;
 mod cluster;
 mod consume;
+<<<<<<< HEAD
 mod delayed;
 mod delayed_faults;
 mod exchanges;
 mod dead_letters;
 mod filters;
 mod groups;
+=======
+mod generator;
+>>>>>>> h-flow
 mod idempotence;
 mod leases;
 mod live;
@@ -21,6 +25,7 @@ mod lookup;
 mod no_room;
 mod offsets;
 mod one_way;
+mod overload;
 mod overtaking;
 mod produce;
 mod quotas;

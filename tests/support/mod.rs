@@ -81,6 +81,11 @@ impl Cluster {
             true => "",
             false => "[log]\nsegment_bytes = 33554432\n\n",
         };
+        // Keys of a table that is there already belong into it.
+        let (http_keys, more) = match more.strip_prefix("[http]\n") {
+            Some(rest) => rest.split_once("\n\n").unwrap_or((rest, "")),
+            None => ("", more),
+        };
         let list = (0..count)
             .map(|i| {
                 format!(
@@ -97,7 +102,7 @@ impl Cluster {
                 fs::create_dir_all(&home)?;
                 let config = home.join("quorate.toml");
                 let text = format!(
-                    "node_id = {}\ndata_dir = {:?}\n\n[cluster]\nname = \"test\"\nnodes = [\n{list}]\n\n[http]\nlisten = \"127.0.0.1:{}\"\n\n[peer]\nlisten = \"127.0.0.1:{}\"\n\n{log}{more}\n",
+                    "node_id = {}\ndata_dir = {:?}\n\n[cluster]\nname = \"test\"\nnodes = [\n{list}]\n\n[http]\nlisten = \"127.0.0.1:{}\"\n{http_keys}\n\n[peer]\nlisten = \"127.0.0.1:{}\"\n\n{log}{more}\n",
                     i + 1,
                     home.join("data"),
                     http[i],

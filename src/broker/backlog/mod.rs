@@ -27,7 +27,7 @@ use super::encode::records_in;
 use super::local::LocalQueue;
 use super::read::unreadable;
 use super::{Backlog, Broker, BrokerError, BrokerResult, OnFull};
-use crate::catalog::{GroupOwner, Topic};
+use crate::catalog::{GroupOwner, Topic, TopicId};
 use crate::peer::NewBatch;
 use sizes::Sizes;
 
@@ -41,12 +41,17 @@ impl Backlog {
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-struct Load {
-    messages: u64,
-    bytes: u64,
+pub(super) struct Load {
+    pub messages: u64,
+    pub bytes: u64,
 }
 
 impl Load {
+    const ANY: Self = Self {
+        messages: u64::MAX,
+        bytes: u64::MAX,
+    };
+
     fn of(batches: &[NewBatch]) -> Self {
         // What is held back is judged here as well, and counts from the day it is visible.
         let messages = batches.iter().map(|b| u64::from(records_in(&b.batch)));
@@ -200,29 +205,49 @@ impl Broker {
         }
     }
 
-    /// How many more messages fit now, as far as is known here. None: any number.
+    /// How much more fits now, as far as is known here.
     pub(super) async fn backlog_room(
         &self,
         queue: &Arc<LocalQueue>,
         topic: &Topic,
         number: u32,
-    ) -> BrokerResult<Option<u64>> {
+    ) -> BrokerResult<Load> {
         let limits = &topic.config.backlog;
         if !limits.is_bounded() {
-            return Ok(None);
+            return Ok(Load::ANY);
         }
-        self.prove_positions(Instant::now()).await;
-        let slowest = self.positions.slowest(topic.id, number);
+        self.positions_of_late().await;
+        match self.room_as_known(queue, limits, topic.id, number).await? {
+            Load { messages: 0, .. } => {
+                self.prove_positions(Instant::now()).await;
+                self.room_as_known(queue, limits, topic.id, number).await
+            }
+            room => Ok(room),
+        }
+    }
+
+    async fn room_as_known(
+        &self,
+        queue: &Arc<LocalQueue>,
+        limits: &Backlog,
+        topic: TopicId,
+        number: u32,
+    ) -> BrokerResult<Load> {
+        let slowest = self.positions.slowest(topic, number);
         let from = self.measured_from(queue, limits, slowest).await?;
         let mut state = queue.backlog.state.lock();
         let in_flight = state.in_flight;
         let held = state.held(queue, limits, from)?;
         Ok(match judge(limits, held, in_flight, Load::default()) {
             Verdict::Fits => {
-                let taken = held.load.plus(in_flight).messages;
-                limits.max_messages.map(|max| max.saturating_sub(taken))
+                let taken = held.load.plus(in_flight);
+                let left = |limit: Option<u64>, taken| limit.unwrap_or(u64::MAX) - taken;
+                Load {
+                    messages: left(limits.max_messages, taken.messages),
+                    bytes: left(limits.max_bytes, taken.bytes),
+                }
             }
-            _ => Some(0),
+            _ => Load::default(),
         })
     }
 

@@ -138,18 +138,19 @@ impl Batcher {
         last
     }
 
-    /// Holds a submission that is ahead of others of its producer, if it can be and not too often.
-    fn hold(&mut self, mut submission: Submission) -> Result<(), Submission> {
+    /// Holds a submission that is ahead of others of its producer, or gives it back: there is no
+    /// room, or it has waited for long enough.
+    fn hold(&mut self, mut submission: Submission) -> Option<Submission> {
         let Some(sequenced) = &mut submission.sequenced else {
-            return Err(submission);
+            return Some(submission);
         };
         let now = Instant::now();
         let until = *sequenced.until.get_or_insert(now + self.config.early_wait);
         if until <= now || submission.reply.is_closed() {
-            return Err(submission);
+            return Some(submission);
         }
         let (stamp, bytes) = (sequenced.stamp, submission.bytes);
-        self.early.hold(stamp, submission, bytes, until)
+        self.early.hold(stamp, submission, bytes, until).err()
     }
 
     /// What has been early for too long is answered, or put to apply if that has not judged it yet.
@@ -178,8 +179,8 @@ impl Batcher {
             let early = |s: &Sequenced| self.early.is_early(s.stamp);
             if submission.sequenced.as_ref().is_some_and(early) {
                 match self.hold(submission) {
-                    Ok(()) => continue,
-                    Err(refused) => submission = refused,
+                    None => continue,
+                    Some(refused) => submission = refused,
                 }
             }
             if !submission.claim.settle(TAKEN) {
@@ -280,8 +281,8 @@ impl Batcher {
                     if self.early.out_of_order(stamp, expected) {
                         submission.claim.reopen();
                         match self.hold(submission) {
-                            Ok(()) => continue,
-                            Err(refused) => submission = refused,
+                            None => continue,
+                            Some(refused) => submission = refused,
                         }
                     }
                 }

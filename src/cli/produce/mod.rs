@@ -44,6 +44,9 @@ pub struct ProduceCommand {
     /// Visible only after this time.
     #[arg(long, value_name = "MS")]
     delay_ms: Option<u64>,
+    /// Delivered only until this time after it became visible.
+    #[arg(long, value_name = "MS")]
+    ttl_ms: Option<u64>,
     /// At most this many messages in one request.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     batch: u32,
@@ -128,6 +131,7 @@ impl ProduceCommand {
             headers: self.header.iter().cloned().collect::<BTreeMap<_, _>>(),
             queue: self.queue,
             delay_ms: self.delay_ms,
+            ttl_ms: self.ttl_ms,
             ..NewMessage::default()
         })
     }

@@ -171,6 +171,10 @@ impl<'a> Sender<'a> {
         for (index, result) in missing.iter().zip(answer.results) {
             match result {
                 ProduceResult::Stored(place) => stored[*index] = Some(place),
+                ProduceResult::Dropped { queue, .. } => {
+                    let text = format!("queue {queue} is full and dropped the message");
+                    worst.get_or_insert(CliError::Failed(text));
+                }
                 ProduceResult::Failed { error } => {
                     let error = CliError::Problem(Box::new(error));
                     if worst.as_ref().is_none_or(|worst| self.repeats(worst)) {

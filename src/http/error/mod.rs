@@ -157,6 +157,7 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
         B::QuotaExceeded(_) | B::RateExceeded { .. } => {
             (S::TOO_MANY_REQUESTS, "quota_exceeded", "Quota exceeded")
         }
+        B::GeneratorNotFound { .. } => (S::NOT_FOUND, "generator_not_found", "Generator not found"),
         B::BacklogFull(_) | B::Dropped { .. } => {
             (S::TOO_MANY_REQUESTS, "backlog_full", "Backlog full")
         }

@@ -97,6 +97,11 @@ fn every_broker_error() -> Vec<(BrokerError, u16, &'static str)> {
             429,
             "quota_exceeded",
         ),
+        (
+            B::GeneratorNotFound { topic: s() },
+            404,
+            "generator_not_found",
+        ),
         (B::BacklogFull(s()), 429, "backlog_full"),
         (
             B::MessageNotFound {

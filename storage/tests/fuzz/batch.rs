@@ -52,7 +52,7 @@ fn check(bytes: &Bytes) {
         let message = MessageRecord::decode(record);
         assert!(!valid || message.is_ok());
         if let Ok(message) = message
-            && message.headers.len() < MAX_RECORD_HEADERS
+            && message.headers.len() + 2 <= MAX_RECORD_HEADERS
         {
             message
                 .encode(&mut again)

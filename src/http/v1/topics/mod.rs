@@ -1,5 +1,6 @@
 //! Topics: create, list, describe, change, delete.
 
+pub mod generator;
 mod wire;
 
 use axum::extract::State;

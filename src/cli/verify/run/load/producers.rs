@@ -349,6 +349,7 @@ impl Producer {
                     let text = "an acknowledgement names no place";
                     history.found(Kind::NeverSent, 0, text, vec![id], vec![line]);
                 }
+                ProduceResult::Dropped { .. } => history.settle(id, Outcome::Refused, now_us),
                 ProduceResult::Failed { error } => {
                     let outcome = match error.outcome.as_deref() {
                         Some("not_committed") => Outcome::Refused,
