@@ -12,10 +12,10 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::broker::groups::GroupQuestion;
-use crate::broker::leases::{ReceiveRequest};
-use crate::broker::queue::{BatchOutcome};
+use crate::broker::leases::ReceiveRequest;
+use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, MessagePlace, StartAt, TransactionQuery, SearchRequest};
+use crate::broker::{Broker, BrokerError, MessagePlace, SearchRequest, StartAt, TransactionQuery};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 1;
@@ -149,24 +149,6 @@ pub enum PeerRequest {
     Transactions {
         coordinator: u32,
         query: TransactionQuery,
-    },
-    /// How far the slowest of a coordinator's consumer groups is in each queue of these topics;
-    /// with proof that no commit is missing, if asked for.
-    LowestOffsets {
-        coordinator: u32,
-        topics: Vec<u64>,
-        prove: bool,
-    },
-    /// Something about a consumer group that only the leader of its coordinator knows.
-    Group {
-        coordinator: u32,
-        question: GroupQuestion,
-        timeout_ms: u64,
-    },
-    /// Take a delayed message back, in a queue that the other node leads.
-    Cancel {
-        place: MessagePlace,
-        timeout_ms: u64,
     },
 }
 
@@ -322,10 +304,6 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let timeout = Duration::from_millis(timeout_ms);
             let answer = broker.group_here(coordinator, question, timeout).await;
             encode(&answer)
-        }
-        PeerRequest::Cancel { place, timeout_ms } => {
-            let timeout = Duration::from_millis(timeout_ms);
-            encode(&broker.cancel_here(place, timeout).await)
         }
     }
 }

@@ -6,7 +6,6 @@
 
 mod backlog;
 mod batcher;
-
 mod cancel;
 mod cluster;
 mod config;
@@ -18,9 +17,9 @@ mod error;
 mod events;
 pub(crate) mod exchanges;
 mod fetch;
+mod generate;
 pub mod groups;
 pub(crate) mod leases;
-mod generate;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;
@@ -38,8 +37,8 @@ mod route;
 mod search;
 pub mod selection;
 mod topics;
-mod transactions;
 mod trace;
+mod transactions;
 pub(crate) mod ttl;
 mod types;
 
@@ -63,14 +62,14 @@ pub use exchanges::{
     BindingDescription, ExchangeDescription, PublishAnswer, PublishRequest, Published,
 };
 pub use message_id::{MessagePlace, message_id, parse_message_id};
-pub use selection::{Selection};
+pub use search::{Cursor, Found, LookupAnswer, LookupRequest, SearchRequest};
+pub use selection::Selection;
+pub use trace::{MessageTrace, TraceEvent, TraceKind};
 pub use transactions::{
     BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,
     WebhookPolicy, check_webhook_allowed, parse_transaction_id, transaction_results,
     transaction_text,
 };
-pub use search::{Cursor, Found, LookupAnswer, LookupRequest, SearchRequest};
-pub use trace::{MessageTrace, TraceEvent, TraceKind};
 pub use ttl::MAX_TTL_MS;
 pub use types::*;
 
@@ -128,9 +127,7 @@ pub struct Broker {
     quotas: TopicQuotas,
     /// One-way requests under way.
     one_way: Arc<Semaphore>,
-    lease_turns: Turns,
     tracer: trace::Tracer,
-    redrive_turns: Turns,
 }
 
 impl fmt::Debug for Broker {
@@ -159,26 +156,15 @@ impl Broker {
             positions: Positions::default(),
             quotas: TopicQuotas::default(),
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
-            lease_turns: Turns::default(),
             tracer: trace::Tracer::default(),
-            redrive_turns: Turns::default(),
         });
         events::start(&broker);
-        leases::duty::start(&broker);
-        groups::start(&broker);
-        deliver::start(&broker);
-        tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
-        deliver::start(&broker);
         groups::start(&broker);
         broker.metrics.collect_groups(broker.sessions.clone());
+        leases::duty::start(&broker);
         deliver::start(&broker);
         tokio::spawn(transactions::run_duty(Arc::downgrade(&broker)));
         trace::start(&broker);
-        leases::duty::start(&broker);
-        });
-        events::start(&broker);
-        leases::duty::start(&broker);
-        deliver::start(&broker);
         generate::start(&broker);
         if let Some(catalog) = broker.local_group(CATALOG_GROUP.0) {
             let recovered = catalog.log().state().last.map(|id| id.index);

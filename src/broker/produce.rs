@@ -11,7 +11,9 @@ use quorate_storage::batch::{
 };
 
 use super::batcher::{SubmitError, submit};
-use super::encode::{Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in, stamp_at};
+use super::encode::{
+    Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in, stamp_at,
+};
 use super::queue::BatchOutcome;
 use super::queue::entry::{Hold, MAX_BATCHES, Mark};
 use super::route::{NO_LEADER, UNKNOWN};

@@ -70,7 +70,6 @@ impl Broker {
             },
             None => BrokerError::Internal("a reset was refused".to_owned()),
         })
-        Err(BrokerError::Internal("a reset was refused".to_owned()))
     }
 }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{GroupPlacement, TopicId};
 use crate::broker::queue::QueueLimits;
-use crate::broker::{Backlog, FlushMode, Quota, Retention, TopicConfig, Generator};
+use crate::broker::{Backlog, FlushMode, Generator, Quota, Retention, TopicConfig};
 use crate::exchange::{Binding, ExchangeKind};
 
 /// A change of the catalog. All are idempotent: asked twice, the second changes nothing.

@@ -9,12 +9,12 @@ use tokio::sync::watch;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{CatalogCommand, CatalogReply, GivenUp, TopicChange};
-use super::{damage, exchanges, CATALOG_GROUP, FIRST_COORDINATOR_GROUP, MAX_COORDINATORS};
 use super::placement::place;
 use super::state::{CatalogState, GroupPlacement, NodeEntry, Topic};
+use super::{CATALOG_GROUP, FIRST_COORDINATOR_GROUP, MAX_COORDINATORS, damage, exchanges};
 use crate::broker::queue::QueueLimits;
-use crate::exchange::{ExchangeKind, store_of};
 use crate::broker::{Generator, TopicConfig};
+use crate::exchange::{ExchangeKind, store_of};
 
 const DEFAULT_REPLICAS: u32 = 3;
 /// Queues one topic may have.

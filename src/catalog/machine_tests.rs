@@ -360,7 +360,7 @@ fn any_command() -> impl Strategy<Value = CatalogCommand> {
                 binding,
             }
         }),
-        (name.clone(), name)
+        (name.clone(), name.clone())
             .prop_map(|(exchange, topic)| CatalogCommand::DeleteBinding { exchange, topic }),
         (name.clone(), proptest::option::of(0..3u64)).prop_map(|(name, rate)| {
             let generator = rate.map(|rate| generator(rate, 1));

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{FIRST_COORDINATOR_GROUP, FIRST_QUEUE_GROUP, FIRST_REPLICA};
 use crate::broker::queue::QueueLimits;
-use crate::exchange::Exchange;
 use crate::broker::{Generator, TopicConfig};
+use crate::exchange::Exchange;
 
 /// Of one topic's life: a topic of the same name made later has another.
 pub type TopicId = u64;

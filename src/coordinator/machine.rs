@@ -14,8 +14,8 @@ use quorate_storage::{LogId, StorageError};
 use tokio::sync::Notify;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::command::{CoordinatorCommand, CoordinatorReply, GroupMode, unstamp, CommitVerdict};
-use super::leases::{LeaseSignals, News};
+use super::command::{CoordinatorCommand, CoordinatorReply, GroupMode, unstamp};
+use super::leases::News;
 use super::records::{Content, CoordinatorView, Records, TIME_KEY};
 use crate::names::MAX_NAME_CHARS;
 use crate::soundness::Soundness;
@@ -157,7 +157,6 @@ impl CoordinatorMachine {
             }
         };
         self.records.commit(log_id)?;
-        self.news.publish(&self.signals);
         if std::mem::take(&mut self.transactions_changed) {
             self.records.tell_transactions();
         }

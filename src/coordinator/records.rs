@@ -66,9 +66,8 @@ impl Records {
     pub(super) fn view(&self) -> CoordinatorView {
         CoordinatorView {
             records: self.stored.clone(),
-            signals,
-            transactions: self.transactions.subscribe(),
             signals: self.signals.clone(),
+            transactions: self.transactions.subscribe(),
         }
     }
 

@@ -7,17 +7,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-<<<<<<< HEAD
-use quorate::broker::{TopicConfig, Generator};
-use quorate::broker::queue::entry::{AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim};
-use quorate::broker::queue::{QueueLimits, QueueMachine, QueueReply, QueueShared, Place, BatchOutcome};
-=======
->>>>>>> h-flow
+use quorate::broker::queue::entry::{
+    AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim,
+};
+use quorate::broker::queue::{
+    BatchOutcome, Place, QueueLimits, QueueMachine, QueueReply, QueueShared,
+};
+use quorate::broker::{Generator, TopicConfig};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
 use quorate::coordinator::leases::{Lease, LeaseCommand, Pick, Receipt, RetryPolicy};
-use quorate::coordinator::{CoordinatorCommand, CoordinatorMachine, CoordinatorReply, QueueOffset, stamp, AssignStrategy, Delivery, GroupStart, Newcomer, QueueId, TopicShape};
 use quorate::coordinator::transactions::{
     Decision, NewTransaction, Part, PreparedParts, Timing, TransactionCommand,
+};
+use quorate::coordinator::{
+    AssignStrategy, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, Delivery, GroupStart,
+    Newcomer, QueueId, QueueOffset, TopicShape, stamp,
 };
 use quorate::exchange::{Binding, ExchangeKind};
 use quorate_raft::StateMachine;
@@ -277,7 +281,6 @@ fn catalog() {
             },
         ),
         (
-<<<<<<< HEAD
             "8a-exchange",
             CatalogCommand::PutExchange {
                 name: "shop".to_owned(),
@@ -298,7 +301,9 @@ fn catalog() {
             CatalogCommand::DeleteBinding {
                 exchange: "shop".to_owned(),
                 topic: "orders".to_owned(),
-=======
+            },
+        ),
+        (
             "8-generator",
             CatalogCommand::SetGenerator {
                 name: "orders".to_owned(),
@@ -306,7 +311,6 @@ fn catalog() {
                     per_1000_s: 500,
                     value: Bytes::from_static(b"token"),
                 }),
->>>>>>> h-flow
             },
         ),
         (
@@ -520,7 +524,6 @@ fn coordinator() {
                     queue: 2,
                     offset: 3,
                 }],
-<<<<<<< HEAD
             },
         ),
         (
@@ -567,7 +570,7 @@ fn coordinator() {
                     queue: 2,
                     offset: 3,
                 }],
-            },
+            }),
         ),
         (
             "a-reset",
@@ -593,8 +596,6 @@ fn coordinator() {
             CoordinatorCommand::DeleteGroup {
                 group: "shipping".to_owned(),
             },
-        ),
-            }),
         ),
         ("f-forget", leases(LeaseCommand::ForgetTopic { topic: 1 })),
     ];

@@ -6,7 +6,9 @@ use bytes::Bytes;
 use quorate::broker::groups::{GroupAnswer, GroupQuestion, Seat};
 use quorate::broker::queue::BatchOutcome;
 use quorate::broker::queue::entry::Mark;
-use quorate::broker::{MessagePlace, StartAt, TransactionQuery, Found, Message, SearchRequest, Selection};
+use quorate::broker::{
+    Found, Message, MessagePlace, SearchRequest, Selection, StartAt, TransactionQuery,
+};
 use quorate::coordinator::{GroupStart, QueueId, QueueOffset};
 use quorate::peer::{
     GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
@@ -90,7 +92,6 @@ fn write_the_corpus() {
             groups: vec![1, 300, u64::MAX],
         }),
     );
-<<<<<<< HEAD
     let place = MessagePlace {
         group: 1,
         term: 2,
@@ -103,7 +104,6 @@ fn write_the_corpus() {
         timeout_ms: 500,
     };
     keep("cancel", encode(&cancel));
-=======
     keep(
         "lowest-offsets",
         encode(&PeerRequest::LowestOffsets {
@@ -112,7 +112,6 @@ fn write_the_corpus() {
             prove: true,
         }),
     );
->>>>>>> h-flow
     let offsets = PeerRequest::GroupOffsets {
         coordinator: 3,
         consumer_group: "billing".to_owned(),

@@ -8,16 +8,13 @@ mod audit;
 mod backlog;
 mod cluster;
 mod consume;
-<<<<<<< HEAD
+mod dead_letters;
 mod delayed;
 mod delayed_faults;
 mod exchanges;
-mod dead_letters;
 mod filters;
-mod groups;
-=======
 mod generator;
->>>>>>> h-flow
+mod groups;
 mod idempotence;
 mod leases;
 mod live;
@@ -32,6 +29,6 @@ mod quotas;
 mod retention;
 mod strict;
 mod topics;
-mod transactions;
 mod trace;
+mod transactions;
 mod ttl;

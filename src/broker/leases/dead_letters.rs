@@ -181,9 +181,6 @@ fn address(record: &mut MessageRecord, topic: &str, letter: &DeadLetter, message
     let mut address: Vec<(String, Bytes)> = Vec::new();
     let mut add = |name: &str, value: &str| {
         let value = Bytes::copy_from_slice(value.as_bytes());
-        record
-            .headers
-            .push((format!("{HEADER_PREFIX}{name}"), value));
         address.push((format!("{HEADER_PREFIX}{name}"), value));
     };
     add("topic", topic);

@@ -320,11 +320,6 @@ impl Broker {
         let Some((stored, view, record, ordinal)) = found else {
             return Ok(None);
         };
-        let message = message(source.group, source.queue, &stored, &view, &record, ordinal)?;
-        let seen = Seen {
-            offset,
-            timestamp_ms: stored.timestamp_ms,
-        };
         let (group, queue) = (source.group, source.queue);
         message(group, queue, &stored, &view, &record, ordinal).map(Some)
     }

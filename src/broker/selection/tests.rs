@@ -22,7 +22,6 @@ fn record(key: Option<&str>, tag: Option<&str>, headers: &[(&str, &str)]) -> Rec
         headers: headers
             .map(|(name, value)| (name.to_string(), Bytes::copy_from_slice(value.as_bytes())))
             .collect(),
-        ttl_ms: None,
     };
     message.encode(&mut batch).unwrap();
     first(batch)

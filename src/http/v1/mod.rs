@@ -12,8 +12,8 @@ pub mod offsets;
 pub mod produce;
 pub mod replica;
 pub mod topics;
-pub mod transactions;
 pub mod trace;
+pub mod transactions;
 
 use serde::{Deserialize, Deserializer};
 

@@ -14,7 +14,9 @@ use quorate_storage::batch::split;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::broker::{Broker, BrokerError, Delay, NewMessage, ProduceAnswer, ProduceRequest, records_in};
+use crate::broker::{
+    Broker, BrokerError, Delay, NewMessage, ProduceAnswer, ProduceRequest, records_in,
+};
 use crate::http::HttpState;
 use crate::http::body::{
     BodyReader, JsonBody, WholeBody, is_json, media_type, parse_json, wrong_media_type,
