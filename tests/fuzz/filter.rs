@@ -18,7 +18,6 @@ fn record() -> RecordView {
         tag: Some("paid".to_owned()),
         ttl_ms: None,
         headers: vec![header("region", "eu"), header("amount", "17.5")],
-        ttl_ms: None,
     };
     let mut batch = BatchBuilder::new();
     message.encode(&mut batch).expect("a message");

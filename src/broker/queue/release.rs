@@ -64,6 +64,8 @@ impl QueueMachine {
         let now_ms = self.state.stamp_ms;
         let verdict = self.held.cancel(log_id, stored, batch, now_ms)?;
         self.held.commit(log_id, 1)?;
+        // It may have been the next one due.
+        self.held.find_next_due()?;
         Ok(QueueReply::Cancelled(verdict))
     }
 

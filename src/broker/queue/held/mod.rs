@@ -342,7 +342,7 @@ impl Held {
     }
 
     /// Looks up when the next delayed batch is due.
-    fn find_next_due(&mut self) -> Result<(), StorageError> {
+    pub(super) fn find_next_due(&mut self) -> Result<(), StorageError> {
         let next = self.due_page(1)?;
         self.next_due_ms = next.first().map(|(key, _)| key.due_ms);
         Ok(())
