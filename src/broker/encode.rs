@@ -282,13 +282,6 @@ fn encode_batch(
     Ok(builder.finish())
 }
 
-/// What the topic's limit counts: key, value, tag and headers.
-pub(super) fn message_bytes(message: &NewMessage) -> u64 {
-    let text = |t: &Option<String>| t.as_ref().map_or(0, String::len);
-    let headers = message.headers.iter().map(|(n, v)| n.len() + v.len());
-    let value = message.value.as_ref().map_or(0, Bytes::len);
-    (value + text(&message.key) + text(&message.tag) + headers.sum::<usize>()) as u64
-}
 /// The number of records that a batch says it has.
 pub fn records_in(batch: &[u8]) -> u32 {
     let field = batch.get(57..61).and_then(|f| f.try_into().ok());

@@ -10,9 +10,7 @@ use bytes::Bytes;
 use quorate::broker::queue::entry::{
     AppendBuilder, Hold, Mark, cancel, deliver, fence, settle, trim,
 };
-use quorate::broker::queue::{
-    BatchOutcome, Place, QueueLimits, QueueMachine, QueueReply, QueueShared,
-};
+use quorate::broker::queue::{Place, QueueLimits, QueueMachine, QueueReply, QueueShared};
 use quorate::broker::{Generator, TopicConfig};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
 use quorate::coordinator::leases::{Lease, LeaseCommand, Pick, Receipt, RetryPolicy};
