@@ -142,7 +142,6 @@ proptest! {
             key,
             value: value.map(Bytes::from),
             tag,
-            ttl_ms: None,
             ttl_ms,
             headers: headers.into_iter().map(|(name, value)| (name, Bytes::from(value))).collect(),
         };
