@@ -29,8 +29,11 @@ pub use records::{CoordinatorView, GroupSummary};
 
 use xxhash_rust::xxh3::xxh3_64;
 
-/// The coordinator that owns a consumer group or a named producer.
+/// The coordinator that owns a consumer group or a named producer. Of no coordinators, because the
+/// catalog is not known here yet, it is one that is never found: a moment later there may be some,
+/// and the first of them must not be taken for the owner.
 pub fn owner_of_name(name: &str, coordinators: usize) -> u32 {
-    // At most a few hundred coordinators; an empty list gives 0, which is then not found.
-    (xxh3_64(name.as_bytes()) % coordinators.max(1) as u64) as u32
+    let owner = xxh3_64(name.as_bytes()).checked_rem(coordinators as u64);
+    // At most a few hundred coordinators.
+    owner.map_or(u32::MAX, |owner| owner as u32)
 }

@@ -24,6 +24,7 @@ use quorate_storage::RaftGroupId;
 
 use super::queue::Place;
 use super::queue::entry::TransactionId;
+use super::route::NO_LEADER;
 use super::{Broker, BrokerError, BrokerResult, MemberMark, NewMessage, message_id};
 use crate::coordinator::transactions::{
     Timing, Transaction, TransactionCommand, TransactionReply, TransactionState,
@@ -132,15 +133,23 @@ fn ended(transaction: &Transaction) -> BrokerError {
 
 impl Broker {
     /// Puts a command to the coordinator of the transaction.
+    /// The coordinator that decides it, if there is such a one.
+    fn owner_of_transaction(&self, id: &TransactionId) -> BrokerResult<u32> {
+        let owner = owner_of_transaction(id);
+        match self.catalog().coordinators.len() {
+            // Not even the catalog is known here yet.
+            0 => Err(NO_LEADER),
+            known if owner as usize >= known => Err(not_found(id)),
+            _ => Ok(owner),
+        }
+    }
+
     async fn transact(
         &self,
         id: &TransactionId,
         command: TransactionCommand,
     ) -> BrokerResult<TransactionReply> {
-        let coordinator = owner_of_transaction(id);
-        if coordinator as usize >= self.catalog().coordinators.len() {
-            return Err(not_found(id));
-        }
+        let coordinator = self.owner_of_transaction(id)?;
         self.transact_at(coordinator, command).await
     }
 

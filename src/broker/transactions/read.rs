@@ -13,7 +13,7 @@ use crate::broker::queue::entry::TransactionId;
 use crate::broker::route::NO_LEADER;
 use crate::broker::{Broker, BrokerError, BrokerResult};
 use crate::coordinator::owner_of_name;
-use crate::coordinator::transactions::{Transaction, TransactionFilter, owner_of_transaction};
+use crate::coordinator::transactions::{Transaction, TransactionFilter};
 use crate::peer::{PeerError, PeerRequest, PeerResult};
 
 /// What a coordinator is asked about its transactions.
@@ -38,10 +38,7 @@ impl TransactionQuery {
 
 impl Broker {
     pub async fn transaction(&self, id: &TransactionId) -> BrokerResult<Transaction> {
-        let coordinator = owner_of_transaction(id);
-        if coordinator as usize >= self.catalog().coordinators.len() {
-            return Err(not_found(id));
-        }
+        let coordinator = self.owner_of_transaction(id)?;
         let found = self.query_transactions(coordinator, TransactionQuery::One(*id));
         found.await?.pop().ok_or_else(|| not_found(id))
     }
