@@ -1,11 +1,14 @@
 //! A small HTTP client that keeps "refused" and "unknown" apart, as a careful producer must.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+
+/// On a busy machine the leaders of a new topic's queues take their time.
+const CREATE_PATIENCE: Duration = Duration::from_secs(60);
 
 /// What became of one produce request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,14 +91,19 @@ impl Client {
             .await
     }
 
+    /// The same topic asked for again is the same topic: what was not answered in time is repeated.
     pub async fn create_topic_with(&self, topic: Value) -> Result<()> {
-        let (status, value) = self
-            .request(Method::POST, "/v1/topics", Some(&topic))
-            .await?;
-        if !status.is_success() {
-            bail!("create topic: {status} {value}");
+        let deadline = Instant::now() + CREATE_PATIENCE;
+        loop {
+            let asked = self.request(Method::POST, "/v1/topics", Some(&topic));
+            let (status, value) = asked.await?;
+            if status.is_success() {
+                return Ok(());
+            }
+            if value["retryable"] != true || Instant::now() > deadline {
+                bail!("create topic: {status} {value}");
+            }
         }
-        Ok(())
     }
 
     pub async fn produce(&self, topic: &str, body: &Value) -> Produced {
