@@ -140,8 +140,10 @@ async fn nothing_of_a_request_that_does_not_fit_is_stored() {
     for (message, said) in [
         (json!({"value": "x", "value_base64": "eA=="}), "give one of"),
         (json!({"value_base64": "not base64!"}), "value_base64"),
-        (json!({"delay_ms": 5000}), "can't delay messages yet"),
-        (json!({"deliver_at_ms": 1}), "can't delay messages yet"),
+        (
+            json!({"delay_ms": 5000, "deliver_at_ms": 1}),
+            "deliver_at_ms",
+        ),
         (json!({"ttl_ms": 0}), "ttl_ms is 0"),
         (json!({"partition": 1}), "unknown field `partition`"),
         (json!({"tag": "a||b"}), "||"),
@@ -178,7 +180,9 @@ async fn a_body_as_one_message() {
         (&json!("k 1"), &json!("created"))
     );
     assert_eq!(found[1]["value"], "");
-    let delayed = api.post_as(&format!("{PATH}?delay_ms=5"), media, "x").await;
+    let delayed = api
+        .post_as(&format!("{PATH}?delay_ms=-5"), media, "x")
+        .await;
     delayed.problem(400, "invalid_request");
     let large = api.post_as(PATH, media, vec![0; 10_001]).await;
     large.problem(413, "message_too_large");

@@ -15,7 +15,8 @@ async fn a_topics_life() {
     let expected = json!({"queues": 4, "replicas": 1, "flush": "sync",
         "retention": {"max_age_ms": 259_200_000, "max_bytes": null}, "max_message_bytes": 4_194_304,
         "backlog": {"max_messages": null, "max_bytes": null, "max_age_ms": null, "on_full": "reject"},
-        "quota": {"messages_per_s": null, "bytes_per_s": null}, "ttl_ms": null, "hash_queues": 4});
+        "quota": {"messages_per_s": null, "bytes_per_s": null}, "ttl_ms": null, "hash_queues": 4,
+        "trace": false});
     assert_eq!(topic["config"], expected);
     let queues = topic["queues"].as_array().unwrap();
     assert_eq!(queues.len(), 4);
