@@ -93,7 +93,17 @@ async fn running(dir: &Path) -> Result<(Child, Vec<i32>)> {
 async fn every_promise_holds_under_every_fault() -> Result<()> {
     let long = std::env::var("QUORATE_VERIFY").unwrap_or_default();
     let args: Vec<&str> = match long.is_empty() {
-        true => vec!["--duration", "14s", "--seed", "7", "--rate", "60"],
+        true => vec![
+            "--duration",
+            "14s",
+            "--seed",
+            "7",
+            "--rate",
+            "60",
+            // How late is said by the long form; a busy machine is late.
+            "--late",
+            "30s",
+        ],
         false => long.split_whitespace().collect(),
     };
     let output = verify(&args).output().await?;
@@ -124,7 +134,9 @@ async fn a_cluster_that_is_given_is_loaded_and_left_as_it_was() -> Result<()> {
     let url = cluster.urls().remove(0);
     let args = [
         "--duration",
-        "2s",
+        "5s",
+        "--late",
+        "30s",
         "--rate",
         "40",
         "--queues",

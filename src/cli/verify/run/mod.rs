@@ -132,6 +132,9 @@ async fn on_existing(client: &Client, out: Output, plan: &Plan) -> Result<(), Cl
                 out.note(&format!("the topic {topic} is left behind: {error}"));
             }
         }
+        if let Err(error) = model.remove().await {
+            out.note(&format!("something is left behind: {error}"));
+        }
     }
     verdict(&report)
 }

@@ -104,6 +104,10 @@ pub async fn start(
 }
 
 impl Exchanges {
+    pub fn name(&self) -> &str {
+        &self.exchange
+    }
+
     async fn publish(self: Arc<Self>, mut actor: Actor) {
         let path = ["v1", "exchanges", &self.exchange, "messages"];
         let pause = std::time::Duration::from_millis(PAUSE_MS);

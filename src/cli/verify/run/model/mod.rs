@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use reqwest::Method;
 use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, timeout};
@@ -26,6 +27,21 @@ use super::load::HEAL;
 use super::plan::{Plan, Workload};
 use super::stage::Stage;
 use crate::cli::error::CliError;
+
+/// What topics and consumer groups of all workloads are called, behind the run's own name.
+const MADE: [&str; 11] = [
+    "groups",
+    "leases",
+    "delays",
+    "tx-1",
+    "tx-2",
+    "tx-derived",
+    "tx-worker",
+    "exchange",
+    "exchange-any",
+    "exchange-orders",
+    "exchange-created",
+];
 
 /// What all workloads share.
 #[derive(Debug)]
@@ -181,6 +197,39 @@ impl Model {
             }
         }
         Ok(model)
+    }
+
+    /// Removes what the workloads have made, from a cluster that goes on.
+    pub async fn remove(&self) -> Result<(), CliError> {
+        let mut made = Vec::new();
+        if let Some(exchanges) = &self.exchanges {
+            made.push(("exchanges", exchanges.name().to_owned()));
+        }
+        for name in MADE {
+            made.push(("groups", self.scene.name(name)));
+            made.push(("topics", self.scene.name(name)));
+        }
+        made.push(("topics", format!("_dlq.{}", self.scene.name("leases"))));
+        for (kind, name) in made {
+            let path = ["v1", kind, &name];
+            let call = (Method::DELETE, &path[..]);
+            let deadline = Instant::now() + HEAL;
+            loop {
+                let call = (call.0.clone(), call.1);
+                match api::until_done(&self.scene, 0, call, None, None).await {
+                    Err(CliError::Problem(problem)) if problem.status == 404 => break,
+                    // Members that ended without a word live until their session is over.
+                    Err(error)
+                        if api::code(&error) == Some("group_has_members")
+                            && Instant::now() < deadline =>
+                    {
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                    }
+                    done => break drop(done?),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The faults are over: lets every workload come to its end, and judges it.
