@@ -540,3 +540,26 @@ async fn a_time_to_live_goes_on_in_the_topic() {
     let found = wait_for(&api, "a", 1).await;
     assert_eq!(values(&found), ["long"]);
 }
+
+#[tokio::test]
+async fn more_messages_than_an_entry_has_batches_arrive_in_order() {
+    let api = Api::start().await.unwrap();
+    api.topic("a", 1).await;
+    exchange(&api, "x", "fanout").await;
+    bind(&api, "x", "a", &json!({})).await.expect(201);
+    let count = 5_000;
+    let messages = (0..count).map(|n| json!({"key": "k", "value": n.to_string()}));
+    publish(&api, "x", messages.collect()).await.expect(200);
+    let path = "/v1/topics/a/queues/0/messages?max_messages=10000";
+    let found = eventually("all of them arrive", || async {
+        let page = api.get(path).await.expect(200);
+        let found = page["messages"].as_array().unwrap().clone();
+        match found.len() == count {
+            true => Ok(found),
+            false => bail!("{} of {count}", found.len()),
+        }
+    });
+    for (n, message) in found.await.unwrap().iter().enumerate() {
+        assert_eq!(message["value"], n.to_string());
+    }
+}
