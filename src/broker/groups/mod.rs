@@ -181,7 +181,7 @@ impl Broker {
         }
     }
 
-    /// Every consumer group that was used, by name.
+    /// Every consumer group that was used, by name. What begins with `_` is the server's own.
     pub async fn groups(&self) -> BrokerResult<Vec<GroupSummary>> {
         let mut all = Vec::new();
         for coordinator in (0u32..).take(self.catalog().coordinators.len()) {
@@ -196,7 +196,10 @@ impl Broker {
                 };
                 let full = page.len() == GROUPS_PER_PAGE;
                 after = page.last().map(|group| group.name.clone());
-                all.extend(page);
+                all.extend(
+                    page.into_iter()
+                        .filter(|group| !group.name.starts_with('_')),
+                );
                 if !full {
                     break;
                 }
@@ -209,6 +212,11 @@ impl Broker {
     /// Removes everything that is kept of a group without members.
     pub async fn delete_group(&self, group: &str) -> BrokerResult<()> {
         check_group_name(group)?;
+        self.forget_group(group).await
+    }
+
+    /// The same, for the server's own groups too.
+    pub(super) async fn forget_group(&self, group: &str) -> BrokerResult<()> {
         let coordinator = self.coordinator_of(group);
         let command = CoordinatorCommand::DeleteGroup {
             group: group.to_owned(),
