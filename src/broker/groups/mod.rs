@@ -36,6 +36,7 @@ pub struct JoinRequest {
     pub group: String,
     pub topics: Vec<String>,
     pub tag: Option<String>,
+    pub filter: Option<String>,
     pub instance_id: Option<String>,
     pub delivery: Delivery,
     pub start: GroupStart,
@@ -59,6 +60,7 @@ pub struct MemberAnswer {
     pub assignment: Vec<AssignedQueue>,
     pub session_timeout_ms: u64,
     pub tag: Option<String>,
+    pub filter: Option<String>,
     /// Subscribed topics that don't exist; told to who joins.
     pub missing_topics: Vec<String>,
 }
@@ -82,6 +84,7 @@ impl Broker {
             instance_id: request.instance_id,
             topics,
             tag: request.tag,
+            filter: request.filter,
             delivery: request.delivery,
             start: request.start,
             session_timeout_ms: request.session_timeout_ms,

@@ -96,7 +96,8 @@ pub async fn response(
         prefetch,
         epoch: 0,
         interval: Duration::from_millis(answer.heartbeat_interval_ms()),
-        selection: Selection::parse(answer.tag.as_deref(), None).map_err(BrokerError::from)?,
+        selection: Selection::parse(answer.tag.as_deref(), answer.filter.as_deref())
+            .map_err(BrokerError::from)?,
         lanes: BTreeMap::new(),
         served: None,
         ready: VecDeque::new(),
