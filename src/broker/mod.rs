@@ -63,7 +63,7 @@ pub use exchanges::{
 };
 pub use message_id::{MessagePlace, message_id, parse_message_id};
 pub use search::{Cursor, Found, LookupAnswer, LookupRequest, SearchRequest};
-pub use selection::Selection;
+pub use selection::{MAX_FILTER_BYTES, Selection};
 pub use trace::{MessageTrace, TraceEvent, TraceKind};
 pub use transactions::{
     BeginTransaction, TransactionMessage, TransactionOffset, TransactionQuery, TransactionResult,

@@ -287,6 +287,11 @@ impl Broker {
         batches: Vec<NewBatch>,
         timeout: Duration,
     ) -> PeerResult<Vec<BatchOutcome>> {
+        if batches.len() > MAX_BATCHES {
+            // They go into one entry, which would leave the rest out.
+            let text = format!("a queue takes at most {MAX_BATCHES} batches at a time; send fewer");
+            return Err(PeerError::Broker(BrokerError::InvalidRequest(text)));
+        }
         let Some(queue) = self.local.queue(group) else {
             return Err(PeerError::NotHere);
         };

@@ -247,6 +247,7 @@ fn join(group: &str, id: &str, instance: Option<&str>) -> CoordinatorCommand {
             instance_id: instance.map(str::to_owned),
             topics: vec!["t".to_owned()],
             tag: None,
+            filter: None,
             delivery: Delivery::Cluster,
             start: GroupStart::Latest,
             session_timeout_ms: 1_000,

@@ -1,6 +1,7 @@
 //! Commands about a consumer group's members, and what is refused before anything changes.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use quorate_storage::StorageError;
 
@@ -8,10 +9,15 @@ use super::command::{CoordinatorReply, GroupMode};
 use super::machine::CoordinatorMachine;
 use super::membership::{JoinRefused, MAX_GROUP_QUEUES, Membership, Newcomer, QueueId, TopicShape};
 use super::records::membership_key;
+use crate::broker::MAX_FILTER_BYTES;
 use crate::names::MAX_NAME_CHARS;
 
 /// Topics one member may subscribe to.
 pub const MAX_TOPICS: usize = 100;
+/// Of all tags that a member wants, as it writes them.
+pub const MAX_TAG_BYTES: usize = 8 << 10;
+/// How long a member may be silent.
+pub const SESSION_MS: RangeInclusive<u64> = 1_000..=300_000;
 /// Queues of one topic that are shared out; more than any topic may have.
 const MAX_QUEUES: u32 = 10_000;
 
@@ -115,6 +121,13 @@ fn unfit(
     }
     if newcomer.topics.len() > MAX_TOPICS || topics.values().any(is_too_wide) {
         return Some("too many topics or queues".to_owned());
+    }
+    let wider = |text: &Option<String>, most| text.as_ref().is_some_and(|t| t.len() > most);
+    if wider(&newcomer.tag, MAX_TAG_BYTES) || wider(&newcomer.filter, MAX_FILTER_BYTES) {
+        return Some("the tag or the filter is too long".to_owned());
+    }
+    if !SESSION_MS.contains(&newcomer.session_timeout_ms) {
+        return Some("the session timeout is out of its bounds".to_owned());
     }
     None
 }

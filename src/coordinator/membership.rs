@@ -62,6 +62,7 @@ pub struct Newcomer {
     /// Names, ascending, each once.
     pub topics: Vec<String>,
     pub tag: Option<String>,
+    pub filter: Option<String>,
     pub delivery: Delivery,
     pub start: GroupStart,
     pub session_timeout_ms: u64,
@@ -75,6 +76,7 @@ pub struct Member {
     pub instance_id: Option<String>,
     pub topics: Vec<String>,
     pub tag: Option<String>,
+    pub filter: Option<String>,
     pub start: GroupStart,
     pub session_timeout_ms: u64,
     /// The epoch in which it joined last: lower ones are of a former life, which is fenced.
@@ -159,6 +161,7 @@ impl Membership {
             instance_id: newcomer.instance_id,
             topics: newcomer.topics,
             tag: newcomer.tag,
+            filter: newcomer.filter,
             start: newcomer.start,
             session_timeout_ms: newcomer.session_timeout_ms,
             joined: self.epoch + 1,

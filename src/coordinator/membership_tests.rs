@@ -18,6 +18,7 @@ fn newcomer(id: &str, topics: &[&str]) -> Newcomer {
         instance_id: None,
         topics: topics.iter().map(|t| (*t).to_owned()).collect(),
         tag: None,
+        filter: None,
         delivery: Delivery::Cluster,
         start: GroupStart::Earliest,
         session_timeout_ms: 10_000,

@@ -20,6 +20,7 @@ pub use command::{
     CommitVerdict, CoordinatorCommand, CoordinatorReply, GroupMode, QueueOffset, stamp,
 };
 pub use machine::CoordinatorMachine;
+pub use members::{MAX_TAG_BYTES, SESSION_MS};
 pub use membership::{
     Delivery, GroupStart, JoinRefused, MAX_MEMBERS, Member, Membership, Newcomer, NotAMember,
     QueueId, TopicShape,

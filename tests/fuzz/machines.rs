@@ -417,6 +417,7 @@ fn join(member: &str, instance: &str) -> CoordinatorCommand {
             instance_id: Some(instance.to_owned()),
             topics: vec!["orders".to_owned()],
             tag: Some("paid".to_owned()),
+            filter: Some("headers.region = 'eu'".to_owned()),
             delivery: Delivery::Cluster,
             start: GroupStart::Latest,
             session_timeout_ms: 10_000,

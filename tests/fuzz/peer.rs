@@ -139,6 +139,7 @@ fn write_the_corpus() {
         session_timeout_ms: 10_000,
         start: GroupStart::Timestamp(9),
         tag: None,
+        filter: Some("offset > 3".to_owned()),
         instance: Some("host".to_owned()),
         queues: vec![(QueueId { topic: 1, queue: 2 }, Some(7))],
     });

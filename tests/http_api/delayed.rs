@@ -272,3 +272,23 @@ async fn a_queue_holds_so_many_and_refuses_more_until_some_are_delivered() -> Re
     );
     Ok(())
 }
+
+#[tokio::test]
+async fn a_request_may_have_more_of_them_than_an_entry_has_batches() -> Result<()> {
+    let api = Api::start().await?;
+    api.topic("t", 1).await;
+    let count = 5_000;
+    let message = |n: usize| json!({"value": n.to_string(), "queue": 0, "delay_ms": 1_000});
+    let messages: Vec<Value> = (0..count).map(message).collect();
+    let answer = produce(&api, "t", json!({ "messages": messages })).await;
+    let results = answer.expect(200)["results"].clone();
+    assert_eq!(results.as_array().map(Vec::len), Some(count));
+    let found = read(&api, "t", count).await;
+    let mut found: Vec<usize> = found
+        .iter()
+        .map(|m| m["value"].as_str().unwrap().parse().unwrap())
+        .collect();
+    found.sort_unstable();
+    assert!(found.into_iter().eq(0..count));
+    Ok(())
+}

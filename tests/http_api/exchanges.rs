@@ -540,3 +540,46 @@ async fn a_time_to_live_goes_on_in_the_topic() {
     let found = wait_for(&api, "a", 1).await;
     assert_eq!(values(&found), ["long"]);
 }
+
+#[tokio::test]
+async fn more_messages_than_an_entry_has_batches_arrive_in_order() {
+    let api = Api::start().await.unwrap();
+    api.topic("a", 1).await;
+    exchange(&api, "x", "fanout").await;
+    bind(&api, "x", "a", &json!({})).await.expect(201);
+    let count = 5_000;
+    let messages = (0..count).map(|n| json!({"key": "k", "value": n.to_string()}));
+    publish(&api, "x", messages.collect()).await.expect(200);
+    let path = "/v1/topics/a/queues/0/messages?max_messages=10000";
+    let found = eventually("all of them arrive", || async {
+        let page = api.get(path).await.expect(200);
+        let found = page["messages"].as_array().unwrap().clone();
+        match found.len() == count {
+            true => Ok(found),
+            false => bail!("{} of {count}", found.len()),
+        }
+    });
+    for (n, message) in found.await.unwrap().iter().enumerate() {
+        assert_eq!(message["value"], n.to_string());
+    }
+}
+
+#[tokio::test]
+async fn how_far_an_exchange_is_is_no_group_of_its_users() {
+    let api = Api::start().await.unwrap();
+    api.topic("a", 1).await;
+    exchange(&api, "x", "fanout").await;
+    bind(&api, "x", "a", &json!({})).await.expect(201);
+    publish(&api, "x", json!([{"value": "1"}]))
+        .await
+        .expect(200);
+    wait_for(&api, "a", 1).await;
+    // The progress is saved some time after that.
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(3);
+    while std::time::Instant::now() < until {
+        let groups = api.get("/v1/groups").await.expect(200);
+        assert_eq!(groups, json!({"groups": []}));
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    delete(&api, "/v1/exchanges/x").await.expect(204);
+}

@@ -412,6 +412,71 @@ async fn a_members_stream_follows_its_queues_and_waits_for_commits() {
 }
 
 #[tokio::test]
+async fn a_members_stream_goes_on_behind_what_its_tag_leaves_out() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let message = |n: usize| {
+        let tag = ["wanted", "other", "other"][n % 3];
+        json!({"value": n.to_string(), "queue": 0, "tag": tag})
+    };
+    let messages: Vec<Value> = (0..12).map(message).collect();
+    api.post("/v1/topics/t/messages", &json!({"messages": messages}))
+        .await
+        .expect(200);
+    let member = Member::join(&api, json!({"tag": "wanted"})).await;
+    let path = format!(
+        "{}/messages?epoch={}&prefetch=1",
+        member.path(),
+        member.epoch
+    );
+    let mut events = Events::open(&api, &path, None).await;
+    assert_eq!(events.named().await.0, "assignment");
+    for offset in [0, 3, 6, 9] {
+        let (_, message) = events.named().await;
+        assert_eq!(message["offset"], offset);
+        member.commit(&api, 0, offset + 1).await.expect(200);
+    }
+    api.post("/v1/topics/t/messages", &json!({"messages": [message(12)]}))
+        .await
+        .expect(200);
+    assert_eq!(events.named().await.1["offset"], 12);
+}
+
+#[tokio::test]
+async fn a_members_stream_has_its_filter() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let filter = "headers.region = 'eu' and headers.amount > 2";
+    let wrong = json!({"topics": ["t"], "filter": "headers.region =="});
+    api.post(MEMBERS, &wrong)
+        .await
+        .problem(400, "invalid_request");
+    let member = Member::join(&api, json!({"filter": filter, "tag": "paid"})).await;
+    let described = api.get("/v1/groups/g").await.expect(200);
+    assert_eq!(described["members"][0]["filter"], filter);
+    let path = format!(
+        "{}/messages?epoch={}&prefetch=1",
+        member.path(),
+        member.epoch
+    );
+    let mut events = Events::open(&api, &path, None).await;
+    assert_eq!(events.named().await.0, "assignment");
+    let message = |n: usize| {
+        let (region, tag) = (["eu", "us"][n % 2], ["paid", "draft"][n / 2 % 2]);
+        json!({"queue": 0, "tag": tag, "headers": {"region": region, "amount": n.to_string()}})
+    };
+    let messages: Vec<Value> = (0..12).map(message).collect();
+    api.post("/v1/topics/t/messages", &json!({"messages": messages}))
+        .await
+        .expect(200);
+    for offset in [4, 8] {
+        let (_, message) = events.named().await;
+        assert_eq!(message["offset"], offset);
+        member.commit(&api, 0, offset + 1).await.expect(200);
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_is_gone_sends_no_heartbeats() {
     let api = Api::start().await.unwrap();
     api.topic("t", 1).await;

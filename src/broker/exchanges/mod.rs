@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout};
 
 use super::route::{Backoff, NO_LEADER};
 use super::{Broker, BrokerError, BrokerResult};
-use crate::catalog::{CatalogCommand, CatalogReply, CatalogState};
+use crate::catalog::{CatalogCommand, CatalogReply, CatalogState, TopicId};
 use crate::exchange::{Binding, Exchange, ExchangeKind};
 use crate::peer::{PeerRequest, PeerResult};
 
@@ -70,15 +70,29 @@ impl Broker {
     /// Deletes an exchange with what was published to it and is not brought to its topics yet.
     pub async fn delete_exchange(&self, name: &str) -> BrokerResult<()> {
         check_exchange_name(name)?;
+        let known = self.find_exchange(name).await.ok();
         let command = CatalogCommand::DeleteExchange {
             name: name.to_owned(),
         };
         match self.change_catalog(&command).await? {
             CatalogReply::Done => {
                 self.announce().await;
+                if let Some(exchange) = known {
+                    self.forget_progress(&exchange).await;
+                }
                 Ok(())
             }
             other => Err(refused(name, "", other)),
+        }
+    }
+
+    /// What stays behind where this fails is small and in nobody's way.
+    async fn forget_progress(&self, deleted: &Exchange) {
+        match self.forget_group(&progress_group(deleted.store)).await {
+            Ok(()) | Err(BrokerError::ConsumerGroupNotFound { .. }) => {}
+            Err(error) => {
+                tracing::debug!(%error, "the progress of a deleted exchange is not forgotten");
+            }
         }
     }
 
@@ -191,6 +205,11 @@ impl Broker {
         let known = catalog.wait_for(|state| state.version >= version);
         timeout(patience, known).await.ok();
     }
+}
+
+/// The internal consumer group under which the forwarders of an exchange save how far they are.
+fn progress_group(store: TopicId) -> String {
+    format!("_exchange.{store}")
 }
 
 fn description(catalog: &CatalogState, exchange: &Exchange) -> ExchangeDescription {

@@ -61,6 +61,7 @@ pub struct Seat {
     pub session_timeout_ms: u64,
     pub start: GroupStart,
     pub tag: Option<String>,
+    pub filter: Option<String>,
     /// Set in a broadcast group: offsets are its own.
     pub instance: Option<String>,
     /// With what is committed there.
@@ -261,6 +262,7 @@ impl Broker {
             session_timeout_ms: member.session_timeout_ms,
             start: member.start,
             tag: member.tag.clone(),
+            filter: member.filter.clone(),
             instance: instance.map(str::to_owned),
             queues: queues.map(|queue| (queue, committed(&queue))).collect(),
         }))

@@ -36,6 +36,7 @@ pub struct JoinRequest {
     pub group: String,
     pub topics: Vec<String>,
     pub tag: Option<String>,
+    pub filter: Option<String>,
     pub instance_id: Option<String>,
     pub delivery: Delivery,
     pub start: GroupStart,
@@ -59,6 +60,7 @@ pub struct MemberAnswer {
     pub assignment: Vec<AssignedQueue>,
     pub session_timeout_ms: u64,
     pub tag: Option<String>,
+    pub filter: Option<String>,
     /// Subscribed topics that don't exist; told to who joins.
     pub missing_topics: Vec<String>,
 }
@@ -82,6 +84,7 @@ impl Broker {
             instance_id: request.instance_id,
             topics,
             tag: request.tag,
+            filter: request.filter,
             delivery: request.delivery,
             start: request.start,
             session_timeout_ms: request.session_timeout_ms,
@@ -181,7 +184,7 @@ impl Broker {
         }
     }
 
-    /// Every consumer group that was used, by name.
+    /// Every consumer group that was used, by name. What begins with `_` is the server's own.
     pub async fn groups(&self) -> BrokerResult<Vec<GroupSummary>> {
         let mut all = Vec::new();
         for coordinator in (0u32..).take(self.catalog().coordinators.len()) {
@@ -196,7 +199,10 @@ impl Broker {
                 };
                 let full = page.len() == GROUPS_PER_PAGE;
                 after = page.last().map(|group| group.name.clone());
-                all.extend(page);
+                all.extend(
+                    page.into_iter()
+                        .filter(|group| !group.name.starts_with('_')),
+                );
                 if !full {
                     break;
                 }
@@ -209,6 +215,11 @@ impl Broker {
     /// Removes everything that is kept of a group without members.
     pub async fn delete_group(&self, group: &str) -> BrokerResult<()> {
         check_group_name(group)?;
+        self.forget_group(group).await
+    }
+
+    /// The same, for the server's own groups too.
+    pub(super) async fn forget_group(&self, group: &str) -> BrokerResult<()> {
         let coordinator = self.coordinator_of(group);
         let command = CoordinatorCommand::DeleteGroup {
             group: group.to_owned(),

@@ -75,6 +75,7 @@ impl Broker {
             assignment,
             session_timeout_ms: seat.session_timeout_ms,
             tag: seat.tag,
+            filter: seat.filter,
             missing_topics: Vec::new(),
         })
     }

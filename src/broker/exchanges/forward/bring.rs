@@ -8,7 +8,7 @@ use futures_util::future::join_all;
 use super::super::NO_LEADER;
 use super::chunk::Chunk;
 use crate::broker::queue::BatchOutcome;
-use crate::broker::queue::entry::Mark;
+use crate::broker::queue::entry::{MAX_BATCHES, Mark};
 use crate::broker::{Broker, BrokerError, BrokerResult};
 use crate::catalog::Topic;
 use crate::peer::NewBatch;
@@ -62,7 +62,7 @@ async fn bring_to_queue(
     mut batches: &[NewBatch],
     next: &mut Option<u64>,
 ) -> BrokerResult<()> {
-    let mut at_once = batches.len();
+    let mut at_once = batches.len().min(MAX_BATCHES);
     while !batches.is_empty() {
         let (now, later) = batches.split_at(at_once.min(batches.len()));
         match broker.store(topic, queue, now.to_vec(), &[]).await {

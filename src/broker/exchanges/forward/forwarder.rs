@@ -14,6 +14,7 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, sleep, sleep_until};
 
 use super::super::super::batcher::now_ms;
+use super::super::progress_group;
 use super::bring::bring;
 use super::chunk::Chunk;
 use super::lanes::Lanes;
@@ -40,9 +41,8 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// The internal consumer group that stands for all queues of an exchange.
     fn group(&self) -> String {
-        format!("_exchange.{}", self.store)
+        progress_group(self.store)
     }
 }
 

@@ -41,6 +41,8 @@ type QueueKey = (String, u32);
 struct Lane {
     /// The next offset to send.
     next: u64,
+    /// Behind the last message that was sent: a client that has committed this has done everything.
+    sent: u64,
     /// What the client has committed, as far as known here.
     committed: u64,
 }
@@ -94,7 +96,8 @@ pub async fn response(
         prefetch,
         epoch: 0,
         interval: Duration::from_millis(answer.heartbeat_interval_ms()),
-        selection: Selection::parse(answer.tag.as_deref(), None).map_err(BrokerError::from)?,
+        selection: Selection::parse(answer.tag.as_deref(), answer.filter.as_deref())
+            .map_err(BrokerError::from)?,
         lanes: BTreeMap::new(),
         served: None,
         ready: VecDeque::new(),
@@ -130,6 +133,7 @@ impl Live {
             let known = self.lanes.get(&key).copied();
             let mut lane = known.unwrap_or(Lane {
                 next: queue.offset,
+                sent: queue.offset,
                 committed: queue.offset,
             });
             lane.saw_commit(queue.offset);
@@ -258,11 +262,8 @@ impl Live {
         if !self.state.budget.take(&mut share, capacity) {
             return tokio::time::sleep(RETRY_PAUSE.min(self.interval)).await;
         }
-        // What the filter left out needs no commit to let the rest pass.
-        if answer.messages.is_empty() && lane.committed == lane.next {
-            lane.committed = answer.next_offset;
-        }
-        lane.next = answer.next_offset;
+        let last = answer.messages.last().map(|message| message.offset);
+        lane.fetched(last, answer.next_offset);
         if answer.messages.is_empty() {
             return;
         }
@@ -293,6 +294,21 @@ impl Lane {
         self.committed = self.committed.max(offset);
         // Committed further than was sent, by whomever: that is done.
         self.next = self.next.max(offset);
+        self.pass_left_out();
+    }
+
+    /// Takes over that everything before `next` was looked at, and the `last` of it is sent.
+    fn fetched(&mut self, last: Option<u64>, next: u64) {
+        self.next = next;
+        self.sent = last.map_or(self.sent, |last| last + 1);
+        self.pass_left_out();
+    }
+
+    /// What the filter left out can't be committed by a client that never sees it.
+    fn pass_left_out(&mut self) {
+        if self.committed >= self.sent {
+            self.committed = self.committed.max(self.next);
+        }
     }
 
     /// How many more messages may be sent.
@@ -303,4 +319,28 @@ impl Lane {
 
 fn waits(error: &BrokerError) -> bool {
     error.retryable() && !matches!(error, BrokerError::ShuttingDown)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_left_out_needs_no_commit_once_the_rest_is_done() {
+        let mut lane = Lane {
+            next: 0,
+            sent: 0,
+            committed: 0,
+        };
+        lane.fetched(None, 3);
+        assert_eq!(lane.room(1), 1, "nothing was sent");
+        lane.fetched(Some(3), 9);
+        assert_eq!(lane.room(1), 0, "message 3 is not done");
+        lane.saw_commit(3);
+        assert_eq!(lane.room(1), 0, "nor is it now");
+        lane.saw_commit(4);
+        assert_eq!((lane.next, lane.room(1)), (9, 1));
+        lane.saw_commit(20);
+        assert_eq!((lane.next, lane.room(2)), (20, 2));
+    }
 }

@@ -7,7 +7,9 @@ use crate::broker::groups::{
     AssignedQueue, GroupDescription, JoinRequest, MemberAnswer, MemberDescription, QueueOwner,
 };
 use crate::broker::{BrokerError, Selection};
-use crate::coordinator::{AssignStrategy, Delivery, GroupMode, GroupStart, GroupSummary};
+use crate::coordinator::{
+    AssignStrategy, Delivery, GroupMode, GroupStart, GroupSummary, MAX_TAG_BYTES, SESSION_MS,
+};
 use crate::http::error::ApiError;
 use crate::http::object;
 use crate::http::path::checked_name;
@@ -15,10 +17,7 @@ use crate::http::query::bounded;
 
 const MAX_TOPICS: usize = 100;
 const MAX_INSTANCE_BYTES: usize = 120;
-const MAX_TAG_BYTES: usize = 8 << 10;
 const DEFAULT_SESSION_MS: u64 = 10_000;
-const MIN_SESSION_MS: u64 = 1_000;
-const MAX_SESSION_MS: u64 = 300_000;
 /// Queues that one heartbeat may name.
 const MAX_OWNED: usize = 100_000;
 
@@ -61,6 +60,9 @@ pub struct JoinBody {
     /// `created||paid`: kept for the member's stream, and shown.
     #[serde(default)]
     tag: Option<String>,
+    /// `headers.region = 'eu'`, at most 4096 bytes: kept for the member's stream, and shown.
+    #[serde(default)]
+    filter: Option<String>,
     /// The same again is the same member: its former life is fenced, its queues stay its own.
     #[serde(default)]
     instance_id: Option<String>,
@@ -88,14 +90,16 @@ impl JoinBody {
         for topic in &self.topics {
             checked_name("topic name", topic)?;
         }
-        if let Some(tag) = &self.tag {
-            if tag.len() > MAX_TAG_BYTES {
-                return Err(ApiError::invalid(format!(
-                    "tag has more than {MAX_TAG_BYTES} bytes"
-                )));
-            }
-            Selection::parse(Some(tag), None).map_err(BrokerError::from)?;
+        if self
+            .tag
+            .as_ref()
+            .is_some_and(|tag| tag.len() > MAX_TAG_BYTES)
+        {
+            return Err(ApiError::invalid(format!(
+                "tag has more than {MAX_TAG_BYTES} bytes"
+            )));
         }
+        Selection::parse(self.tag.as_deref(), self.filter.as_deref()).map_err(BrokerError::from)?;
         if let Some(instance) = &self.instance_id {
             check_instance(instance)?;
         }
@@ -107,13 +111,14 @@ impl JoinBody {
         let session_timeout_ms = bounded(
             "session_timeout_ms",
             self.session_timeout_ms,
-            MIN_SESSION_MS..=MAX_SESSION_MS,
+            SESSION_MS,
             DEFAULT_SESSION_MS,
         )?;
         Ok(JoinRequest {
             group,
             topics: self.topics,
             tag: self.tag,
+            filter: self.filter,
             instance_id: self.instance_id,
             delivery: match self.mode {
                 ModeBody::Cluster => Delivery::Cluster,
@@ -312,6 +317,7 @@ struct GroupMemberBody {
     instance_id: Option<String>,
     topics: Vec<String>,
     tag: Option<String>,
+    filter: Option<String>,
     epoch: u64,
     session_timeout_ms: u64,
     /// How long ago its last sign of life was; null while a new leader has heard none.
@@ -329,6 +335,7 @@ impl From<MemberDescription> for GroupMemberBody {
             instance_id: member.instance_id,
             topics: member.topics,
             tag: member.tag,
+            filter: member.filter,
             epoch: member.epoch,
             session_timeout_ms: member.session_timeout_ms,
             last_heartbeat_age_ms: described.heard_ms_ago,
@@ -450,6 +457,7 @@ mod tests {
                 "1000 to 300000",
             ),
             (r#"{"topics":["x"],"start":"middle"}"#, "middle"),
+            (r#"{"topics":["x"],"filter":"headers.a = "}"#, "filter"),
             (r#"{"topics":["x"],"strategy":"fair"}"#, "fair"),
             (r#"{"topics":["x"],"colour":1}"#, "unknown field `colour`"),
         ] {
