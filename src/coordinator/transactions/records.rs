@@ -25,7 +25,7 @@ pub(super) const MARK_TIME_PREFIX: &[u8] = &[b'U', 4];
 
 /// An offset that a transaction will commit or let go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct HeldOffset {
+pub(in crate::coordinator) struct HeldOffset {
     pub transaction: TransactionId,
     pub offset: u64,
 }

@@ -5,6 +5,7 @@ use quorate_storage::derived::DerivedStore;
 use quorate_storage::{LogId, RaftGroupId};
 
 use super::*;
+use crate::coordinator::membership::{Delivery, GroupStart, Newcomer};
 use crate::coordinator::{
     CommitVerdict, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, stamp,
 };
@@ -462,6 +463,70 @@ fn a_held_offset_is_moved_by_its_transaction_alone() {
     assert_eq!(machine.commit(0, 4), CommitVerdict::Done);
     machine.settle_offsets(ID, true);
     assert_eq!(machine.committed(), [4, 1]);
+}
+
+#[test]
+fn a_reset_moves_nothing_while_one_of_its_offsets_is_held() {
+    let mut machine = Fixture::new();
+    machine.commit(0, 3);
+    machine.commit(1, 3);
+    machine.hold(ID, 1, 5);
+    let at = |queue| QueueOffset {
+        topic: 1,
+        queue,
+        offset: 1,
+    };
+    let reset = || CoordinatorCommand::Reset {
+        group: "g".to_owned(),
+        offsets: vec![at(0), at(1)],
+        force: false,
+    };
+    let reply = machine.apply(reset());
+    assert!(
+        matches!(&reply, CoordinatorReply::Committed(v) if v[1] == CommitVerdict::Held),
+        "{reply:?}"
+    );
+    assert_eq!(machine.committed(), [3, 3]);
+    machine.settle_offsets(ID, true);
+    machine.apply(reset());
+    assert_eq!(machine.committed(), [1, 1]);
+}
+
+#[test]
+fn a_start_leaves_a_held_offset_to_its_transaction() {
+    let mut machine = Fixture::new();
+    machine.hold(ID, 0, 5);
+    let newcomer = Newcomer {
+        id: "m".to_owned(),
+        instance_id: None,
+        topics: vec!["t".to_owned()],
+        tag: None,
+        delivery: Delivery::Cluster,
+        start: GroupStart::Latest,
+        session_timeout_ms: 1_000,
+        strategy: None,
+    };
+    machine.apply(CoordinatorCommand::Join {
+        group: "g".to_owned(),
+        newcomer,
+        topics: Default::default(),
+    });
+    let mut begin = |offset| {
+        machine.apply(CoordinatorCommand::Begin {
+            group: "g".to_owned(),
+            instance: None,
+            offsets: vec![QueueOffset {
+                topic: 1,
+                queue: 0,
+                offset,
+            }],
+        })
+    };
+    assert_eq!(begin(100), CoordinatorReply::Begun(vec![5]));
+    assert_eq!(begin(0), CoordinatorReply::Begun(vec![0]));
+    assert!(machine.committed().is_empty());
+    machine.settle_offsets(ID, true);
+    assert_eq!(machine.committed(), [5]);
 }
 
 #[test]
