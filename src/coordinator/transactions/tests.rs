@@ -184,6 +184,15 @@ pub(super) fn begin(
     TransactionCommand::Begin { id, new }
 }
 
+/// One that is not checked while a test looks at other times.
+fn begin_patient(parts: Vec<Part>) -> TransactionCommand {
+    let mut command = begin(ID, parts, &[]);
+    if let TransactionCommand::Begin { new, .. } = &mut command {
+        new.timing.timeout_ms = 100 * PREPARE_MS;
+    }
+    command
+}
+
 pub(super) fn place(index: u64) -> Place {
     Place {
         base_offset: index * 10,
@@ -297,6 +306,22 @@ fn more_messages_must_be_prepared_before_the_commit() {
         machine.decide(Decision::Commit),
         TransactionReply::Is(_)
     ));
+}
+
+#[test]
+fn overlapping_extends_have_their_full_time_each() {
+    let mut machine = Fixture::new();
+    machine.transact(begin_patient(Vec::new()));
+    for number in 0..4 {
+        machine.transact(extend(vec![part(20, &[0])]));
+        machine.now_ms += PREPARE_MS / 2;
+        if number > 0 {
+            machine.prepared(number - 1, 1, false);
+        }
+        assert_eq!(machine.due(), TransactionState::Open, "{number}");
+    }
+    machine.now_ms += PREPARE_MS / 2;
+    assert_eq!(machine.due(), TransactionState::RollingBack);
 }
 
 #[test]
