@@ -630,6 +630,36 @@ fn one_bad_offset_holds_none() {
 }
 
 #[test]
+fn the_oldest_are_listed_first_whatever_their_ids_and_groups() {
+    let mut machine = Fixture::new();
+    for n in (1..=6u8).rev() {
+        machine.now_ms += 1;
+        let mut command = begin([n; 16], Vec::new(), &[]);
+        if let TransactionCommand::Begin { new, .. } = &mut command {
+            new.producer_group = ["p", "q"][usize::from(n % 2)].to_owned();
+        }
+        machine.transact(command);
+    }
+    // In another state than the rest, whose turn comes later.
+    machine.transact(TransactionCommand::Decide {
+        id: [6; 16],
+        decision: Decision::Commit,
+    });
+    let listed = |producer_group: Option<&str>, limit| {
+        let filter = TransactionFilter {
+            producer_group: producer_group.map(str::to_owned),
+            state: None,
+            limit,
+        };
+        let found = machine.machine.view().transactions(&filter).unwrap();
+        found.iter().map(|t| t.id[0]).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(None, 3), [6, 5, 4]);
+    assert_eq!(listed(Some("q"), 2), [5, 3]);
+    assert_eq!(listed(Some("p"), 10), [6, 4, 2]);
+}
+
+#[test]
 fn whoever_waits_is_woken() {
     let mut machine = Fixture::new();
     let mut watched = machine.machine.view().watch_transactions();
