@@ -87,6 +87,12 @@ async fn a_client_address_has_a_quota_where_the_server_says_so() -> Result<()> {
     refused(&lines);
     let path = format!("{PRODUCE}?ack=none");
     refused(&api.post(&path, &json!({"messages": [{}, {}, {}]})).await);
+    let transaction = json!({"messages": [{"topic": "t"}]});
+    refused(&api.post("/v1/transactions", &transaction).await);
+    let begun = api.post("/v1/transactions", &json!({})).await.expect(201);
+    let id = begun["transaction_id"].as_str().expect("an id");
+    let path = format!("/v1/transactions/{id}/messages");
+    refused(&api.post(&path, &transaction).await);
     // Reading is free.
     for _ in 0..20 {
         api.get("/v1/topics/t/queues/0/messages").await.expect(200);
