@@ -38,7 +38,7 @@ impl CoordinatorMachine {
         Ok(verdicts)
     }
 
-    /// Sets offsets wherever they were.
+    /// Sets offsets wherever they were: all of them, or none while a transaction holds one.
     pub(super) fn reset(
         &mut self,
         group: &str,
@@ -52,6 +52,17 @@ impl CoordinatorMachine {
         if members > 0 && !force {
             return Ok(CoordinatorReply::GroupHasMembers(members as u64));
         }
+        let mut verdicts = Vec::with_capacity(offsets.len());
+        for offset in offsets {
+            let held = self.hold_on(group, offset.topic, offset.queue)?.is_some();
+            verdicts.push(match held {
+                true => CommitVerdict::Held,
+                false => CommitVerdict::Done,
+            });
+        }
+        if verdicts.contains(&CommitVerdict::Held) {
+            return Ok(CoordinatorReply::Committed(verdicts));
+        }
         let each = offsets.iter();
         let verdicts = each.map(|offset| self.commit(group, &Account::Group, *offset, true));
         Ok(CoordinatorReply::Committed(
@@ -60,7 +71,8 @@ impl CoordinatorMachine {
     }
 
     /// Commits where nothing is committed yet: so that a start at "latest" is the same for whoever
-    /// gets the queue next.
+    /// gets the queue next. What a transaction holds it alone commits: nothing is stored there, and
+    /// the start is not behind the hold's end, so whichever way it ends no message is left out.
     pub(super) fn begin(
         &mut self,
         group: &str,
@@ -76,10 +88,18 @@ impl CoordinatorMachine {
             let key = account.key(group, *offset);
             let known = self.records.get(&key)?;
             let known = known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?)));
-            if known.is_none() {
-                self.records.put(key, offset.offset.to_be_bytes().to_vec());
-            }
-            begun.push(known.unwrap_or(offset.offset));
+            let hold = match account {
+                Account::Group => self.hold_on(group, offset.topic, offset.queue)?,
+                Account::Instance(_) => None,
+            };
+            begun.push(match (known, hold) {
+                (Some(committed), _) => committed,
+                (None, Some(hold)) => offset.offset.min(hold.offset),
+                (None, None) => {
+                    self.records.put(key, offset.offset.to_be_bytes().to_vec());
+                    offset.offset
+                }
+            });
         }
         Ok(CoordinatorReply::Begun(begun))
     }
@@ -91,7 +111,7 @@ impl CoordinatorMachine {
         offset: QueueOffset,
         allow_rewind: bool,
     ) -> Result<CommitVerdict, StorageError> {
-        let held = self.holder_of(group, offset.topic, offset.queue)?.is_some();
+        let held = self.hold_on(group, offset.topic, offset.queue)?.is_some();
         if held && matches!(account, Account::Group) {
             return Ok(CommitVerdict::Held);
         }

@@ -300,12 +300,19 @@ mod tests {
             ("FetchAnswer", "next_offset"),
             ("CommitBody", "allow_rewind"),
             ("ClusterBody", "nodes"),
+            // Types of one name in different modules: each is described under a name of its own.
+            ("OffsetBody", "offset"),
+            ("TransactionOffset", "group"),
+            ("TransactionExtend", "messages"),
+            ("LeaseExtend", "receipts"),
         ] {
             assert!(
                 schemas[schema]["properties"][field].is_object(),
                 "{schema}.{field}"
             );
         }
+        assert!(schemas["OffsetBody"]["properties"]["group"].is_null());
+        assert!(schemas["StartBody"].is_object() && schemas["LeaseStart"].is_object());
         // Every reference inside the document leads somewhere.
         let text = reference.to_string();
         for name in text.split("#/components/schemas/").skip(1) {

@@ -106,6 +106,18 @@ async fn a_client_address_has_a_quota_where_the_server_says_so() -> Result<()> {
         Ok(refused(&answer))
     })
     .await?;
+    let transaction = json!({"messages": [{"topic": "t"}]});
+    let opened = api.post("/v1/transactions", &json!({})).await.expect(201);
+    let id = opened["transaction_id"].as_str().expect("an id");
+    let more = format!("/v1/transactions/{id}/messages");
+    for path in ["/v1/transactions", &more] {
+        eventually("messages of transactions are refused", || async {
+            let answer = api.post(path, &transaction).await;
+            ensure!(answer.status == 429, "{}", answer.status);
+            Ok(refused(&answer))
+        })
+        .await?;
+    }
     // Reading is free.
     for _ in 0..20 {
         api.get("/v1/topics/t/queues/0/messages").await.expect(200);

@@ -343,11 +343,12 @@ fn extend(transaction: &mut Transaction, parts: Vec<Part>, prepare_by_ms: u64) -
     if !transaction.opened {
         return TransactionReply::NotPrepared;
     }
-    // An earlier request that is being prepared keeps its time.
+    // Each request has its time, and the last to end counts: one that is being prepared beside
+    // this one is not late for it. The messages of a transaction are bounded, so is this.
     let earlier = transaction.prepare_by_ms;
     match add_parts(transaction, parts, prepare_by_ms) {
         Ok(reply) => {
-            transaction.prepare_by_ms = earlier.or(transaction.prepare_by_ms);
+            transaction.prepare_by_ms = earlier.max(transaction.prepare_by_ms);
             settle_preparation(transaction);
             reply
         }

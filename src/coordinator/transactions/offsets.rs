@@ -81,28 +81,36 @@ impl CoordinatorMachine {
         group: &str,
         offset: &QueueOffset,
     ) -> Result<HoldVerdict, StorageError> {
-        let holder = self.holder_of(group, offset.topic, offset.queue)?;
-        if holder.is_some_and(|holder| holder != *id) {
+        let hold = self.hold_on(group, offset.topic, offset.queue)?;
+        if hold.is_some_and(|hold| hold.transaction != *id) {
             return Ok(HoldVerdict::HeldByOther);
         }
-        let key = offset_key(group, offset.topic, offset.queue);
-        let known = self.records.get(&key)?;
-        let known = known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?)));
-        Ok(match known {
-            Some(committed) if offset.offset < committed => HoldVerdict::Behind { committed },
-            _ => HoldVerdict::Fine,
-        })
+        Ok(
+            match self.committed_offset(group, offset.topic, offset.queue)? {
+                Some(committed) if offset.offset < committed => HoldVerdict::Behind { committed },
+                _ => HoldVerdict::Fine,
+            },
+        )
     }
 
-    /// The transaction that holds a group's offset in a queue: nobody else may move it.
-    pub(in crate::coordinator) fn holder_of(
+    fn committed_offset(
         &self,
         group: &str,
         topic: u64,
         queue: u32,
-    ) -> Result<Option<TransactionId>, StorageError> {
-        let held: Option<HeldOffset> = self.records.read(&hold_key(group, topic, queue))?;
-        Ok(held.map(|held| held.transaction))
+    ) -> Result<Option<u64>, StorageError> {
+        let known = self.records.get(&offset_key(group, topic, queue))?;
+        Ok(known.and_then(|v| Some(u64::from_be_bytes(v.try_into().ok()?))))
+    }
+
+    /// What a transaction holds of a group's offset in a queue: nobody else may move it.
+    pub(in crate::coordinator) fn hold_on(
+        &self,
+        group: &str,
+        topic: u64,
+        queue: u32,
+    ) -> Result<Option<HeldOffset>, StorageError> {
+        self.records.read(&hold_key(group, topic, queue))
     }
 
     pub(super) fn settle_offsets(
@@ -121,8 +129,11 @@ impl CoordinatorMachine {
                 continue;
             };
             if let Some((topic, queue)) = read_hold(group, &key).filter(|_| commit) {
-                let offset = held.offset.to_be_bytes().to_vec();
-                self.records.put(offset_key(group, topic, queue), offset);
+                // Nothing moved it since it was held; were it so, it would not go back.
+                let known = self.committed_offset(group, topic, queue)?;
+                let offset = held.offset.max(known.unwrap_or(0)).to_be_bytes();
+                self.records
+                    .put(offset_key(group, topic, queue), offset.to_vec());
             }
             self.records.remove(key);
         }

@@ -8,7 +8,7 @@
 //! | `U` 2 | counts |
 //! | `U` 3, producer group | u32: how many of it are undecided |
 //! | `U` 4, forget at ms u64, consumer group, id | nothing: when a mark may go |
-//! | `w`, state u8, producer group, id | nothing: by what transactions are listed |
+//! | `w`, state u8, producer group, created ms u64, id | nothing: by what transactions are listed |
 //! | `h`, consumer group, 0, topic u64, queue u32 | the offset a transaction holds there |
 //! | `h`, consumer group, 1, id | nothing: a mark that the transaction is over here |
 
@@ -25,7 +25,7 @@ pub(super) const MARK_TIME_PREFIX: &[u8] = &[b'U', 4];
 
 /// An offset that a transaction will commit or let go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct HeldOffset {
+pub(in crate::coordinator) struct HeldOffset {
     pub transaction: TransactionId,
     pub offset: u64,
 }
@@ -68,13 +68,15 @@ pub(super) fn listed_prefix(state: TransactionState, producer_group: Option<&str
 
 pub(super) fn listed_key(transaction: &Transaction) -> Vec<u8> {
     let mut key = listed_prefix(transaction.state(), Some(&transaction.producer_group));
+    key.extend_from_slice(&transaction.created_ms.to_be_bytes());
     key.extend_from_slice(&transaction.id);
     key
 }
 
-/// The id at the end of a key made by [`listed_key`].
-pub(super) fn listed_id(key: &[u8]) -> Option<TransactionId> {
-    key.last_chunk::<16>().copied()
+/// When it was created and its id, at the end of a key made by [`listed_key`].
+pub(super) fn read_listed(key: &[u8]) -> Option<(u64, TransactionId)> {
+    let (before, id) = key.split_last_chunk::<16>()?;
+    Some((u64::from_be_bytes(*before.last_chunk()?), *id))
 }
 
 fn of_group(group: &str) -> KeyBuilder {
@@ -110,7 +112,7 @@ pub(super) fn mark_time_key(forget_ms: u64, group: &str, id: &TransactionId) -> 
 
 /// When a mark may go, and its key.
 pub(super) fn read_mark_time(key: &[u8]) -> Option<(u64, Vec<u8>)> {
-    let id = listed_id(key)?;
+    let id = *key.last_chunk::<16>()?;
     let fields = key.get(MARK_TIME_PREFIX.len()..key.len() - id.len())?;
     let mut fields = KeyReader::new(fields);
     let forget_ms = fields.u64()?;

@@ -5,6 +5,7 @@ use quorate_storage::derived::DerivedStore;
 use quorate_storage::{LogId, RaftGroupId};
 
 use super::*;
+use crate::coordinator::membership::{Delivery, GroupStart, Newcomer};
 use crate::coordinator::{
     CommitVerdict, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, stamp,
 };
@@ -183,6 +184,15 @@ pub(super) fn begin(
     TransactionCommand::Begin { id, new }
 }
 
+/// One that is not checked while a test looks at other times.
+fn begin_patient(parts: Vec<Part>) -> TransactionCommand {
+    let mut command = begin(ID, parts, &[]);
+    if let TransactionCommand::Begin { new, .. } = &mut command {
+        new.timing.timeout_ms = 100 * PREPARE_MS;
+    }
+    command
+}
+
 pub(super) fn place(index: u64) -> Place {
     Place {
         base_offset: index * 10,
@@ -296,6 +306,22 @@ fn more_messages_must_be_prepared_before_the_commit() {
         machine.decide(Decision::Commit),
         TransactionReply::Is(_)
     ));
+}
+
+#[test]
+fn overlapping_extends_have_their_full_time_each() {
+    let mut machine = Fixture::new();
+    machine.transact(begin_patient(Vec::new()));
+    for number in 0..4 {
+        machine.transact(extend(vec![part(20, &[0])]));
+        machine.now_ms += PREPARE_MS / 2;
+        if number > 0 {
+            machine.prepared(number - 1, 1, false);
+        }
+        assert_eq!(machine.due(), TransactionState::Open, "{number}");
+    }
+    machine.now_ms += PREPARE_MS / 2;
+    assert_eq!(machine.due(), TransactionState::RollingBack);
 }
 
 #[test]
@@ -465,6 +491,70 @@ fn a_held_offset_is_moved_by_its_transaction_alone() {
 }
 
 #[test]
+fn a_reset_moves_nothing_while_one_of_its_offsets_is_held() {
+    let mut machine = Fixture::new();
+    machine.commit(0, 3);
+    machine.commit(1, 3);
+    machine.hold(ID, 1, 5);
+    let at = |queue| QueueOffset {
+        topic: 1,
+        queue,
+        offset: 1,
+    };
+    let reset = || CoordinatorCommand::Reset {
+        group: "g".to_owned(),
+        offsets: vec![at(0), at(1)],
+        force: false,
+    };
+    let reply = machine.apply(reset());
+    assert!(
+        matches!(&reply, CoordinatorReply::Committed(v) if v[1] == CommitVerdict::Held),
+        "{reply:?}"
+    );
+    assert_eq!(machine.committed(), [3, 3]);
+    machine.settle_offsets(ID, true);
+    machine.apply(reset());
+    assert_eq!(machine.committed(), [1, 1]);
+}
+
+#[test]
+fn a_start_leaves_a_held_offset_to_its_transaction() {
+    let mut machine = Fixture::new();
+    machine.hold(ID, 0, 5);
+    let newcomer = Newcomer {
+        id: "m".to_owned(),
+        instance_id: None,
+        topics: vec!["t".to_owned()],
+        tag: None,
+        delivery: Delivery::Cluster,
+        start: GroupStart::Latest,
+        session_timeout_ms: 1_000,
+        strategy: None,
+    };
+    machine.apply(CoordinatorCommand::Join {
+        group: "g".to_owned(),
+        newcomer,
+        topics: Default::default(),
+    });
+    let mut begin = |offset| {
+        machine.apply(CoordinatorCommand::Begin {
+            group: "g".to_owned(),
+            instance: None,
+            offsets: vec![QueueOffset {
+                topic: 1,
+                queue: 0,
+                offset,
+            }],
+        })
+    };
+    assert_eq!(begin(100), CoordinatorReply::Begun(vec![5]));
+    assert_eq!(begin(0), CoordinatorReply::Begun(vec![0]));
+    assert!(machine.committed().is_empty());
+    machine.settle_offsets(ID, true);
+    assert_eq!(machine.committed(), [5]);
+}
+
+#[test]
 fn a_rollback_lets_go_and_a_late_hold_is_refused() {
     let mut machine = Fixture::new();
     machine.hold(ID, 0, 5);
@@ -537,6 +627,36 @@ fn one_bad_offset_holds_none() {
     let expected = vec![HoldVerdict::Fine, HoldVerdict::Behind { committed: 9 }];
     assert_eq!(machine.transact(hold), TransactionReply::Held(expected));
     assert_eq!(machine.commit(0, 3), CommitVerdict::Done);
+}
+
+#[test]
+fn the_oldest_are_listed_first_whatever_their_ids_and_groups() {
+    let mut machine = Fixture::new();
+    for n in (1..=6u8).rev() {
+        machine.now_ms += 1;
+        let mut command = begin([n; 16], Vec::new(), &[]);
+        if let TransactionCommand::Begin { new, .. } = &mut command {
+            new.producer_group = ["p", "q"][usize::from(n % 2)].to_owned();
+        }
+        machine.transact(command);
+    }
+    // In another state than the rest, whose turn comes later.
+    machine.transact(TransactionCommand::Decide {
+        id: [6; 16],
+        decision: Decision::Commit,
+    });
+    let listed = |producer_group: Option<&str>, limit| {
+        let filter = TransactionFilter {
+            producer_group: producer_group.map(str::to_owned),
+            state: None,
+            limit,
+        };
+        let found = machine.machine.view().transactions(&filter).unwrap();
+        found.iter().map(|t| t.id[0]).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(None, 3), [6, 5, 4]);
+    assert_eq!(listed(Some("q"), 2), [5, 3]);
+    assert_eq!(listed(Some("p"), 10), [6, 4, 2]);
 }
 
 #[test]

@@ -4,7 +4,7 @@ use quorate_storage::StorageError;
 use serde::{Deserialize, Serialize};
 
 use super::records::{
-    COUNTS_KEY, DUE_PREFIX, ENDED_PREFIX, listed_id, listed_prefix, read_timed, transaction_key,
+    COUNTS_KEY, DUE_PREFIX, ENDED_PREFIX, listed_prefix, read_listed, read_timed, transaction_key,
 };
 use super::{KEPT_MS, Transaction, TransactionCounts, TransactionState};
 use crate::broker::queue::entry::TransactionId;
@@ -24,7 +24,7 @@ impl CoordinatorView {
         Ok(stored.and_then(|bytes| postcard::from_bytes(&bytes).ok()))
     }
 
-    /// Up to the filter's limit of them, state after state.
+    /// Up to the filter's limit of them, the oldest first.
     pub fn transactions(
         &self,
         filter: &TransactionFilter,
@@ -33,18 +33,27 @@ impl CoordinatorView {
             Some(state) => std::slice::from_ref(state),
             None => &TransactionState::ALL,
         };
-        let mut found = Vec::new();
+        let limit = filter.limit as usize;
+        // The keys of one producer group are in the order of creation, those of all are not.
+        let at_most = match filter.producer_group {
+            Some(_) => limit,
+            None => usize::MAX,
+        };
+        let mut listed = Vec::new();
         for state in states {
             let prefix = listed_prefix(*state, filter.producer_group.as_deref());
-            let left = (filter.limit as usize).saturating_sub(found.len());
-            for (key, _) in self.records.scan_page(&prefix, None, left)? {
-                let listed = listed_id(&key)
-                    .map(|id| self.transaction(&id))
-                    .transpose()?;
-                // Read beside apply: it may be in another state by now.
-                let wanted = |t: &Transaction| filter.state.is_none_or(|s| s == t.state());
-                found.extend(listed.flatten().filter(wanted));
-            }
+            let page = self.records.scan_page(&prefix, None, at_most)?;
+            listed.extend(page.iter().filter_map(|(key, _)| read_listed(key)));
+        }
+        listed.sort_unstable();
+        // One that changes meanwhile is met in two states.
+        listed.dedup();
+        listed.truncate(limit);
+        let mut found = Vec::with_capacity(listed.len());
+        for (_, id) in listed {
+            // Read beside apply: it may be in another state by now.
+            let wanted = |t: &Transaction| filter.state.is_none_or(|s| s == t.state());
+            found.extend(self.transaction(&id)?.filter(wanted));
         }
         Ok(found)
     }

@@ -60,6 +60,7 @@ pub struct ReceiveBody {
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = LeaseStart)]
 pub enum StartBody {
     #[default]
     Earliest,
@@ -161,6 +162,7 @@ pub struct NackBody {
 /// Leases to prolong.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = LeaseExtend)]
 pub struct ExtendBody {
     pub receipts: Vec<String>,
     /// From now on. 100 to 43200000, default 30000.

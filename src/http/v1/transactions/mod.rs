@@ -11,10 +11,11 @@ use axum::http::request::Parts;
 use axum::response::Response;
 
 use crate::broker::queue::entry::TransactionId;
-use crate::broker::{BrokerError, parse_transaction_id};
+use crate::broker::{BrokerError, TransactionMessage, parse_transaction_id};
 use crate::coordinator::transactions::{Decision, Transaction, TransactionFilter};
 use crate::http::HttpState;
 use crate::http::body::JsonBody;
+use crate::http::clients::ClientAddress;
 use crate::http::error::{ApiError, Problem};
 use crate::http::multi::json;
 use crate::http::path::checked_name;
@@ -53,6 +54,20 @@ fn shown(status: StatusCode, transaction: &Transaction) -> Response {
     json(status, &TransactionBody::from(transaction))
 }
 
+/// Takes of the client's quota, as for messages that are produced by themselves.
+fn take_quota(
+    state: &HttpState,
+    client: ClientAddress,
+    messages: &[TransactionMessage],
+) -> Result<(), ApiError> {
+    if messages.is_empty() {
+        return Ok(());
+    }
+    let bytes = messages.iter().map(|m| m.message.size_bytes()).sum();
+    state.clients.take(client, messages.len() as u64, bytes)?;
+    Ok(())
+}
+
 /// Begins a transaction. Its messages are stored on a majority and seen by nobody until the commit.
 #[utoipa::path(post, path = "/v1/transactions", tag = "transactions",
     request_body = BeginBody, responses(
@@ -61,6 +76,7 @@ fn shown(status: StatusCode, transaction: &Transaction) -> Response {
 ))]
 pub async fn begin(
     State(state): State<HttpState>,
+    client: ClientAddress,
     params: Params,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
@@ -68,6 +84,7 @@ pub async fn begin(
     let request = body
         .parse_or_empty::<BeginBody<'_>>()?
         .request(&body.0.bytes)?;
+    take_quota(&state, client, &request.messages)?;
     let begun = state.broker.begin_transaction(request).await?;
     Ok(shown(StatusCode::CREATED, &begun))
 }
@@ -82,11 +99,13 @@ pub async fn begin(
 pub async fn extend(
     State(state): State<HttpState>,
     TransactionPath(id): TransactionPath,
+    client: ClientAddress,
     params: Params,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     params.none()?;
     let messages = body.parse::<ExtendBody<'_>>()?.messages(&body.0.bytes)?;
+    take_quota(&state, client, &messages)?;
     let extended = state.broker.extend_transaction(&id, messages).await?;
     Ok(shown(StatusCode::OK, &extended))
 }

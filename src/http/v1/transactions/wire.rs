@@ -62,6 +62,7 @@ pub struct BeginBody<'a> {
 /// More messages of an open transaction.
 #[derive(Debug, serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = TransactionExtend)]
 pub struct ExtendBody<'a> {
     #[serde(borrow)]
     #[schema(value_type = Vec<TransactionMessageBody>)]
@@ -76,6 +77,7 @@ pub struct EndBody {}
 /// A consumer group's next offset in one queue, committed with the messages or not at all.
 #[derive(Debug, serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = TransactionOffset)]
 pub struct OffsetBody {
     group: String,
     topic: String,
