@@ -21,6 +21,7 @@ use tokio::time::Instant;
 use super::batcher::{now_ms, submit};
 use super::local::LocalQueue;
 use super::queue::entry::Mark;
+use super::topics::check_own_name;
 use super::{Broker, BrokerError, BrokerResult, Generator};
 use crate::catalog::{CatalogCommand, CatalogReply, CatalogState, Topic, TopicId};
 use crate::peer::NewBatch;
@@ -110,6 +111,9 @@ impl Broker {
         topic: &str,
         generator: Option<Generator>,
     ) -> BrokerResult<()> {
+        if generator.is_some() {
+            check_own_name(topic)?;
+        }
         self.find_topic(topic).await?;
         let command = CatalogCommand::SetGenerator {
             name: topic.to_owned(),

@@ -30,6 +30,8 @@ pub struct CoordinatorMachine {
     soundness: Arc<Soundness>,
     /// By the command that is being applied, maybe.
     transactions_changed: bool,
+    /// The place in the log of the command that is being applied: no other one has it.
+    pub(super) log_index: u64,
 }
 
 impl CoordinatorMachine {
@@ -41,6 +43,7 @@ impl CoordinatorMachine {
             news: News::default(),
             soundness: Arc::new(Soundness::new(repair)),
             transactions_changed: false,
+            log_index: 0,
         }
     }
 
@@ -146,6 +149,7 @@ impl CoordinatorMachine {
         if let Some(cause) = self.soundness.broken() {
             return Err(cause);
         }
+        self.log_index = log_id.index;
         let reply = match unstamp(body) {
             Some((stamp_ms, command)) => {
                 self.advance_time(stamp_ms)?;

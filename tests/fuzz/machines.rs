@@ -556,10 +556,20 @@ fn coordinator() {
             }),
         ),
         ("b-expire", leases(LeaseCommand::Expire)),
-        ("c-dead", leases(LeaseCommand::DeadLettered { through: 0 })),
+        (
+            "c-dead",
+            leases(LeaseCommand::DeadLettered {
+                life: 0,
+                through: 0,
+            }),
+        ),
         (
             "d-redriven",
-            leases(LeaseCommand::Redriven { topic: 1, next: 5 }),
+            leases(LeaseCommand::Redriven {
+                life: 0,
+                topic: 1,
+                next: 5,
+            }),
         ),
         (
             "e-seek",

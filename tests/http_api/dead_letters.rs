@@ -104,6 +104,10 @@ async fn dead_letters_are_read_listed_and_deleted_but_not_written() {
     let message = json!({"messages": [{"value": "x"}]});
     let refused = api.post("/v1/topics/_dlq.g/messages", &message).await;
     refused.problem(400, "invalid_name");
+    let generator = json!({"rate_per_s": 1, "value": "x"});
+    let path = "/v1/topics/_dlq.g/generator";
+    let refused = api.call(Method::PUT, path, &generator).await;
+    refused.problem(400, "invalid_name");
     let create = api.post("/v1/topics", &json!({"name": "_dlq.x"})).await;
     create.problem(400, "invalid_name");
     api.get("/v1/topics/_other")

@@ -45,11 +45,16 @@ impl Broker {
     ) -> PeerResult<()> {
         loop {
             let fail = |cause| broken(local, cause);
+            let before = local.view.lease_group(group).map_err(fail)?;
             let letters = local.view.dead_letters(group, AT_ONCE).map_err(fail)?;
             let state = local.view.lease_group(group).map_err(fail)?;
             let (Some((oldest, _)), Some(state)) = (letters.first(), state) else {
                 return Ok(());
             };
+            // Made anew meanwhile: the letters may be of the life before.
+            if before.is_none_or(|before| before.life != state.life) {
+                continue;
+            }
             let mut next = *oldest;
             let mut failed = None;
             for (sequence, letter) in &letters {
@@ -61,7 +66,10 @@ impl Broker {
             }
             if next > *oldest {
                 let through = next - 1;
-                let command = LeaseCommand::DeadLettered { through };
+                let command = LeaseCommand::DeadLettered {
+                    life: state.life,
+                    through,
+                };
                 self.lease_command_here(local, group, command).await?;
             }
             if let Some(error) = failed {

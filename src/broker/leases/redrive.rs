@@ -111,6 +111,7 @@ impl Broker {
         }
         if next > begin {
             let command = LeaseCommand::Redriven {
+                life: state.life,
                 topic: topic.id,
                 next,
             };

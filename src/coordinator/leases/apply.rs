@@ -1,6 +1,7 @@
 //! Commands of leases, executed: granting here, what comes after in `settle`.
 
 use quorate_storage::StorageError;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{DeathReason, Grant, Granted, Lease, LeaseCommand, LeaseReply, Pick};
 use super::records::{Delivery, DeliveryState, LeaseGroup, Place, QueueLeases};
@@ -72,7 +73,13 @@ impl CoordinatorMachine {
                 LeaseReply::Receipts(self.extend(group, &receipts, lease_ms)?)
             }
             LeaseCommand::Expire => self.expire(group, &mut state)?,
-            LeaseCommand::DeadLettered { through } => {
+            // Said of an earlier group of this name.
+            LeaseCommand::DeadLettered { life, .. } | LeaseCommand::Redriven { life, .. }
+                if life != state.life =>
+            {
+                LeaseReply::Done
+            }
+            LeaseCommand::DeadLettered { through, .. } => {
                 self.dead_lettered(group, through)?;
                 LeaseReply::Done
             }
@@ -80,7 +87,7 @@ impl CoordinatorMachine {
                 state.policy = policy;
                 LeaseReply::Done
             }
-            LeaseCommand::Redriven { topic, next } => {
+            LeaseCommand::Redriven { topic, next, .. } => {
                 state.redriven = Some((topic, next));
                 LeaseReply::Done
             }
@@ -102,8 +109,12 @@ impl CoordinatorMachine {
     fn found_group(&self, group: &str, command: &LeaseCommand) -> Result<LeaseGroup, StorageError> {
         let life = match command {
             LeaseCommand::Lease(lease) => lease.token,
-            // Lives of one name follow each other in the log's time.
-            _ => self.now_ms()? ^ xxhash_rust::xxh3::xxh3_64(group.as_bytes()),
+            // The log's time may stand still between two lives of one name; its places don't repeat.
+            _ => {
+                let made = (group, self.now_ms()?, self.log_index);
+                // Plain data into memory: there is no way to fail.
+                xxh3_64(&postcard::to_stdvec(&made).unwrap_or_default())
+            }
         };
         Ok(LeaseGroup {
             life,

@@ -24,13 +24,15 @@ pub enum LeaseCommand {
     },
     /// Looks at what is overdue: ended leases are free or dead, waiting messages are due.
     Expire,
-    /// Dead letters up to this sequence are in their topic.
+    /// Dead letters up to this sequence are in their topic. For this life of the group only.
     DeadLettered {
+        life: u64,
         through: u64,
     },
     SetPolicy(RetryPolicy),
     /// Dead letters below this offset of their topic are back where they came from.
     Redriven {
+        life: u64,
         topic: TopicId,
         next: u64,
     },

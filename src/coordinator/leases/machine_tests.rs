@@ -121,6 +121,38 @@ impl One {
         }
     }
 
+    fn life(&self) -> u64 {
+        let group = self.replica.machine.view().lease_group(GROUP).unwrap();
+        group.unwrap().life
+    }
+
+    fn dead_lettered(&mut self, through: u64) {
+        let life = self.life();
+        self.ask(LeaseCommand::DeadLettered { life, through });
+    }
+
+    fn delete(&mut self) {
+        let command = CoordinatorCommand::DeleteGroup {
+            group: GROUP.to_owned(),
+        };
+        let body = stamp(self.now_ms, &postcard::to_stdvec(&command).unwrap());
+        self.replica.apply_bytes(&body);
+    }
+
+    /// Makes the group, with one message dead at once.
+    fn one_dead(&mut self) {
+        let policy = RetryPolicy {
+            max_deliveries: 1,
+            backoff_ms: vec![0],
+        };
+        self.ask(LeaseCommand::SetPolicy(policy));
+        let receipts = self.lease(1, 1);
+        self.ask(LeaseCommand::Nack {
+            receipts,
+            delay_ms: None,
+        });
+    }
+
     fn committed(&self) -> u64 {
         self.replica.machine.view().offsets(GROUP).unwrap()[0].offset
     }
@@ -256,9 +288,9 @@ fn dead_letters_are_numbered_in_the_order_of_their_death() {
     let ended = LeaseReply::Receipts(vec![ReceiptVerdict::Ended]);
     assert_eq!(one.ask(ack), ended);
     assert_eq!(one.committed(), 0);
-    one.ask(LeaseCommand::DeadLettered { through: 1 });
+    one.dead_lettered(1);
     assert_eq!(one.committed(), 1);
-    one.ask(LeaseCommand::DeadLettered { through: 2 });
+    one.dead_lettered(2);
     assert_eq!(one.committed(), 3);
     let view = one.replica.machine.view();
     assert!(view.groups_with_dead_letters().unwrap().is_empty());
@@ -285,12 +317,44 @@ fn a_seek_keeps_the_dead_and_forgets_the_rest() {
     one.ask(LeaseCommand::Seek { offsets: vec![to] });
     assert_eq!((one.committed(), one.counts().leased), (0, 0));
     assert_eq!(offsets(&one.lease(3, 3)), [0, 1, 2]);
-    one.ask(LeaseCommand::DeadLettered { through: 0 });
+    one.dead_lettered(0);
     assert_eq!(one.counts().leased, 3);
     one.ask(LeaseCommand::ForgetTopic { topic: 1 });
     let view = one.replica.machine.view();
     assert!(view.leased_queues().unwrap().is_empty());
     assert!(view.offsets(GROUP).unwrap().is_empty());
+}
+
+#[test]
+fn lives_of_one_name_differ_though_time_stands_still() {
+    let mut one = One::new();
+    let mut lives = BTreeSet::new();
+    for _ in 0..3 {
+        one.ask(LeaseCommand::SetPolicy(RetryPolicy::default()));
+        lives.insert(one.life());
+        one.delete();
+    }
+    assert_eq!(lives.len(), 3, "{lives:?}");
+}
+
+#[test]
+fn what_is_said_of_an_earlier_life_changes_nothing() {
+    let mut one = One::new();
+    one.one_dead();
+    let life = one.life();
+    one.delete();
+    one.one_dead();
+    one.ask(LeaseCommand::DeadLettered { life, through: 0 });
+    one.ask(LeaseCommand::Redriven {
+        life,
+        topic: 7,
+        next: 1,
+    });
+    let view = one.replica.machine.view();
+    assert_eq!(view.dead_letters(GROUP, 10).unwrap().len(), 1);
+    assert_eq!(view.lease_group(GROUP).unwrap().unwrap().redriven, None);
+    one.dead_lettered(0);
+    assert_eq!(one.committed(), 1);
 }
 
 #[test]
@@ -434,7 +498,8 @@ impl Model {
                     assert!(known.dead && !known.done, "{at:?}");
                     known.done = true;
                 }
-                LeaseCommand::DeadLettered { through }
+                let life = view.lease_group(GROUP).unwrap()?.life;
+                LeaseCommand::DeadLettered { life, through }
             }
             Step::Wait(ms) => {
                 self.now_ms += ms;
