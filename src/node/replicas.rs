@@ -263,9 +263,8 @@ impl Replicas {
                 .await
                 .ok();
         }
-        // Of queues without held batches there is nothing in it.
-        let holding = self.locals.queues().into_iter();
-        for queue in holding.filter(|queue| queue.shared.held() > 0) {
+        // Those too that hold nothing: all of them have handles that are refused from now on.
+        for queue in self.locals.queues() {
             let group = queue.group.id();
             self.locals.remove_queue(group.0);
             self.host.close_group(group, false).await.ok();

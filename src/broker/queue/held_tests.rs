@@ -242,6 +242,24 @@ fn a_replica_that_cannot_use_its_records_answers_nothing() {
     assert!(replica.machine.checkpoint().is_err());
 }
 
+#[test]
+fn a_queue_that_never_held_anything_lives_on_after_its_store_was_reset() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[None]));
+    let (last, state) = replica.take_checkpoint();
+    replica.store.reset("a test").unwrap();
+    replica.apply(&append(2, &[None]));
+    assert!(replica.machine.checkpoint().is_err());
+    let broken = replica.machine.shared().soundness().broken();
+    assert!(broken.is_some(), "so it is opened again");
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    replica.applied = last.index;
+    replica.apply(&append(2, &[None]));
+    replica.take_checkpoint();
+    assert_eq!(visible(&replica), [(1, 0), (2, 0)]);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// Time that passes, and what is appended then.
