@@ -212,6 +212,14 @@ impl Replicas {
     async fn open(&self, spec: GroupSpec, machine: Box<dyn StateMachine>) -> Result<Option<Group>> {
         let group = spec.group;
         match self.host.open_group(spec, machine).await {
+            // Its log and its snapshots may be sound: it is opened again once the store was reset.
+            Err(OpenGroupError::Storage(damage @ StorageError::Damaged { .. }))
+                if self.derived.is_damaged() =>
+            {
+                tracing::warn!(%group, %damage, "a replica waits for a new derived store");
+                self.repair.notify_one();
+                Ok(None)
+            }
             // Nothing of it can be used, so the others have to fill it again.
             Err(OpenGroupError::Storage(damage @ StorageError::Damaged { .. })) => {
                 if self.quarantine.note(group) {
