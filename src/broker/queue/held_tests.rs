@@ -260,6 +260,34 @@ fn a_queue_that_never_held_anything_lives_on_after_its_store_was_reset() {
     assert_eq!(visible(&replica), [(1, 0), (2, 0)]);
 }
 
+/// A store in which an installation was cut off after any of its parts.
+#[test]
+fn an_installation_that_was_cut_off_is_noticed_and_made_again() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[until(100), part(7, 0), part(8, 0)]));
+    settle(&mut replica, 2, 7, true);
+    let (last, state) = replica.take_checkpoint();
+    let content = replica.machine.held.content().unwrap();
+    let pages: Vec<_> = content.pages().collect();
+    assert!(pages.len() >= 2, "what is pending, and what has ended");
+    for written in 1..=pages.len() {
+        let mut newcomer = Replica::new();
+        for page in &pages[..written] {
+            newcomer.machine.held.install_page(page.clone()).unwrap();
+        }
+        newcomer.reopen();
+        let refused = newcomer.machine.restore(Some(last), Some(&state));
+        assert!(matches!(refused, Err(StorageError::Damaged { .. })));
+        newcomer.machine.install(last, &state).unwrap();
+        newcomer.reopen();
+        newcomer.machine.restore(Some(last), Some(&state)).unwrap();
+        newcomer.applied = last.index;
+        let late = newcomer.apply(&append(3, &[part(7, 1)]));
+        assert_eq!(late, [BatchOutcome::TransactionEnded]);
+        assert_eq!(settle(&mut newcomer, 4, 8, true).parts.len(), 1);
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// Time that passes, and what is appended then.

@@ -9,6 +9,8 @@ use super::{DueKey, Held, Summary, TransactionId, hash};
 
 /// Records read or written at a time.
 const PAGE: usize = 1000;
+/// Where the store is while a snapshot is being installed: no checkpoint was ever taken there.
+const UNFINISHED: LogId = LogId { term: 0, index: 0 };
 
 /// All that a boundary snapshot has of the held batches: those that are pending there, and what is
 /// remembered of cancelled ones and of transactions that ended.
@@ -16,6 +18,21 @@ const PAGE: usize = 1000;
 pub(in crate::broker::queue) struct Content {
     batches: Vec<(u64, u16, HeldBatch)>,
     settled: Vec<(TransactionId, SettledRecord)>,
+}
+
+impl Content {
+    /// The same in parts that are not large.
+    pub(in crate::broker::queue) fn pages(&self) -> impl Iterator<Item = Self> {
+        let batches = self.batches.chunks(PAGE).map(|chunk| Self {
+            batches: chunk.to_vec(),
+            settled: Vec::new(),
+        });
+        let settled = self.settled.chunks(PAGE).map(|chunk| Self {
+            batches: Vec::new(),
+            settled: chunk.to_vec(),
+        });
+        batches.chain(settled)
+    }
 }
 
 impl Held {
@@ -46,6 +63,9 @@ impl Held {
     ) -> Result<(), StorageError> {
         self.changes.clear();
         let applied = self.stored.applied()?;
+        if applied == Some(UNFINISHED) {
+            return Err(self.damaged("they were not all installed".to_owned()));
+        }
         let have = applied.map_or(0, |id| id.index);
         if have < summary.changed_at {
             let wanted = summary.changed_at;
@@ -292,23 +312,28 @@ impl Held {
                 _ => Err(self.damaged("the snapshot says nothing of them".to_owned())),
             };
         };
-        for chunk in content.batches.chunks(PAGE) {
-            for (index, ordinal, batch) in chunk {
-                self.put(*index, *ordinal, batch);
-            }
-            self.write_page(last)?;
-        }
-        for chunk in content.settled.chunks(PAGE) {
-            for (id, record) in chunk {
-                self.store(keys::settled(id, record.at), record);
-                self.store(keys::settled_at(record.at), id);
-            }
-            self.write_page(last)?;
+        for page in content.pages() {
+            self.install_page(page)?;
         }
         // The state before this index is nowhere.
         self.store(keys::FLOOR.to_vec(), &Floor { index: last.index });
         self.write_page(last)?;
         self.resume(last, stamp_ms, summary)
+    }
+
+    /// Brings a part of what is to be installed, which counts for nothing before all of it is here.
+    pub(in crate::broker::queue) fn install_page(
+        &mut self,
+        page: Content,
+    ) -> Result<(), StorageError> {
+        for (index, ordinal, batch) in &page.batches {
+            self.put(*index, *ordinal, batch);
+        }
+        for (id, record) in &page.settled {
+            self.store(keys::settled(id, record.at), record);
+            self.store(keys::settled_at(record.at), id);
+        }
+        self.write_page(UNFINISHED)
     }
 
     /// Makes what is stored survive a killed process, as a checkpoint wants it.
