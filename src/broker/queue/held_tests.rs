@@ -288,6 +288,31 @@ fn an_installation_that_was_cut_off_is_noticed_and_made_again() {
     }
 }
 
+#[test]
+fn what_was_cancelled_counts_as_a_record_for_as_long_as_it_is_one() {
+    let mut replica = Replica::new();
+    let records = |replica: &Replica| replica.machine.held.records();
+    replica.apply(&append(1, &[until(100), until(200)]));
+    cancel(&mut replica, 2, 1, 0);
+    cancel(&mut replica, 2, 1, 0);
+    assert_eq!(records(&replica), 2, "one pending, one cancelled");
+    let (last, state) = replica.take_checkpoint();
+    cancel(&mut replica, 3, 1, 1);
+    assert_eq!(records(&replica), 2);
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    replica.applied = last.index;
+    assert_eq!(records(&replica), 2);
+    cancel(&mut replica, 3, 1, 1);
+    let long_after = 4 + REMEMBER_MS;
+    replica.apply(&append(long_after, &[None]));
+    replica.take_checkpoint();
+    replica.apply(&append(long_after, &[None]));
+    replica.take_checkpoint();
+    replica.apply(&append(long_after, &[until(0)]));
+    assert_eq!(records(&replica), 1, "the new one alone");
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// Time that passes, and what is appended then.

@@ -46,6 +46,7 @@ impl Held {
         self.summary = Summary::default();
         self.next_due_ms = None;
         self.remembered = 0;
+        self.cancelled = 0;
         self.forget_checkpoints(0, 0);
         Ok(())
     }
@@ -86,6 +87,8 @@ impl Held {
             // Nothing was ever held: there is nothing to look at.
             self.summary = summary;
             self.next_due_ms = None;
+            self.remembered = 0;
+            self.cancelled = 0;
             self.forget_checkpoints(last.index, stamp_ms);
             return Ok(());
         }
@@ -167,10 +170,11 @@ impl Held {
         Ok(!page.is_empty())
     }
 
-    /// Whether the records are what the summary says.
-    fn compare(&self) -> Result<(), StorageError> {
-        let (mut count, mut sum) = (0, 0u64);
+    /// Whether the records are what the summary says, and how many of them are cancelled.
+    fn compare(&self) -> Result<u64, StorageError> {
+        let (mut count, mut sum, mut cancelled) = (0, 0u64, 0);
         self.visit(|index, ordinal, batch| {
+            cancelled += u64::from(batch.cancelled().is_some());
             if self.is_pending(index, ordinal, batch)? {
                 count += 1;
                 sum = sum.wrapping_add(hash(index, ordinal, batch));
@@ -182,7 +186,7 @@ impl Held {
             let reason = format!("{count} batches are pending, not the {wanted} of the checkpoint");
             return Err(self.damaged(reason));
         }
-        Ok(())
+        Ok(cancelled)
     }
 
     /// Shows every batch in the order of the log, until `visit` has enough.
@@ -285,7 +289,7 @@ impl Held {
     /// Takes up at `last`, where the log's time was `stamp_ms`, with records that are in place.
     fn resume(&mut self, last: LogId, stamp_ms: u64, summary: Summary) -> Result<(), StorageError> {
         self.summary = summary;
-        self.compare()?;
+        self.cancelled = self.compare()?;
         let mut remembered = 0;
         self.visit_settled(|_, _| {
             remembered += 1;
