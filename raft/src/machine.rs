@@ -327,7 +327,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         // The file first: a crash in between finds it and installs it again.
         let header = self.header(last, SnapshotKind::Boundary);
         self.snapshots.write(self.group, &header, &state)?;
-        self.inner.install(last, &state)?;
+        blocking::in_place(|| self.inner.install(last, &state))?;
         for id in older.into_iter().filter(|id| *id != last) {
             self.snapshots.remove(self.group, id)?;
         }

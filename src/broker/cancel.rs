@@ -3,12 +3,13 @@
 //! The queue decides: in its log either the cancellation comes first or the delivery. Only what it
 //! does not hold is looked up, to say whether it is visible or never was.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use quorate_storage::commit_log::EntryKind;
 use quorate_storage::{LogId, StorageError};
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::batcher::now_ms;
 use super::local::LocalQueue;
@@ -65,6 +66,12 @@ impl Broker {
         let Some(queue) = self.local.queue(place.group) else {
             return Err(PeerError::NotHere);
         };
+        // A delayed message is alone in its batch, and a cancellation takes back all of one.
+        if place.record != 0 {
+            let proof = self.barrier(&queue.group, Instant::now() + patience).await;
+            proof.map_err(PeerError::Broker)?;
+            return look_up(queue, place).await;
+        }
         self.refuse_without_room().map_err(PeerError::Broker)?;
         let stored = LogId::new(place.term, place.index);
         let body = entry::cancel(now_ms(), stored, place.batch);
@@ -76,25 +83,27 @@ impl Broker {
             Ok(Err(ProposeError::Closed)) => return Err(PeerError::NotHere),
             Ok(Err(ProposeError::Unknown(_))) | Err(_) => return Err(PeerError::Broker(UNKNOWN)),
         };
-        // A delayed message is alone in its batch.
         match decode_cancelled(&reply) {
-            Some(CancelVerdict::Cancelled) if place.record == 0 => Ok(Cancelled::Done),
-            Some(_) => {
-                let look = move || {
-                    let offset = offset_of(&queue, place);
-                    offset.map_err(|error| unreadable(&queue, error))
-                };
-                let found = quorate_raft::blocking::on_pool(look).await;
-                let internal = |e: String| PeerError::Broker(BrokerError::Internal(e));
-                let found = found.map_err(|e| internal(e.to_string()))?;
-                Ok(match found.map_err(PeerError::Broker)? {
-                    Some(_) => Cancelled::Delivered,
-                    None => Cancelled::NeverWas,
-                })
-            }
+            Some(CancelVerdict::Cancelled) => Ok(Cancelled::Done),
+            Some(CancelVerdict::NotHeld) => look_up(queue, place).await,
             None => Err(PeerError::Broker(UNKNOWN)),
         }
     }
+}
+
+/// What there is to say of a message that is not held.
+async fn look_up(queue: Arc<LocalQueue>, place: MessagePlace) -> PeerResult<Cancelled> {
+    let look = move || {
+        let offset = offset_of(&queue, place);
+        offset.map_err(|error| unreadable(&queue, error))
+    };
+    let found = quorate_raft::blocking::on_pool(look).await;
+    let internal = |e: String| PeerError::Broker(BrokerError::Internal(e));
+    let found = found.map_err(|e| internal(e.to_string()))?;
+    Ok(match found.map_err(PeerError::Broker)? {
+        Some(_) => Cancelled::Delivered,
+        None => Cancelled::NeverWas,
+    })
 }
 
 /// Where a message is visible on this node. One that was delayed is found by the time when it was due.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use quorate_storage::LogId;
 use quorate_storage::batch::BatchView;
 
 use super::testing::{TestCluster, TestNode, topic};
@@ -331,4 +332,25 @@ async fn a_fetch_over_many_queues_waits_for_any_of_them() {
         .unwrap();
     assert_eq!(found[0].as_ref().unwrap().messages.len(), 0);
     assert_eq!(texts(found[1].as_ref().unwrap()), ["x"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_purged_before_its_trim_is_applied_here_breaks_no_replica() {
+    let (_cluster, node) = single().await;
+    let broker = &node.broker;
+    broker.create_topic("t", topic(1, 1)).await.unwrap();
+    let stored = put(broker, "t", &["a", "b"]).await;
+    let place = parse_message_id(&stored[1].message_id).unwrap();
+    let queue = broker.local.queue(place.group).unwrap();
+    let (done, purged) = tokio::sync::oneshot::channel();
+    let upto = LogId::new(place.term, place.index);
+    let tell = Box::new(|result| {
+        done.send(result).ok();
+    });
+    queue.group.log().purge(upto, tell).unwrap();
+    purged.await.unwrap().unwrap();
+    // As on a replica that begins with the state before the trim.
+    let refused = broker.fetch(fetch("t", 0, StartAt::Earliest)).await;
+    assert!(refused.is_err_and(|error| error.retryable()));
+    assert!(queue.shared.soundness().broken().is_none());
 }

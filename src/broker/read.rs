@@ -256,6 +256,10 @@ pub(super) fn fault_of(queue: &LocalQueue, error: BrokerError) -> PeerError {
 }
 
 pub(super) fn unreadable(queue: &LocalQueue, error: StorageError) -> BrokerError {
+    if let StorageError::Purged { .. } = error {
+        tracing::debug!(group = %queue.group.id(), %error, "read before a trim is applied");
+        return BrokerError::Quarantined;
+    }
     tracing::error!(%error, "a queue cannot be read");
     match &error {
         StorageError::Damaged { path, .. } if path == queue.shared.index().path() => {
@@ -313,7 +317,15 @@ pub(super) fn collect(
                 }
             }
             if rest.len() == before {
-                return Err(missing(queue, first));
+                // A replica that begins with an old state shows what was trimmed later, until it has
+                // applied that trim.
+                let purged = queue.group.log().state().purged;
+                return Err(match purged.filter(|id| first.log_index <= id.index) {
+                    Some(_) => StorageError::Purged {
+                        index: first.log_index,
+                    },
+                    None => missing(queue, first),
+                });
             }
         }
         let messages = offset.saturating_sub(start);

@@ -31,6 +31,17 @@ struct Look {
     oldest: Option<(u64, u64)>,
     /// The beginning for which the log was last purged.
     purged_for: u64,
+    /// What was applied when that was last tried.
+    tried_at: Option<u64>,
+}
+
+impl Look {
+    /// Whether something of the log may have become free. Where nothing is visible, that can be what
+    /// was held and is cancelled or rolled back: the beginning does not move for it.
+    fn wants_purge(&self, bounds: QueueBounds, applied: Option<u64>) -> bool {
+        let is_empty = bounds.earliest == bounds.end;
+        bounds.earliest != self.purged_for || (is_empty && applied != self.tried_at)
+    }
 }
 
 /// Whether a message of that age is to go.
@@ -137,19 +148,22 @@ fn look(
     Ok(trim_to(bounds, for_age, for_bytes))
 }
 
-/// Purges the logs of queues that were trimmed since the last time, or before this node started.
+/// Purges the logs of queues that were trimmed since the last time, or before this node started, and
+/// of those that show nothing.
 async fn purge_queues(queues: &[Arc<LocalQueue>], known: &mut Known) {
-    let trimmed = queues.iter().filter_map(|queue| {
-        let earliest = queue.shared.bounds().earliest;
-        let purged_for = known.get(&queue.group.id().0).map_or(0, |l| l.purged_for);
-        (earliest != purged_for).then_some((queue, earliest))
+    let wanted = queues.iter().filter_map(|queue| {
+        let bounds = queue.shared.bounds();
+        let applied = queue.group.applied().map(|id| id.index);
+        let look = known.entry(queue.group.id().0).or_default();
+        let wanted = look.wants_purge(bounds, applied);
+        wanted.then_some((queue, bounds.earliest, applied))
     });
-    let purges = trimmed.map(|(queue, earliest)| async move {
+    let purges = wanted.map(|(queue, earliest, applied)| async move {
         let group = queue.group.id().0;
         match queue.group.purge().await {
             // What is held keeps the log, and goes without the beginning moving.
-            Ok(_) if queue.shared.held() > 0 => None,
-            Ok(_) => Some((group, earliest)),
+            Ok(_) if queue.shared.held() > 0 => Some((group, None, applied)),
+            Ok(_) => Some((group, Some(earliest), applied)),
             Err(StorageError::Closed) => None,
             Err(error) => {
                 tracing::warn!(group, %error, "a queue's log is not purged");
@@ -160,8 +174,10 @@ async fn purge_queues(queues: &[Arc<LocalQueue>], known: &mut Known) {
     let purges: Vec<_> = purges.collect();
     let mut done = stream::iter(purges).buffer_unordered(AT_ONCE);
     while let Some(purged) = done.next().await {
-        if let Some((group, earliest)) = purged {
-            known.entry(group).or_default().purged_for = earliest;
+        if let Some((group, earliest, applied)) = purged {
+            let look = known.entry(group).or_default();
+            look.purged_for = earliest.unwrap_or(look.purged_for);
+            look.tried_at = applied;
         }
     }
 }
@@ -185,6 +201,27 @@ mod tests {
         assert!(is_over(&keep(Some(100)), 1_000, 1_101));
         assert!(!is_over(&keep(Some(100)), 1_000, 0), "a clock behind");
         assert!(!is_over(&keep(None), 0, u64::MAX));
+    }
+
+    #[test]
+    fn a_purge_is_tried_after_each_trim_and_of_what_shows_nothing_after_each_entry() {
+        let tried = Look {
+            purged_for: 10,
+            tried_at: Some(7),
+            ..Look::default()
+        };
+        assert!(!tried.wants_purge(BOUNDS, Some(8)));
+        let trimmed = QueueBounds {
+            earliest: 11,
+            ..BOUNDS
+        };
+        assert!(tried.wants_purge(trimmed, Some(8)));
+        let empty = QueueBounds {
+            earliest: 10,
+            end: 10,
+        };
+        assert!(tried.wants_purge(empty, Some(8)), "cancelled meanwhile");
+        assert!(!tried.wants_purge(empty, Some(7)), "nothing happened");
     }
 
     #[test]

@@ -212,6 +212,14 @@ impl Replicas {
     async fn open(&self, spec: GroupSpec, machine: Box<dyn StateMachine>) -> Result<Option<Group>> {
         let group = spec.group;
         match self.host.open_group(spec, machine).await {
+            // Its log and its snapshots may be sound: it is opened again once the store was reset.
+            Err(OpenGroupError::Storage(damage @ StorageError::Damaged { .. }))
+                if self.derived.is_damaged() =>
+            {
+                tracing::warn!(%group, %damage, "a replica waits for a new derived store");
+                self.repair.notify_one();
+                Ok(None)
+            }
             // Nothing of it can be used, so the others have to fill it again.
             Err(OpenGroupError::Storage(damage @ StorageError::Damaged { .. })) => {
                 if self.quarantine.note(group) {
@@ -263,9 +271,8 @@ impl Replicas {
                 .await
                 .ok();
         }
-        // Of queues without held batches there is nothing in it.
-        let holding = self.locals.queues().into_iter();
-        for queue in holding.filter(|queue| queue.shared.held() > 0) {
+        // Those too that hold nothing: all of them have handles that are refused from now on.
+        for queue in self.locals.queues() {
             let group = queue.group.id();
             self.locals.remove_queue(group.0);
             self.host.close_group(group, false).await.ok();

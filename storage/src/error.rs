@@ -27,6 +27,11 @@ pub enum StorageError {
         position: u64,
         reason: String,
     },
+    /// The entry was purged on every replica. This one still has to apply what took its place.
+    #[error(
+        "entry {index} was purged; this replica is catching up, so read another one or try again"
+    )]
+    Purged { index: u64 },
     /// The disk's free space is below the configured reserve.
     #[error("less than {reserve_bytes} bytes are free below {}; delete data or add space", path.display())]
     DiskFull { path: PathBuf, reserve_bytes: u64 },
@@ -49,7 +54,7 @@ impl StorageError {
 
     /// Whether the same call may succeed later without anybody's help.
     pub fn retryable(&self) -> bool {
-        matches!(self, Self::DiskFull { .. })
+        matches!(self, Self::DiskFull { .. } | Self::Purged { .. })
     }
 }
 

@@ -3,6 +3,8 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use reqwest::Method;
 use serde_json::{Value, json};
 
@@ -54,6 +56,14 @@ async fn cancel(api: &Api, topic: &str, message_id: &Value) -> Answer {
     let id = message_id.as_str().expect("an id");
     let path = format!("/v1/topics/{topic}/messages/{id}");
     api.send(api.request(Method::DELETE, &path)).await
+}
+
+/// The id of the next message in the same batch.
+fn second_of(message_id: &Value) -> Value {
+    let id = message_id.as_str().expect("an id");
+    let mut bytes = URL_SAFE_NO_PAD.decode(id).expect("base64");
+    *bytes.last_mut().expect("some bytes") += 1;
+    json!(URL_SAFE_NO_PAD.encode(bytes))
 }
 
 #[tokio::test]
@@ -212,6 +222,9 @@ async fn a_cancelled_message_is_never_delivered_and_a_delivered_one_never_cancel
         let answer = cancel(&api, topic, &id).await;
         answer.problem(404, "message_not_found");
     }
+    // Of a batch of one there is no second message, nor is the first one taken back for it.
+    let answer = cancel(&api, "t", &second_of(&kept["message_id"])).await;
+    answer.problem(404, "message_not_found");
     let answer = cancel(&api, "absent", &kept["message_id"]).await;
     answer.problem(404, "topic_not_found");
 

@@ -242,6 +242,90 @@ fn a_replica_that_cannot_use_its_records_answers_nothing() {
     assert!(replica.machine.checkpoint().is_err());
 }
 
+#[test]
+fn a_queue_that_never_held_anything_lives_on_after_its_store_was_reset() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[None]));
+    let (last, state) = replica.take_checkpoint();
+    replica.store.reset("a test").unwrap();
+    replica.apply(&append(2, &[None]));
+    assert!(replica.machine.checkpoint().is_err());
+    let broken = replica.machine.shared().soundness().broken();
+    assert!(broken.is_some(), "so it is opened again");
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    replica.applied = last.index;
+    replica.apply(&append(2, &[None]));
+    replica.take_checkpoint();
+    assert_eq!(visible(&replica), [(1, 0), (2, 0)]);
+}
+
+/// A store in which an installation was cut off after any of its parts.
+#[test]
+fn an_installation_that_was_cut_off_is_noticed_and_made_again() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[until(100), part(7, 0), part(8, 0)]));
+    settle(&mut replica, 2, 7, true);
+    let (last, state) = replica.take_checkpoint();
+    let content = replica.machine.held.content().unwrap();
+    let pages: Vec<_> = content.pages().collect();
+    assert!(pages.len() >= 2, "what is pending, and what has ended");
+    for written in 1..=pages.len() {
+        let mut newcomer = Replica::new();
+        for page in &pages[..written] {
+            newcomer.machine.held.install_page(page.clone()).unwrap();
+        }
+        newcomer.reopen();
+        let refused = newcomer.machine.restore(Some(last), Some(&state));
+        assert!(matches!(refused, Err(StorageError::Damaged { .. })));
+        newcomer.machine.install(last, &state).unwrap();
+        newcomer.reopen();
+        newcomer.machine.restore(Some(last), Some(&state)).unwrap();
+        newcomer.applied = last.index;
+        let late = newcomer.apply(&append(3, &[part(7, 1)]));
+        assert_eq!(late, [BatchOutcome::TransactionEnded]);
+        assert_eq!(settle(&mut newcomer, 4, 8, true).parts.len(), 1);
+    }
+}
+
+#[test]
+fn what_was_cancelled_counts_as_a_record_for_as_long_as_it_is_one() {
+    let mut replica = Replica::new();
+    let records = |replica: &Replica| replica.machine.held.records();
+    replica.apply(&append(1, &[until(100), until(200)]));
+    cancel(&mut replica, 2, 1, 0);
+    cancel(&mut replica, 2, 1, 0);
+    assert_eq!(records(&replica), 2, "one pending, one cancelled");
+    let (last, state) = replica.take_checkpoint();
+    cancel(&mut replica, 3, 1, 1);
+    assert_eq!(records(&replica), 2);
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    replica.applied = last.index;
+    assert_eq!(records(&replica), 2);
+    cancel(&mut replica, 3, 1, 1);
+    let long_after = 4 + REMEMBER_MS;
+    replica.apply(&append(long_after, &[None]));
+    replica.take_checkpoint();
+    replica.apply(&append(long_after, &[None]));
+    replica.take_checkpoint();
+    replica.apply(&append(long_after, &[until(0)]));
+    assert_eq!(records(&replica), 1, "the new one alone");
+}
+
+#[test]
+fn after_a_restart_nothing_is_due_that_was_cancelled() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[until(20_000)]));
+    assert_eq!(cancel(&mut replica, 2, 1, 0), CancelVerdict::Cancelled);
+    let next = replica.machine.shared().next_due_ms();
+    assert_eq!(next, None);
+    let (last, state) = replica.take_checkpoint();
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    assert_eq!(replica.machine.shared().next_due_ms(), next);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     /// Time that passes, and what is appended then.
@@ -391,8 +475,8 @@ proptest! {
             }
             prop_assert_eq!(steady.machine.state_hash(), shaken.replica.machine.state_hash());
             prop_assert_eq!(
-                steady.machine.shared().next_due_ms().is_some(),
-                shaken.replica.machine.shared().next_due_ms().is_some()
+                steady.machine.shared().next_due_ms(),
+                shaken.replica.machine.shared().next_due_ms()
             );
         }
         prop_assert_eq!(visible(&steady), visible(&shaken.replica));

@@ -463,7 +463,10 @@ impl StateMachine for QueueMachine {
         // A failed fsync may have lost records: only a new index can be trusted again.
         let synced = self.index.sync().and_then(|()| self.held.sync());
         synced.inspect_err(|error| self.shared.soundness().set_broken(error.clone()))?;
-        let content = self.content()?;
+        // Without its records it would fail every checkpoint from now on.
+        let content = self.content();
+        let content =
+            content.inspect_err(|error| self.shared.soundness().set_broken(error.clone()))?;
         self.has_content = content.is_some();
         Ok(self.encode(content))
     }

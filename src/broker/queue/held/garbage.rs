@@ -106,6 +106,7 @@ impl Held {
                 break;
             }
             self.remove(batch);
+            self.cancelled = self.cancelled.saturating_sub(1);
             self.remove(key.to_vec());
             dropped += 1;
         }

@@ -66,6 +66,8 @@ pub(super) struct Held {
     next_due_ms: Option<u64>,
     /// Settled transactions that are still remembered, on this replica.
     remembered: u64,
+    /// Cancelled batches that are still remembered, on this replica.
+    cancelled: u64,
     /// Whether something was written since the last flush.
     dirty: bool,
     garbage: Garbage,
@@ -79,6 +81,7 @@ impl Held {
             summary: Summary::default(),
             next_due_ms: None,
             remembered: 0,
+            cancelled: 0,
             dirty: false,
             garbage: Garbage::default(),
         }
@@ -269,6 +272,7 @@ impl Held {
         };
         self.put(stored.index, ordinal, &batch);
         self.remove(due.encode());
+        self.cancelled += 1;
         self.summary.changed_at = log_id.index;
         Ok(CancelVerdict::Cancelled)
     }
@@ -338,7 +342,7 @@ impl Held {
 
     /// How many records there are to carry to another replica, about.
     pub(super) fn records(&self) -> u64 {
-        self.summary.count + self.remembered
+        self.summary.count + self.remembered + self.cancelled
     }
 
     /// Looks up when the next delayed batch is due.

@@ -9,6 +9,8 @@ use super::{DueKey, Held, Summary, TransactionId, hash};
 
 /// Records read or written at a time.
 const PAGE: usize = 1000;
+/// Where the store is while a snapshot is being installed: no checkpoint was ever taken there.
+const UNFINISHED: LogId = LogId { term: 0, index: 0 };
 
 /// All that a boundary snapshot has of the held batches: those that are pending there, and what is
 /// remembered of cancelled ones and of transactions that ended.
@@ -16,6 +18,21 @@ const PAGE: usize = 1000;
 pub(in crate::broker::queue) struct Content {
     batches: Vec<(u64, u16, HeldBatch)>,
     settled: Vec<(TransactionId, SettledRecord)>,
+}
+
+impl Content {
+    /// The same in parts that are not large.
+    pub(in crate::broker::queue) fn pages(&self) -> impl Iterator<Item = Self> {
+        let batches = self.batches.chunks(PAGE).map(|chunk| Self {
+            batches: chunk.to_vec(),
+            settled: Vec::new(),
+        });
+        let settled = self.settled.chunks(PAGE).map(|chunk| Self {
+            batches: Vec::new(),
+            settled: chunk.to_vec(),
+        });
+        batches.chain(settled)
+    }
 }
 
 impl Held {
@@ -29,6 +46,7 @@ impl Held {
         self.summary = Summary::default();
         self.next_due_ms = None;
         self.remembered = 0;
+        self.cancelled = 0;
         self.forget_checkpoints(0, 0);
         Ok(())
     }
@@ -46,6 +64,9 @@ impl Held {
     ) -> Result<(), StorageError> {
         self.changes.clear();
         let applied = self.stored.applied()?;
+        if applied == Some(UNFINISHED) {
+            return Err(self.damaged("they were not all installed".to_owned()));
+        }
         let have = applied.map_or(0, |id| id.index);
         if have < summary.changed_at {
             let wanted = summary.changed_at;
@@ -66,6 +87,8 @@ impl Held {
             // Nothing was ever held: there is nothing to look at.
             self.summary = summary;
             self.next_due_ms = None;
+            self.remembered = 0;
+            self.cancelled = 0;
             self.forget_checkpoints(last.index, stamp_ms);
             return Ok(());
         }
@@ -147,10 +170,11 @@ impl Held {
         Ok(!page.is_empty())
     }
 
-    /// Whether the records are what the summary says.
-    fn compare(&self) -> Result<(), StorageError> {
-        let (mut count, mut sum) = (0, 0u64);
+    /// Whether the records are what the summary says, and how many of them are cancelled.
+    fn compare(&self) -> Result<u64, StorageError> {
+        let (mut count, mut sum, mut cancelled) = (0, 0u64, 0);
         self.visit(|index, ordinal, batch| {
+            cancelled += u64::from(batch.cancelled().is_some());
             if self.is_pending(index, ordinal, batch)? {
                 count += 1;
                 sum = sum.wrapping_add(hash(index, ordinal, batch));
@@ -162,7 +186,7 @@ impl Held {
             let reason = format!("{count} batches are pending, not the {wanted} of the checkpoint");
             return Err(self.damaged(reason));
         }
-        Ok(())
+        Ok(cancelled)
     }
 
     /// Shows every batch in the order of the log, until `visit` has enough.
@@ -265,7 +289,7 @@ impl Held {
     /// Takes up at `last`, where the log's time was `stamp_ms`, with records that are in place.
     fn resume(&mut self, last: LogId, stamp_ms: u64, summary: Summary) -> Result<(), StorageError> {
         self.summary = summary;
-        self.compare()?;
+        self.cancelled = self.compare()?;
         let mut remembered = 0;
         self.visit_settled(|_, _| {
             remembered += 1;
@@ -292,23 +316,28 @@ impl Held {
                 _ => Err(self.damaged("the snapshot says nothing of them".to_owned())),
             };
         };
-        for chunk in content.batches.chunks(PAGE) {
-            for (index, ordinal, batch) in chunk {
-                self.put(*index, *ordinal, batch);
-            }
-            self.write_page(last)?;
-        }
-        for chunk in content.settled.chunks(PAGE) {
-            for (id, record) in chunk {
-                self.store(keys::settled(id, record.at), record);
-                self.store(keys::settled_at(record.at), id);
-            }
-            self.write_page(last)?;
+        for page in content.pages() {
+            self.install_page(page)?;
         }
         // The state before this index is nowhere.
         self.store(keys::FLOOR.to_vec(), &Floor { index: last.index });
         self.write_page(last)?;
         self.resume(last, stamp_ms, summary)
+    }
+
+    /// Brings a part of what is to be installed, which counts for nothing before all of it is here.
+    pub(in crate::broker::queue) fn install_page(
+        &mut self,
+        page: Content,
+    ) -> Result<(), StorageError> {
+        for (index, ordinal, batch) in &page.batches {
+            self.put(*index, *ordinal, batch);
+        }
+        for (id, record) in &page.settled {
+            self.store(keys::settled(id, record.at), record);
+            self.store(keys::settled_at(record.at), id);
+        }
+        self.write_page(UNFINISHED)
     }
 
     /// Makes what is stored survive a killed process, as a checkpoint wants it.

@@ -249,10 +249,6 @@ impl MessageBody<'_> {
         }
         let delay = Delay::new(self.delay_ms, self.deliver_at_ms)?;
         check_ttl(self.ttl_ms)?;
-        check_ttl(self.ttl_ms)?;
-        if self.routing_key.is_some() {
-            return Err("routing_key: a topic has none; publish to an exchange".to_owned());
-        }
         if let Some(tag) = &self.tag {
             check_tag(tag)?;
         }
