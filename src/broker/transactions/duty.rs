@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use futures_util::future::select_all;
 use parking_lot::Mutex;
+use quorate_storage::StorageError;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
@@ -20,6 +21,7 @@ use crate::broker::Broker;
 use crate::broker::batcher::now_ms;
 use crate::broker::local::LocalCoordinator;
 use crate::broker::queue::entry::TransactionId;
+use crate::coordinator::CoordinatorView;
 use crate::coordinator::transactions::{Transaction, TransactionCommand, TransactionReply};
 
 /// Leaderships are looked at again after this time.
@@ -27,10 +29,12 @@ const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Between two attempts at the same transaction, doubling.
 const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
-/// Transactions looked at in one go (those that wait for a retry among them), and worked at at the
-/// same time.
+/// Transactions read in one go.
 const PAGE: usize = 4_096;
+/// Transactions worked at at the same time.
 const AT_ONCE: usize = 64;
+/// Producers asked at the same time: each may take seconds to answer.
+const ASKED_AT_ONCE: usize = 64;
 /// Changes come in bursts; one look is enough for those of this time.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -42,12 +46,30 @@ struct Attempt {
     pause: Duration,
 }
 
+impl Attempt {
+    /// Nothing is to be done now.
+    fn waits(&self, now: Instant) -> bool {
+        self.running || self.not_before > now
+    }
+}
+
 type Attempts = Arc<Mutex<HashMap<TransactionId, Attempt>>>;
+
+/// What bounds the work under way.
+#[derive(Debug, Clone)]
+struct Turns {
+    work: Arc<Semaphore>,
+    /// Apart from the work: producers that don't answer must not keep anything from being settled.
+    asking: Arc<Semaphore>,
+}
 
 /// Runs until the broker goes.
 pub(in crate::broker) async fn run(broker: Weak<Broker>) {
     let attempts: Attempts = Arc::default();
-    let turns = Arc::new(Semaphore::new(AT_ONCE));
+    let turns = Turns {
+        work: Arc::new(Semaphore::new(AT_ONCE)),
+        asking: Arc::new(Semaphore::new(ASKED_AT_ONCE)),
+    };
     loop {
         let (wake, mut watched) = {
             let Some(broker) = broker.upgrade() else {
@@ -82,7 +104,7 @@ pub(in crate::broker) async fn run(broker: Weak<Broker>) {
 fn look(
     broker: &Arc<Broker>,
     attempts: &Attempts,
-    turns: &Arc<Semaphore>,
+    turns: &Turns,
 ) -> (Instant, Vec<tokio::sync::watch::Receiver<()>>) {
     let now = Instant::now();
     let now_ms = now_ms();
@@ -98,7 +120,7 @@ fn look(
         let mut changes = local.view.watch_transactions();
         changes.mark_unchanged();
         watched.push(changes);
-        match due(&local, now_ms) {
+        match due(&local.view, attempts, now_ms, PAGE) {
             Ok(found) => {
                 for id in found.due {
                     start(broker, number, &local, id, attempts, turns);
@@ -124,16 +146,35 @@ struct Due {
     forget: bool,
 }
 
-fn due(local: &LocalCoordinator, now_ms: u64) -> Result<Due, quorate_storage::StorageError> {
+/// What is due. However many there are that wait for their next attempt, something behind them is
+/// found.
+fn due(
+    view: &CoordinatorView,
+    attempts: &Attempts,
+    now_ms: u64,
+    page: usize,
+) -> Result<Due, StorageError> {
+    let now = Instant::now();
     let mut found = Due::default();
-    for (due_ms, id) in local.view.due_transactions(PAGE)? {
-        if due_ms > now_ms {
-            found.next_ms = Some(due_ms);
+    let mut after = None;
+    loop {
+        let read = view.due_transactions(after, page)?;
+        let known = attempts.lock();
+        for (due_ms, id) in &read {
+            if *due_ms > now_ms {
+                found.next_ms = Some(*due_ms);
+                break;
+            }
+            if !known.get(id).is_some_and(|attempt| attempt.waits(now)) {
+                found.due.push(*id);
+            }
+        }
+        after = read.last().copied();
+        if read.len() < page || found.next_ms.is_some() || !found.due.is_empty() {
             break;
         }
-        found.due.push(id);
     }
-    let forget_at = local.view.forget_transactions_at()?;
+    let forget_at = view.forget_transactions_at()?;
     found.forget = forget_at.is_some_and(|at| at <= now_ms);
     Ok(found)
 }
@@ -145,17 +186,17 @@ fn start(
     local: &Arc<LocalCoordinator>,
     id: TransactionId,
     attempts: &Attempts,
-    turns: &Arc<Semaphore>,
+    turns: &Turns,
 ) {
     let now = Instant::now();
     let mut known = attempts.lock();
     let pause = match known.get(&id) {
-        Some(attempt) if attempt.running || attempt.not_before > now => return,
+        Some(attempt) if attempt.waits(now) => return,
         Some(attempt) => (attempt.pause * 2).min(RETRY_MAX),
         None => RETRY_MIN,
     };
     // All busy: the next look finds it again.
-    let Ok(turn) = turns.clone().try_acquire_owned() else {
+    let Ok(turn) = turns.work.clone().try_acquire_owned() else {
         return;
     };
     let running = Attempt {
@@ -165,12 +206,20 @@ fn start(
     };
     known.insert(id, running);
     let (broker, local, attempts) = (broker.clone(), local.clone(), attempts.clone());
+    let asking = turns.asking.clone();
     tokio::spawn(async move {
-        let over = broker.work_at(number, &local, id).await;
+        let worked = broker.work_at(number, &local, id).await;
+        drop(turn);
+        if let Worked::Ask(checked) = &worked {
+            // It is never closed; without a turn nobody is asked, and the next check comes.
+            if let Ok(_turn) = asking.acquire().await {
+                broker.ask_producer(checked).await;
+            }
+        }
         let mut known = attempts.lock();
-        match over {
-            true => drop(known.remove(&id)),
-            false => {
+        match worked {
+            Worked::Done | Worked::Ask(_) => drop(known.remove(&id)),
+            Worked::InVain => {
                 let attempt = Attempt {
                     running: false,
                     not_before: Instant::now() + pause,
@@ -179,8 +228,25 @@ fn start(
                 known.insert(id, attempt);
             }
         }
-        drop(turn);
     });
+}
+
+/// What came of an attempt.
+enum Worked {
+    Done,
+    /// It is tried again later.
+    InVain,
+    /// A check was counted: whoever began it may be asked.
+    Ask(Box<Transaction>),
+}
+
+impl From<Transaction> for Worked {
+    fn from(decided: Transaction) -> Self {
+        match decided.done_ms {
+            Some(_) => Self::Done,
+            None => Self::InVain,
+        }
+    }
 }
 
 fn forget(broker: &Arc<Broker>, coordinator: u32) {
@@ -194,47 +260,44 @@ fn forget(broker: &Arc<Broker>, coordinator: u32) {
 }
 
 impl Broker {
-    /// Does what is due. Whether it is done with: if not, it is tried again later.
+    /// Does what is due, but for asking the producer.
     async fn work_at(
         self: &Arc<Self>,
         coordinator: u32,
         local: &LocalCoordinator,
         id: TransactionId,
-    ) -> bool {
+    ) -> Worked {
         let decided = match local.view.transaction(&id) {
             Ok(Some(transaction)) if transaction.decision.is_some() => Some(transaction),
             Ok(Some(_)) => None,
-            Ok(None) => return true,
+            Ok(None) => return Worked::Done,
             Err(cause) => {
                 local.soundness.set_broken(cause);
-                return false;
+                return Worked::InVain;
             }
         };
         if let Some(decided) = decided {
-            return self.settle_transaction(&decided).await.done_ms.is_some();
+            return self.settle_transaction(&decided).await.into();
         }
         let due = TransactionCommand::Due { id };
         match self.transact_at(coordinator, due).await {
-            Ok(TransactionReply::Is(now)) if now.decision.is_some() => {
-                now.done_ms.is_some() || self.settle_transaction(&now).await.done_ms.is_some()
+            Ok(TransactionReply::Is(now)) if now.decision.is_some() => match now.done_ms {
+                Some(_) => Worked::Done,
+                None => self.settle_transaction(&now).await.into(),
+            },
+            Ok(TransactionReply::Is(now)) if now.checks > 0 && now.check_url.is_some() => {
+                Worked::Ask(now)
             }
-            Ok(TransactionReply::Is(now)) => {
-                self.ask_producer(&now).await;
-                true
-            }
-            Ok(_) => true,
+            Ok(_) => Worked::Done,
             Err(error) => {
                 tracing::debug!(%error, "a transaction that is due could not be looked at");
-                false
+                Worked::InVain
             }
         }
     }
 
-    /// Asks by webhook where one was given.
+    /// Asks by webhook.
     async fn ask_producer(self: &Arc<Self>, checked: &Transaction) {
-        if checked.checks == 0 {
-            return;
-        }
         let asked = webhook::ask(&self.config.webhooks, checked, now_ms());
         let Some(decision) = asked.await else {
             return;
@@ -242,5 +305,56 @@ impl Broker {
         if let Err(error) = self.end_transaction(&checked.id, decision).await {
             tracing::debug!(%error, "a producer's answer to a check came to nothing");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quorate_raft::StateMachine;
+    use quorate_storage::derived::DerivedStore;
+    use quorate_storage::{LogId, RaftGroupId};
+
+    use super::*;
+    use crate::coordinator::transactions::{NewTransaction, Timing};
+    use crate::coordinator::{CoordinatorCommand, CoordinatorMachine, stamp};
+
+    #[tokio::test]
+    async fn those_that_cannot_be_settled_hide_nothing_behind_them() {
+        let store = DerivedStore::in_memory();
+        let group = store.group(RaftGroupId(16));
+        let mut machine = CoordinatorMachine::new(0, group, Arc::default());
+        machine.restore(None, None).unwrap();
+        for n in 1..=5 {
+            let new = NewTransaction {
+                producer_group: "p".to_owned(),
+                timing: Timing {
+                    timeout_ms: 1,
+                    check_interval_ms: 1,
+                    max_checks: 1,
+                },
+                check_url: None,
+                parts: Vec::new(),
+                offset_groups: Vec::new(),
+                prepare_ms: 1,
+            };
+            let id = [n; 16];
+            let begin = CoordinatorCommand::Transaction(TransactionCommand::Begin { id, new });
+            let body = stamp(n.into(), &postcard::to_stdvec(&begin).unwrap());
+            machine.apply(LogId::new(1, n.into()), &body);
+        }
+        let running = Attempt {
+            running: true,
+            not_before: Instant::now(),
+            pause: RETRY_MIN,
+        };
+        let attempts: Attempts = Arc::default();
+        let found = |now_ms| due(&machine.view(), &attempts, now_ms, 2).unwrap();
+        assert_eq!(found(100).due, [[1; 16], [2; 16]]);
+        for n in 1..=4 {
+            attempts.lock().insert([n; 16], running);
+        }
+        assert_eq!(found(100).due, [[5; 16]]);
+        let early = found(5);
+        assert_eq!((early.due, early.next_ms), (Vec::new(), Some(6)));
     }
 }

@@ -194,7 +194,7 @@ proptest! {
                         prop_assert!(!decision.is_commit() || after.is_prepared());
                     }
                     // What is due or done is in exactly one of the orders.
-                    let due = steady.machine.view().due_transactions(10).unwrap();
+                    let due = steady.machine.view().due_transactions(None, 10).unwrap();
                     let mine: Vec<_> = due.iter().filter(|(_, i)| *i == id).map(|(at, _)| *at).collect();
                     prop_assert_eq!(mine, after.due_ms().into_iter().collect::<Vec<_>>());
                     if after.done_ms.is_some() {

@@ -375,7 +375,7 @@ fn checks_come_at_their_times_and_end() {
 fn the_due_index_has_each_undone_transaction_once() {
     let mut machine = Fixture::new();
     machine.begin(vec![part(20, &[0])], &[]);
-    let due = |machine: &Fixture| machine.machine.view().due_transactions(10).unwrap();
+    let due = |machine: &Fixture| machine.machine.view().due_transactions(None, 10).unwrap();
     let begun = machine.now_ms;
     assert_eq!(due(&machine), [(begun + PREPARE_MS, ID)]);
     machine.prepared(0, 1, false);

@@ -4,7 +4,8 @@ use quorate_storage::StorageError;
 use serde::{Deserialize, Serialize};
 
 use super::records::{
-    COUNTS_KEY, DUE_PREFIX, ENDED_PREFIX, listed_prefix, read_listed, read_timed, transaction_key,
+    COUNTS_KEY, DUE_PREFIX, ENDED_PREFIX, due_key, listed_prefix, read_listed, read_timed,
+    transaction_key,
 };
 use super::{KEPT_MS, Transaction, TransactionCounts, TransactionState};
 use crate::broker::queue::entry::TransactionId;
@@ -64,12 +65,17 @@ impl CoordinatorView {
         Ok(counts.unwrap_or_default())
     }
 
-    /// The transactions that something has to be done about first, with the times for it.
+    /// The transactions that something has to be done about first, with the times for it; those
+    /// `after` one of them.
     pub fn due_transactions(
         &self,
+        after: Option<(u64, TransactionId)>,
         limit: usize,
     ) -> Result<Vec<(u64, TransactionId)>, StorageError> {
-        let found = self.records.scan_page(DUE_PREFIX, None, limit)?;
+        let after = after.map(|(due_ms, id)| due_key(due_ms, &id));
+        let found = self
+            .records
+            .scan_page(DUE_PREFIX, after.as_deref(), limit)?;
         let read = found.iter().filter_map(|(key, _)| read_timed(key));
         Ok(read.collect())
     }
