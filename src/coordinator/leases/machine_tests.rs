@@ -87,7 +87,9 @@ impl One {
         let view = self.replica.machine.view();
         let known = view.queue_leases(GROUP, 1, 0).unwrap();
         let from = known.map_or(0, |leases| leases.next);
-        let again = view.due(GROUP, 1, 0, self.now_ms, max as usize).unwrap();
+        let again = view
+            .due(GROUP, 1, 0, self.now_ms, None, max as usize)
+            .unwrap();
         let lease = Lease {
             token: self.token,
             consumer: self.token,
@@ -221,6 +223,28 @@ fn in_flight_is_bounded() {
     });
     one.lease(end, 1);
     assert_eq!(next(&one), u64::from(MAX_IN_FLIGHT) + 2);
+}
+
+#[test]
+fn what_is_due_is_seen_page_by_page() {
+    let mut one = One::new();
+    one.lease(5, 5);
+    one.now_ms += 1_000;
+    let view = one.replica.machine.view();
+    let (mut seen, mut after) = (Vec::new(), None);
+    while let Some(last) = {
+        let page = view.due(GROUP, 1, 0, one.now_ms, after, 2).unwrap();
+        seen.extend(page.iter().map(|due| due.offset));
+        page.last().copied()
+    } {
+        after = Some(last);
+    }
+    assert_eq!(seen, [0, 1, 2, 3, 4]);
+    let next = |now_ms| view.next_due_ms(GROUP, 1, 0, now_ms).unwrap();
+    assert_eq!(
+        (next(one.now_ms - 1), next(one.now_ms)),
+        (Some(one.now_ms), None)
+    );
 }
 
 #[test]
@@ -447,7 +471,7 @@ impl Model {
                     let leases = view.queue_leases(GROUP, 1, queue).unwrap();
                     let from = leases.map_or(0, |leases| leases.next);
                     let through = END.min(from + u64::from(*max));
-                    let due = view.due(GROUP, 1, queue, self.now_ms, 4).unwrap();
+                    let due = view.due(GROUP, 1, queue, self.now_ms, None, 4).unwrap();
                     Pick {
                         topic: 1,
                         queue,
