@@ -164,8 +164,10 @@ impl Broker {
         let deleted = leased.into_iter().map(|(group, topic, _)| (group, topic));
         let deleted = deleted.filter(|(_, topic)| catalog.was_deleted(*topic));
         for (group, topic) in deleted.collect::<BTreeSet<_>>() {
-            let command = LeaseCommand::ForgetTopic { topic };
-            self.lease_command_here(local, &group, command).await?;
+            while let LeaseReply::More = self
+                .lease_command_here(local, &group, LeaseCommand::ForgetTopic { topic })
+                .await?
+            {}
         }
         Ok(())
     }

@@ -338,12 +338,38 @@ fn a_seek_keeps_the_dead_and_forgets_the_rest() {
         queue: 0,
         offset: 0,
     };
-    one.ask(LeaseCommand::Seek { offsets: vec![to] });
+    let sought = one.ask(LeaseCommand::Seek { offsets: vec![to] });
+    assert_eq!(sought, LeaseReply::Sought { queues: 1 });
     assert_eq!((one.committed(), one.counts().leased), (0, 0));
     assert_eq!(offsets(&one.lease(3, 3)), [0, 1, 2]);
     one.dead_lettered(0);
     assert_eq!(one.counts().leased, 3);
     one.ask(LeaseCommand::ForgetTopic { topic: 1 });
+    let view = one.replica.machine.view();
+    assert!(view.leased_queues().unwrap().is_empty());
+    assert!(view.offsets(GROUP).unwrap().is_empty());
+}
+
+#[test]
+fn one_command_does_not_remove_it_all() {
+    let mut one = One::new();
+    let many = REMOVE_AT_ONCE as u64;
+    one.lease(many, 1);
+    let to = |queue| QueueOffset {
+        topic: 1,
+        queue,
+        offset: 0,
+    };
+    let offsets = vec![to(0), to(1)];
+    let sought = one.ask(LeaseCommand::Seek { offsets });
+    assert_eq!(sought, LeaseReply::Sought { queues: 1 });
+    assert_eq!(one.lease(many, 1).len(), 1);
+    let forget = LeaseCommand::ForgetTopic { topic: 1 };
+    let mut steps = 1;
+    while one.ask(forget.clone()) == LeaseReply::More {
+        steps += 1;
+    }
+    assert_eq!(steps, 3);
     let view = one.replica.machine.view();
     assert!(view.leased_queues().unwrap().is_empty());
     assert!(view.offsets(GROUP).unwrap().is_empty());
