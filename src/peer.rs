@@ -123,6 +123,8 @@ pub enum PeerRequest {
     Receive {
         coordinator: u32,
         request: ReceiveRequest,
+        /// How long whoever asks waits for the answer.
+        timeout_ms: u64,
     },
     /// For the same: dead letters back to where they came from.
     Redrive {
@@ -271,7 +273,11 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
         PeerRequest::Receive {
             coordinator,
             request,
-        } => encode(&broker.receive_here(coordinator, &request).await),
+            timeout_ms,
+        } => {
+            let patience = Duration::from_millis(timeout_ms);
+            encode(&broker.receive_here(coordinator, &request, patience).await)
+        }
         PeerRequest::Redrive {
             coordinator,
             consumer_group,

@@ -291,6 +291,22 @@ async fn filters_and_starts() {
 }
 
 #[tokio::test]
+async fn what_is_due_is_found_behind_what_others_want() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let mut messages = vec![json!({"value": "theirs", "tag": "a", "queue": 0}); 300];
+    messages.push(json!({"value": "ours", "tag": "b", "queue": 0}));
+    let body = json!({ "messages": messages });
+    api.post("/v1/topics/t/messages", &body).await.expect(200);
+    let all = json!({"max_messages": 301, "lease_ms": 100});
+    assert_eq!(receive(&api, "g", all).await.len(), 301);
+    let ours = json!({"tag": "b", "max_messages": 1});
+    let found = receive_some(&api, "g", ours).await;
+    assert_eq!(values(&found), ["ours"]);
+    assert_eq!(found[0]["delivery_count"], 2);
+}
+
+#[tokio::test]
 async fn what_has_expired_is_done() {
     let api = Api::start().await.unwrap();
     api.topic("t", 1).await;

@@ -1,12 +1,12 @@
 //! What must happen to leases though nobody asks: they end, messages die, dead letters move on, and
 //! deleted topics are forgotten. For each coordinator that this node leads; asleep until one is due.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use futures_util::future::join_all;
-use tokio::task::JoinHandle;
+use parking_lot::Mutex;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::broken;
@@ -63,9 +63,42 @@ pub(in crate::broker) fn start(broker: &Arc<Broker>) {
     });
 }
 
+/// Brings the dead letters of a coordinator's groups to their topics, each group's in a task of its
+/// own: one group's trouble is not the others'. They end with it.
+#[derive(Default)]
+struct Forwarders {
+    tasks: JoinSet<()>,
+    busy: Arc<Mutex<HashSet<String>>>,
+}
+
+impl Forwarders {
+    fn start(&mut self, broker: &Arc<Broker>, local: &Arc<LocalCoordinator>, group: String) {
+        while self.tasks.try_join_next().is_some() {}
+        if !self.busy.lock().insert(group.clone()) {
+            return;
+        }
+        let (broker, local) = (Arc::downgrade(broker), local.clone());
+        let busy = self.busy.clone();
+        self.tasks.spawn(async move {
+            while let Some(running) = broker.upgrade() {
+                let Err(error) = running.forward_dead_letters(&local, &group).await else {
+                    break;
+                };
+                tracing::debug!(group, %error, "dead letters are forwarded again soon");
+                drop(running);
+                tokio::time::sleep(RETRY).await;
+            }
+            busy.lock().remove(&group);
+            // Who died after the last look was not begun with as long as this one was busy.
+            local.view.signals().alarm(0);
+        });
+    }
+}
+
 /// Looks after one coordinator as long as this node leads it.
 async fn keep(broker: Weak<Broker>, local: Arc<LocalCoordinator>) {
     let signals = local.view.signals();
+    let mut forwarders = Forwarders::default();
     loop {
         let Some(running) = broker.upgrade() else {
             return;
@@ -75,7 +108,7 @@ async fn keep(broker: Weak<Broker>, local: Arc<LocalCoordinator>) {
         }
         // What comes from here on counts anew.
         signals.disarm();
-        let retry = match running.look_after(&local).await {
+        let retry = match running.look_after(&local, &mut forwarders).await {
             Ok(()) => None,
             Err(error) => {
                 tracing::debug!(%error, "leases are looked after again soon");
@@ -98,7 +131,11 @@ async fn keep(broker: Weak<Broker>, local: Arc<LocalCoordinator>) {
 }
 
 impl Broker {
-    async fn look_after(&self, local: &LocalCoordinator) -> PeerResult<()> {
+    async fn look_after(
+        self: &Arc<Self>,
+        local: &Arc<LocalCoordinator>,
+        forwarders: &mut Forwarders,
+    ) -> PeerResult<()> {
         let fail = |cause| broken(local, cause);
         self.forget_deleted_topics(local).await?;
         let now_ms = now_ms().max(local.view.log_time_ms().map_err(fail)?);
@@ -114,11 +151,10 @@ impl Broker {
             {}
         }
         let groups = local.view.groups_with_dead_letters().map_err(fail)?;
-        let forwarded = groups
-            .iter()
-            .map(|group| self.forward_dead_letters(local, group));
-        // One group's trouble is not the others'.
-        join_all(forwarded).await.into_iter().collect()
+        for group in groups {
+            forwarders.start(self, local, group);
+        }
+        Ok(())
     }
 
     async fn forget_deleted_topics(&self, local: &LocalCoordinator) -> PeerResult<()> {
@@ -128,8 +164,10 @@ impl Broker {
         let deleted = leased.into_iter().map(|(group, topic, _)| (group, topic));
         let deleted = deleted.filter(|(_, topic)| catalog.was_deleted(*topic));
         for (group, topic) in deleted.collect::<BTreeSet<_>>() {
-            let command = LeaseCommand::ForgetTopic { topic };
-            self.lease_command_here(local, &group, command).await?;
+            while let LeaseReply::More = self
+                .lease_command_here(local, &group, LeaseCommand::ForgetTopic { topic })
+                .await?
+            {}
         }
         Ok(())
     }

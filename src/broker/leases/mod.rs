@@ -9,6 +9,8 @@ pub(super) mod duty;
 mod plan;
 mod receipt;
 mod receive;
+#[cfg(test)]
+mod receive_tests;
 mod redrive;
 mod settle;
 

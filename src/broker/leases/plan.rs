@@ -24,6 +24,10 @@ const SCAN_MESSAGES: u64 = 2048;
 const SCAN_BYTES: u64 = 4 << 20;
 /// Messages behind others of their key that one plan takes up.
 const PARKED_AT_ONCE: usize = 1024;
+/// Messages that are due again: those of a queue that one plan looks at when a filter leaves many to
+/// other consumers, and those that it asks for at once.
+const DUE_LOOKED_AT: usize = 1024;
+const DUE_AT_ONCE: usize = 128;
 
 /// One queue the group leases from.
 #[derive(Debug, Clone)]
@@ -48,7 +52,9 @@ pub(super) struct Plan {
 struct Offer {
     source: Source,
     bounds: QueueBounds,
+    /// The first messages that are due again at `now_ms`.
     due: Vec<DueDelivery>,
+    now_ms: u64,
     /// Where the group goes on in the queue.
     next: u64,
 }
@@ -120,11 +126,19 @@ impl Broker {
                 }
             };
             let (topic, queue) = (source.topic.id, source.queue);
-            let due = local.view.due(&request.group, topic, queue, now_ms, wanted);
+            let due = local.view.due(
+                &request.group,
+                topic,
+                queue,
+                now_ms,
+                None,
+                wanted.min(DUE_AT_ONCE),
+            );
             let offer = Offer {
                 source,
                 bounds,
                 due: due.map_err(|cause| broken(local, cause))?,
+                now_ms,
                 next,
             };
             if offer.is_new() || !offer.due.is_empty() || offer.has_fresh() {
@@ -195,30 +209,10 @@ impl Broker {
             again: Vec::new(),
             gone: Vec::new(),
         };
-        let mut left = share;
-        let policy = local.view.lease_group(&request.group);
-        let policy = policy.map_err(|cause| broken(local, cause))?;
-        let most = policy.map_or(u32::MAX, |group| group.policy.max_deliveries);
-        for due in &offer.due {
-            if due.deliveries >= most {
-                // Apply buries it.
-                pick.again.push(due.offset);
-                continue;
-            }
-            if left == 0 || self.is_full(request, plan) {
-                break;
-            }
-            let read = self.read_due(request, &offer.source, due.offset);
-            match read.await.map_err(PeerError::Broker)? {
-                Due::Ours(message) => {
-                    pick.again.push(due.offset);
-                    plan.add(&pick, message);
-                    left -= 1;
-                }
-                Due::Others => {}
-                Due::Gone => pick.gone.push(due.offset),
-            }
-        }
+        let taken = self
+            .pick_due(local, request, &offer, share, &mut pick, plan)
+            .await?;
+        let left = share.saturating_sub(taken);
         if left > 0 && offer.has_fresh() && !self.is_full(request, plan) {
             self.pick_fresh(local, request, &offer, left, &mut pick, plan)
                 .await?;
@@ -228,6 +222,57 @@ impl Broker {
             plan.picks.push(pick);
         }
         Ok(())
+    }
+
+    /// Takes up to `wanted` messages that are due again, and says how many.
+    async fn pick_due(
+        &self,
+        local: &LocalCoordinator,
+        request: &ReceiveRequest,
+        offer: &Offer,
+        wanted: usize,
+        pick: &mut Pick,
+        plan: &mut Plan,
+    ) -> PeerResult<usize> {
+        let policy = local.view.lease_group(&request.group);
+        let policy = policy.map_err(|cause| broken(local, cause))?;
+        let most = policy.map_or(u32::MAX, |group| group.policy.max_deliveries);
+        let (topic, queue) = (offer.source.topic.id, offer.source.queue);
+        let (mut taken, mut looked_at) = (0, 0);
+        let mut page = offer.due.clone();
+        while let Some(last) = page.last().copied() {
+            for due in page {
+                looked_at += 1;
+                if due.deliveries >= most {
+                    // Apply buries it.
+                    pick.again.push(due.offset);
+                    continue;
+                }
+                if taken == wanted || self.is_full(request, plan) {
+                    return Ok(taken);
+                }
+                let read = self.read_due(request, &offer.source, due.offset);
+                match read.await.map_err(PeerError::Broker)? {
+                    Due::Ours(message) => {
+                        pick.again.push(due.offset);
+                        plan.add(pick, message);
+                        taken += 1;
+                    }
+                    Due::Others => {}
+                    Due::Gone => pick.gone.push(due.offset),
+                }
+            }
+            if taken == wanted || looked_at >= DUE_LOOKED_AT {
+                break;
+            }
+            let (now_ms, after) = (offer.now_ms, Some(last));
+            let group = &request.group;
+            let more = local
+                .view
+                .due(group, topic, queue, now_ms, after, DUE_AT_ONCE);
+            page = more.map_err(|cause| broken(local, cause))?;
+        }
+        Ok(taken)
     }
 
     fn is_full(&self, request: &ReceiveRequest, plan: &Plan) -> bool {

@@ -14,6 +14,7 @@ use crate::broker::batcher::now_ms;
 use crate::broker::local::LocalCoordinator;
 use crate::broker::offsets::check_group_name;
 use crate::broker::producers::unexpected;
+use crate::broker::route::NO_LEADER;
 use crate::broker::{Broker, BrokerError, BrokerResult, Outcome, StartAt};
 use crate::coordinator::CoordinatorReply;
 use crate::coordinator::leases::{
@@ -36,8 +37,17 @@ enum Turn {
     Leased(ReceiveAnswer),
     /// Something was looked at, nothing leased: there may be more.
     Moved,
-    /// There is nothing, as far as is known; the queues and what the consumer still holds.
-    Nothing(Vec<Source>, Vec<Receipt>),
+    /// There is nothing, as far as is known.
+    Nothing(Idle),
+}
+
+/// What is known of a turn that found nothing.
+struct Idle {
+    sources: Vec<Source>,
+    /// What the consumer still holds.
+    held: Vec<Receipt>,
+    /// When it was looked: what was due by then is left to other consumers.
+    looked_ms: u64,
 }
 
 impl Broker {
@@ -56,7 +66,7 @@ impl Broker {
                     wait_ms: millis(left.saturating_sub(grace)),
                     ..request.clone()
                 };
-                async move { Ok(self.receive_here(coordinator, &request).await?) }
+                async move { Ok(self.receive_here(coordinator, &request, left).await?) }
             };
             let there = |left_ms: u64| PeerRequest::Receive {
                 coordinator,
@@ -64,6 +74,7 @@ impl Broker {
                     wait_ms: left_ms.saturating_sub(millis(grace)),
                     ..request.clone()
                 },
+                timeout_ms: left_ms,
             };
             let left = deadline.saturating_duration_since(Instant::now());
             let left = left.min(WAIT_AT_ONCE);
@@ -78,12 +89,14 @@ impl Broker {
         }
     }
 
-    /// The same where this node leads the coordinator.
+    /// The same where this node leads the coordinator. After `patience` nobody waits for the answer.
     pub(crate) async fn receive_here(
         &self,
         coordinator: u32,
         request: &ReceiveRequest,
+        patience: Duration,
     ) -> PeerResult<ReceiveAnswer> {
+        let patience = Instant::now() + patience;
         let deadline = Instant::now() + Duration::from_millis(request.wait_ms);
         let local = self.led_coordinator(coordinator)?;
         let signals = local.view.signals();
@@ -96,7 +109,7 @@ impl Broker {
         let scan_until = deadline.max(Instant::now() + SCAN_AT_LEAST);
         loop {
             changed.mark_unchanged();
-            let turn = match self.take_turn(&local, request, proved).await {
+            let turn = match self.take_turn(&local, request, proved, patience).await {
                 // A queue is between two leaders.
                 Err(PeerError::Broker(error))
                     if error.retryable()
@@ -113,23 +126,25 @@ impl Broker {
                 Turn::Leased(answer) => return Ok(answer),
                 Turn::Moved if Instant::now() < scan_until => {}
                 Turn::Moved => return Ok(ReceiveAnswer::default()),
-                Turn::Nothing(..) if !proved => {
+                Turn::Nothing(_) if !proved => {
                     let patience = Instant::now() + self.config.read_timeout;
                     let proof = self.barrier(&local.group, patience).await;
                     proof.map_err(PeerError::Broker)?;
                     proved = true;
                 }
-                Turn::Nothing(sources, held) => {
-                    let full = held.len() >= request.max_messages;
+                Turn::Nothing(mut idle) => {
+                    let full = idle.held.len() >= request.max_messages;
                     if Instant::now() >= deadline {
                         return Ok(ReceiveAnswer {
                             messages: Vec::new(),
-                            held,
+                            held: idle.held,
                         });
                     }
-                    let sources = if full { Vec::new() } else { sources };
+                    if full {
+                        idle.sources.clear();
+                    }
                     let until = deadline.min(Instant::now() + LOOK_AGAIN);
-                    self.wait_for_messages(&local, request, sources, &mut changed, until)
+                    self.wait_for_messages(&local, request, idle, &mut changed, until)
                         .await?;
                 }
             }
@@ -142,10 +157,11 @@ impl Broker {
         local: &LocalCoordinator,
         request: &ReceiveRequest,
         prove: bool,
+        patience: Instant,
     ) -> PeerResult<Turn> {
-        let patience = Instant::now() + self.config.write_timeout;
+        let until = patience.min(Instant::now() + self.config.write_timeout);
         let turn = self.lease_turns.of(&request.group);
-        let Ok(mut first) = timeout_at(patience, turn.lock()).await else {
+        let Ok(mut first) = timeout_at(until, turn.lock()).await else {
             return Err(PeerError::Broker(BrokerError::Overloaded(
                 "too many consumers of the group receive at once".to_owned(),
             )));
@@ -168,15 +184,26 @@ impl Broker {
         *first = (*first + 1) % count;
         let wanted = request.max_messages.saturating_sub(held.len());
         let known = local.view.lease_group(&request.group).map_err(fail)?;
+        let idle = Idle {
+            sources,
+            held,
+            looked_ms: now_ms,
+        };
         if wanted == 0 {
-            return Ok(Turn::Nothing(sources, held));
+            return Ok(Turn::Nothing(idle));
         }
+        let sources = idle.sources.clone();
         let plan = self
-            .plan(local, request, sources.clone(), wanted, now_ms, prove)
+            .plan(local, request, sources, wanted, now_ms, prove)
             .await?;
         if plan.picks.is_empty() && known.is_some() {
-            return Ok(Turn::Nothing(sources, held));
+            return Ok(Turn::Nothing(idle));
         }
+        // Who asked has gone: what is leased now is delivered to nobody, and counts.
+        if Instant::now() >= patience {
+            return Err(PeerError::Broker(NO_LEADER));
+        }
+        let Idle { sources, held, .. } = idle;
         let token = match uuid::Uuid::new_v4().as_u64_pair().0 {
             0 => 1,
             token => token,
@@ -206,9 +233,7 @@ impl Broker {
         if granted.leases.is_empty() {
             return Ok(Turn::Moved);
         }
-        let messages = self
-            .gather(&sources, plan, &granted, token, consumer)
-            .await?;
+        let messages = self.gather(&sources, plan, &granted, token, consumer).await;
         self.trace_delivered(&request.group, request.consumer.as_ref(), &messages);
         Ok(Turn::Leased(ReceiveAnswer { messages, held }))
     }
@@ -221,7 +246,7 @@ impl Broker {
         granted: &Granted,
         token: u64,
         consumer: u64,
-    ) -> PeerResult<Vec<LeasedMessage>> {
+    ) -> Vec<LeasedMessage> {
         let mut messages = Vec::with_capacity(granted.leases.len());
         for grant in &granted.leases {
             let of_grant = |s: &&Source| s.topic.id == grant.topic && s.queue == grant.queue;
@@ -235,7 +260,12 @@ impl Broker {
                 None => match self.read_one(source, grant.offset).await {
                     Ok(Some(message)) => message,
                     Ok(None) => continue,
-                    Err(error) => return Err(PeerError::Broker(error)),
+                    // The others are leased all the same; this one's lease ends.
+                    Err(error) => {
+                        let topic = &source.topic.name;
+                        tracing::debug!(topic, queue = source.queue, offset = grant.offset, %error, "granted and not read");
+                        continue;
+                    }
                 },
             };
             messages.push(LeasedMessage {
@@ -251,7 +281,7 @@ impl Broker {
                 delivery_count: grant.deliveries,
             });
         }
-        Ok(messages)
+        messages
     }
 
     /// Returns when there may be something: a new message, one that is due, a signal of apply, a
@@ -260,7 +290,7 @@ impl Broker {
         &self,
         local: &LocalCoordinator,
         request: &ReceiveRequest,
-        sources: Vec<Source>,
+        idle: Idle,
         changed: &mut watch::Receiver<u64>,
         until: Instant,
     ) -> PeerResult<()> {
@@ -268,9 +298,11 @@ impl Broker {
         catalog.mark_unchanged();
         let mut until = until;
         let mut arrivals = FuturesUnordered::new();
-        for source in sources {
+        for source in idle.sources {
             let (topic, queue) = (source.topic.id, source.queue);
-            let due = local.view.next_due_ms(&request.group, topic, queue);
+            let due = local
+                .view
+                .next_due_ms(&request.group, topic, queue, idle.looked_ms);
             if let Some(due_ms) = due.map_err(|cause| broken(local, cause))? {
                 let wait = Duration::from_millis(due_ms.saturating_sub(now_ms()));
                 until = until.min(Instant::now() + wait.max(PAUSE));

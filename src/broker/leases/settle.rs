@@ -120,8 +120,19 @@ impl Broker {
         group: &str,
         offsets: Vec<QueueOffset>,
     ) -> BrokerResult<()> {
-        let command = LeaseCommand::Seek { offsets };
-        self.lease_command(group, command).await.map(drop)
+        let mut rest = offsets;
+        while !rest.is_empty() {
+            let offsets = rest.clone();
+            let queues = match self
+                .lease_command(group, LeaseCommand::Seek { offsets })
+                .await?
+            {
+                LeaseReply::Sought { queues } if queues > 0 => queues as usize,
+                other => return Err(unexpected(&CoordinatorReply::Leases(other))),
+            };
+            rest.drain(..queues.min(rest.len()));
+        }
+        Ok(())
     }
 
     /// The group's retry policy and what it has in flight, proved to be the newest.

@@ -79,10 +79,7 @@ impl CoordinatorMachine {
             {
                 LeaseReply::Done
             }
-            LeaseCommand::DeadLettered { through, .. } => {
-                self.dead_lettered(group, through)?;
-                LeaseReply::Done
-            }
+            LeaseCommand::DeadLettered { through, .. } => self.dead_lettered(group, through)?,
             LeaseCommand::SetPolicy(policy) => {
                 state.policy = policy;
                 LeaseReply::Done
@@ -91,14 +88,8 @@ impl CoordinatorMachine {
                 state.redriven = Some((topic, next));
                 LeaseReply::Done
             }
-            LeaseCommand::Seek { offsets } => {
-                self.seek(group, &offsets)?;
-                LeaseReply::Done
-            }
-            LeaseCommand::ForgetTopic { topic } => {
-                self.forget_topic(group, topic)?;
-                LeaseReply::Done
-            }
+            LeaseCommand::Seek { offsets } => self.seek(group, &offsets)?,
+            LeaseCommand::ForgetTopic { topic } => self.forget_topic(group, topic)?,
         };
         if known.as_ref() != Some(&state) {
             self.store_lease_group(group, &state);

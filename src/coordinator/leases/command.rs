@@ -138,6 +138,10 @@ pub enum LeaseReply {
     Done,
     /// Done as far as one command goes: ask again.
     More,
+    /// So many queues of a seek, the first ones, are where they should be: ask for the others again.
+    Sought {
+        queues: u32,
+    },
     /// Nothing was ever leased to this group.
     NoGroup,
 }

@@ -87,7 +87,9 @@ impl One {
         let view = self.replica.machine.view();
         let known = view.queue_leases(GROUP, 1, 0).unwrap();
         let from = known.map_or(0, |leases| leases.next);
-        let again = view.due(GROUP, 1, 0, self.now_ms, max as usize).unwrap();
+        let again = view
+            .due(GROUP, 1, 0, self.now_ms, None, max as usize)
+            .unwrap();
         let lease = Lease {
             token: self.token,
             consumer: self.token,
@@ -224,6 +226,28 @@ fn in_flight_is_bounded() {
 }
 
 #[test]
+fn what_is_due_is_seen_page_by_page() {
+    let mut one = One::new();
+    one.lease(5, 5);
+    one.now_ms += 1_000;
+    let view = one.replica.machine.view();
+    let (mut seen, mut after) = (Vec::new(), None);
+    while let Some(last) = {
+        let page = view.due(GROUP, 1, 0, one.now_ms, after, 2).unwrap();
+        seen.extend(page.iter().map(|due| due.offset));
+        page.last().copied()
+    } {
+        after = Some(last);
+    }
+    assert_eq!(seen, [0, 1, 2, 3, 4]);
+    let next = |now_ms| view.next_due_ms(GROUP, 1, 0, now_ms).unwrap();
+    assert_eq!(
+        (next(one.now_ms - 1), next(one.now_ms)),
+        (Some(one.now_ms), None)
+    );
+}
+
+#[test]
 fn what_is_gone_is_done() {
     let mut one = One::new();
     one.lease(3, 3);
@@ -314,12 +338,38 @@ fn a_seek_keeps_the_dead_and_forgets_the_rest() {
         queue: 0,
         offset: 0,
     };
-    one.ask(LeaseCommand::Seek { offsets: vec![to] });
+    let sought = one.ask(LeaseCommand::Seek { offsets: vec![to] });
+    assert_eq!(sought, LeaseReply::Sought { queues: 1 });
     assert_eq!((one.committed(), one.counts().leased), (0, 0));
     assert_eq!(offsets(&one.lease(3, 3)), [0, 1, 2]);
     one.dead_lettered(0);
     assert_eq!(one.counts().leased, 3);
     one.ask(LeaseCommand::ForgetTopic { topic: 1 });
+    let view = one.replica.machine.view();
+    assert!(view.leased_queues().unwrap().is_empty());
+    assert!(view.offsets(GROUP).unwrap().is_empty());
+}
+
+#[test]
+fn one_command_does_not_remove_it_all() {
+    let mut one = One::new();
+    let many = REMOVE_AT_ONCE as u64;
+    one.lease(many, 1);
+    let to = |queue| QueueOffset {
+        topic: 1,
+        queue,
+        offset: 0,
+    };
+    let offsets = vec![to(0), to(1)];
+    let sought = one.ask(LeaseCommand::Seek { offsets });
+    assert_eq!(sought, LeaseReply::Sought { queues: 1 });
+    assert_eq!(one.lease(many, 1).len(), 1);
+    let forget = LeaseCommand::ForgetTopic { topic: 1 };
+    let mut steps = 1;
+    while one.ask(forget.clone()) == LeaseReply::More {
+        steps += 1;
+    }
+    assert_eq!(steps, 3);
     let view = one.replica.machine.view();
     assert!(view.leased_queues().unwrap().is_empty());
     assert!(view.offsets(GROUP).unwrap().is_empty());
@@ -447,7 +497,7 @@ impl Model {
                     let leases = view.queue_leases(GROUP, 1, queue).unwrap();
                     let from = leases.map_or(0, |leases| leases.next);
                     let through = END.min(from + u64::from(*max));
-                    let due = view.due(GROUP, 1, queue, self.now_ms, 4).unwrap();
+                    let due = view.due(GROUP, 1, queue, self.now_ms, None, 4).unwrap();
                     Pick {
                         topic: 1,
                         queue,

@@ -28,6 +28,8 @@ pub use view::{DueDelivery, LeaseCounts};
 pub const MAX_IN_FLIGHT: u32 = 20_000;
 /// Overdue deliveries that one command looks at.
 const EXPIRE_AT_ONCE: usize = 1_000;
+/// Records that one command removes at least before it leaves the rest to the next.
+const REMOVE_AT_ONCE: usize = 4_000;
 
 #[cfg(test)]
 mod machine_tests;

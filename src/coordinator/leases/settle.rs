@@ -5,12 +5,12 @@ use std::collections::btree_map::Entry;
 
 use quorate_storage::StorageError;
 
-use super::EXPIRE_AT_ONCE;
 use super::command::{DeathReason, LeaseReply, Receipt, ReceiptVerdict};
 use super::records::{
     Delivery, DeliveryState, LeaseGroup, Place, QueueLeases, dead_letter_key, last, last_two,
     leases_of_key, of_group, of_topic,
 };
+use super::{EXPIRE_AT_ONCE, REMOVE_AT_ONCE};
 use crate::catalog::TopicId;
 use crate::coordinator::QueueOffset;
 use crate::coordinator::machine::CoordinatorMachine;
@@ -275,11 +275,20 @@ impl CoordinatorMachine {
         Ok(overdue)
     }
 
-    pub(super) fn dead_lettered(&mut self, group: &str, through: u64) -> Result<(), StorageError> {
+    pub(super) fn dead_lettered(
+        &mut self,
+        group: &str,
+        through: u64,
+    ) -> Result<LeaseReply, StorageError> {
         let mut touched = Touched::new();
-        let letters = self
-            .records
-            .scan(&of_group(b'x', group), None, usize::MAX)?;
+        // Their numbers have no gaps: the oldest one says how many there are.
+        let oldest = self.records.scan(&of_group(b'x', group), None, 1)?;
+        let Some(oldest) = oldest.first().and_then(|(key, _)| last(key)) else {
+            return Ok(LeaseReply::Done);
+        };
+        let said = through.saturating_add(1).saturating_sub(oldest);
+        let count = usize::try_from(said).map_or(EXPIRE_AT_ONCE, |said| said.min(EXPIRE_AT_ONCE));
+        let letters = self.records.scan(&of_group(b'x', group), None, count)?;
         for (key, value) in letters {
             let Some(sequence) = last(&key).filter(|sequence| *sequence <= through) else {
                 break;
@@ -301,30 +310,43 @@ impl CoordinatorMachine {
                 self.remove_delivery(&place, letter.offset, &delivery, queue)?;
             }
         }
-        self.settle_touched(group, &touched)
+        self.settle_touched(group, &touched)?;
+        Ok(match said > EXPIRE_AT_ONCE as u64 {
+            true => LeaseReply::More,
+            false => LeaseReply::Done,
+        })
     }
 
-    fn remove_all(&mut self, prefix: &[u8]) -> Result<(), StorageError> {
-        for (key, _) in self.records.scan(prefix, None, usize::MAX)? {
+    /// Removes up to `limit` records, and says how many.
+    fn remove_some(&mut self, prefix: &[u8], limit: usize) -> Result<usize, StorageError> {
+        let found = self.records.scan(prefix, None, limit)?;
+        let count = found.len();
+        for (key, _) in found {
             self.records.remove(key);
         }
-        Ok(())
+        Ok(count)
     }
 
-    /// Dead letters stay: what is dead goes to its topic wherever the group goes on.
+    /// Dead letters stay: what is dead goes to its topic wherever the group goes on. A queue's
+    /// deliveries go with its cursor, all at once; queues with many, one in each command.
     pub(super) fn seek(
         &mut self,
         group: &str,
         offsets: &[QueueOffset],
-    ) -> Result<(), StorageError> {
+    ) -> Result<LeaseReply, StorageError> {
+        let (mut removed, mut queues) = (0, 0);
         for to in offsets {
+            if removed >= REMOVE_AT_ONCE {
+                break;
+            }
+            queues += 1;
             let place = Place {
                 group,
                 topic: to.topic,
                 queue: to.queue,
             };
-            self.remove_all(&place.deliveries())?;
-            self.remove_all(&place.order())?;
+            removed += self.remove_some(&place.deliveries(), usize::MAX)?;
+            removed += self.remove_some(&place.order(), usize::MAX)?;
             let queue = QueueLeases {
                 next: to.offset,
                 in_flight: 0,
@@ -332,13 +354,22 @@ impl CoordinatorMachine {
             self.settle_queue(&place, &queue)?;
         }
         self.news.freed();
-        Ok(())
+        Ok(LeaseReply::Sought { queues })
     }
 
-    pub(super) fn forget_topic(&mut self, group: &str, topic: TopicId) -> Result<(), StorageError> {
-        for kind in *b"lado" {
-            self.remove_all(&of_topic(kind, group, topic))?;
+    /// The queues go last: as long as one is left, the topic is known as one to forget.
+    pub(super) fn forget_topic(
+        &mut self,
+        group: &str,
+        topic: TopicId,
+    ) -> Result<LeaseReply, StorageError> {
+        let mut left = REMOVE_AT_ONCE;
+        for kind in *b"adol" {
+            left -= self.remove_some(&of_topic(kind, group, topic), left)?;
+            if left == 0 {
+                return Ok(LeaseReply::More);
+            }
         }
-        Ok(())
+        Ok(LeaseReply::Done)
     }
 }

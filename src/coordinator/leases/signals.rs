@@ -62,7 +62,7 @@ impl LeaseSignals {
     }
 
     /// Makes the duty look at `due_ms` or earlier.
-    fn alarm(&self, due_ms: u64) {
+    pub fn alarm(&self, due_ms: u64) {
         if due_ms < self.alarm_ms.fetch_min(due_ms, Ordering::AcqRel) {
             self.duty.notify_one();
         }

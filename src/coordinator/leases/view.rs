@@ -19,6 +19,7 @@ use crate::coordinator::records::offset_key;
 /// A message that can be leased again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DueDelivery {
+    pub due_ms: u64,
     pub offset: u64,
     pub deliveries: u32,
 }
@@ -67,13 +68,14 @@ impl CoordinatorView {
         read(&self.records, &place.leases())
     }
 
-    /// What can be leased again at `now_ms`, in the order in which it became so.
+    /// What can be leased again at `now_ms`, in the order in which it became so, behind `after`.
     pub fn due(
         &self,
         group: &str,
         topic: TopicId,
         queue: u32,
         now_ms: u64,
+        after: Option<DueDelivery>,
         limit: usize,
     ) -> Result<Vec<DueDelivery>, StorageError> {
         let place = Place {
@@ -81,14 +83,19 @@ impl CoordinatorView {
             topic,
             queue,
         };
-        let alarms = self.records.scan_page(&place.alarms(), None, limit)?;
+        let after = after.map(|last| place.alarm(last.due_ms, last.offset));
+        let alarms = self
+            .records
+            .scan_page(&place.alarms(), after.as_deref(), limit)?;
         let mut due = Vec::new();
         for (key, _) in alarms {
-            let Some((_, offset)) = last_two(&key).filter(|(due_ms, _)| *due_ms <= now_ms) else {
+            let Some((due_ms, offset)) = last_two(&key).filter(|(due_ms, _)| *due_ms <= now_ms)
+            else {
                 break;
             };
             if let Some(delivery) = read::<Delivery>(&self.records, &place.delivery(offset))? {
                 due.push(DueDelivery {
+                    due_ms,
                     offset,
                     deliveries: delivery.deliveries,
                 });
@@ -97,14 +104,15 @@ impl CoordinatorView {
         Ok(due)
     }
 
-    /// When the queue's next message in flight can be leased again.
+    /// When the queue's next message in flight can be leased again, after `now_ms`.
     pub fn next_due_ms(
         &self,
         group: &str,
         topic: TopicId,
         queue: u32,
+        now_ms: u64,
     ) -> Result<Option<u64>, StorageError> {
-        self.first_alarm(group, topic, queue, None)
+        self.first_alarm(group, topic, queue, Some((now_ms, u64::MAX)))
     }
 
     fn first_alarm(

@@ -526,6 +526,7 @@ fn a_start_leaves_a_held_offset_to_its_transaction() {
         instance_id: None,
         topics: vec!["t".to_owned()],
         tag: None,
+        filter: None,
         delivery: Delivery::Cluster,
         start: GroupStart::Latest,
         session_timeout_ms: 1_000,
