@@ -1,6 +1,7 @@
 //! A consumer group whose members come, crash and go: every message is processed, no queue has two
 //! owners in one epoch, and who lost a queue commits nothing for it any more.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
@@ -255,7 +256,7 @@ impl Groups {
                 let mark = (member.epoch, member.id.clone(), now_us);
                 seen.latest.insert(place.queue, mark);
             }
-            if !member.positions.contains_key(&place.queue) {
+            if let Entry::Vacant(begun) = member.positions.entry(place.queue) {
                 let committed = before.get(&place.queue).copied().unwrap_or(0);
                 if place.offset < committed {
                     let (queue, offset) = (place.queue, place.offset);
@@ -264,7 +265,7 @@ impl Groups {
                     );
                     self.scene.found(Kind::CommittedOffset, text);
                 }
-                member.positions.insert(place.queue, place.offset);
+                begun.insert(place.offset);
             }
         }
         let kept: BTreeSet<u32> = assignment.iter().map(|place| place.queue).collect();
