@@ -71,6 +71,7 @@ pub async fn run(
             plan.command(url.as_deref())
         ));
     }
+    let interrupted = interrupted();
     // What the run owns is dropped on every way out, and its processes with it.
     tokio::select! {
         done = async {
@@ -79,13 +80,14 @@ pub async fn run(
                 None => on_own(out, &plan).await,
             }
         } => done,
-        name = interrupted() => {
+        name = interrupted => {
             Err(CliError::Failed(format!("ended by {name}: nothing is proved")))
         }
     }
 }
 
-async fn interrupted() -> &'static str {
+/// Listens from the call on: nobody is to be interrupted with nodes that nobody ends.
+fn interrupted() -> impl Future<Output = &'static str> {
     let listen = |kind| signal(kind).ok();
     let mut int = listen(SignalKind::interrupt());
     let mut term = listen(SignalKind::terminate());
@@ -96,10 +98,12 @@ async fn interrupted() -> &'static str {
             None => std::future::pending().await,
         }
     };
-    tokio::select! {
-        _ = wait(int.as_mut()) => "SIGINT",
-        _ = wait(term.as_mut()) => "SIGTERM",
-        _ = wait(hup.as_mut()) => "SIGHUP",
+    async move {
+        tokio::select! {
+            _ = wait(int.as_mut()) => "SIGINT",
+            _ = wait(term.as_mut()) => "SIGTERM",
+            _ = wait(hup.as_mut()) => "SIGHUP",
+        }
     }
 }
 
