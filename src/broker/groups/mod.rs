@@ -1,8 +1,8 @@
 //! Consumer groups with members: join, heartbeat, leave, and what is told of a group.
 //!
 //! Who is a member and who owns which queue is decided in the coordinator's apply. Its leader hears
-//! the heartbeats ([`leader`]), remembers when ([`sessions`]), and expels who was silent for too
-//! long ([`duty`]).
+//! the heartbeats (`leader`), remembers when (`sessions`), and expels who was silent for too
+//! long (`duty`).
 
 mod describe;
 mod duty;

@@ -1,7 +1,7 @@
 //! Leased messages: which consumer group's message is with a consumer, waits to be delivered again,
 //! or is dead. All of it is judged here, in apply, by the log's time.
 //!
-//! Of each queue a group has a cursor, the first offset never looked at, and a [`Delivery`] for each
+//! Of each queue a group has a cursor, the first offset never looked at, and a `Delivery` for each
 //! message below it that is not done. A message below the cursor without one is done: acked, left
 //! out by a filter, or gone. So the state is as large as what is in flight, and the group's committed
 //! offset is the lowest one that is not done.

@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::json;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::super::client::{Client, Repeat, Request};
 use super::super::error::CliError;
@@ -92,18 +92,19 @@ fn interrupted() -> impl Future<Output = &'static str> {
     let mut int = listen(SignalKind::interrupt());
     let mut term = listen(SignalKind::terminate());
     let mut hup = listen(SignalKind::hangup());
-    let wait = |signal| async move {
-        match signal {
-            Some(signal) => tokio::signal::unix::Signal::recv(signal).await,
-            None => std::future::pending().await,
-        }
-    };
     async move {
         tokio::select! {
-            _ = wait(int.as_mut()) => "SIGINT",
-            _ = wait(term.as_mut()) => "SIGTERM",
-            _ = wait(hup.as_mut()) => "SIGHUP",
+            () = heard(&mut int) => "SIGINT",
+            () = heard(&mut term) => "SIGTERM",
+            () = heard(&mut hup) => "SIGHUP",
         }
+    }
+}
+
+async fn heard(signal: &mut Option<Signal>) {
+    match signal {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
     }
 }
 
