@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use proptest::prelude::*;
@@ -170,7 +171,7 @@ fn an_interrupted_clearing_is_finished_on_opening() {
         .write(vec![put("a", "b"), put("c", "d")], at(3))
         .unwrap();
     drop(store);
-    let db = sled::open(setup.path()).unwrap();
+    let db = open_sled(&setup.path());
     db.open_tree("clearing")
         .unwrap()
         .insert(G.0.to_be_bytes(), &[])
@@ -181,6 +182,20 @@ fn an_interrupted_clearing_is_finished_on_opening() {
     assert_eq!(store.reset_report(), None);
     assert!(store.groups().unwrap().is_empty());
     assert!(store.group(G).scan(b"").unwrap().is_empty());
+}
+
+/// sled gives its lock back some time after the last handle is dropped.
+fn open_sled(path: &Path) -> sled::Db {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match sled::open(path) {
+            Err(sled::Error::Io(error)) if Instant::now() < deadline => {
+                assert!(error.to_string().contains("lock"), "{error}");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            opened => return opened.unwrap(),
+        }
+    }
 }
 
 #[test]
@@ -202,7 +217,7 @@ fn state_that_does_not_match_its_fingerprint_is_given_up() {
             .write(vec![put("a", "b"), put("c", "d")], at(3))
             .unwrap();
         drop(store);
-        let db = sled::open(setup.path()).unwrap();
+        let db = open_sled(&setup.path());
         harm(&db);
         drop(db);
         let store = setup.open();
