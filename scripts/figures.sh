@@ -177,6 +177,7 @@ delayed() {
   say "how late they became visible, spread over $over s"
   wait "$load"
   cat "$work/late"
+  "$binary" cluster replicas --url "$urls"
 }
 
 all=("$@")

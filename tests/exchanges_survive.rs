@@ -130,7 +130,8 @@ async fn every_bound_topic_has_each_message_once_whichever_nodes_die() -> Result
             false => bail!("they differ"),
         }
     })
-    .await
+    .await?;
+    cluster.replicas_agree()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

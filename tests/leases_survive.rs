@@ -280,5 +280,5 @@ async fn the_dead_are_buried_once_and_come_back_once_whoever_is_killed() -> Resu
     for value in &bad {
         ensure!(all.get(value) == Some(&2), "{value}: {:?}", all.get(value));
     }
-    Ok(())
+    cluster.replicas_agree()
 }

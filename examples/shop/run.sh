@@ -35,3 +35,4 @@ for node in 1 2 3; do
   urls+=${urls:+,}http://127.0.0.1:$((QUORATE_BASE_PORT + node))
 done
 "$shop" drive --home "$home/shop" --urls "$urls" --seconds "$seconds" --cluster "$cluster"
+"${QUORATE_BIN:-${CARGO_TARGET_DIR:-$root/target}/release/quorate}" cluster replicas --url "$urls"

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use clap::Subcommand;
+use clap::{Args, Subcommand};
+use serde_json::json;
 
 use super::client::{Client, Request, typed};
 use super::error::CliError;
-use super::out::{Output, Table, clock_time, or_dash};
+use super::out::{Output, Table, clock_time, count, or_dash};
+use super::replicas;
 use super::sse::{SseEvent, SseParser};
 use super::wire::{Cluster, ClusterEvent};
 
@@ -18,12 +20,23 @@ pub enum ClusterCommand {
     Status,
     /// One line an event, as it happens: elections, nodes coming and going.
     Watch,
+    /// Compare all replicas of all Raft groups, internal ones too, by a hash of what they hold.
+    Replicas(ReplicasArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct ReplicasArgs {
+    /// How long replicas may take to come to the same entry, in seconds. While messages are
+    /// written they hardly ever are at the same one.
+    #[arg(long, default_value_t = 30)]
+    wait_s: u64,
 }
 
 pub async fn run(client: &Client, out: Output, command: ClusterCommand) -> Result<(), CliError> {
     match command {
         ClusterCommand::Status => status(client, out).await,
         ClusterCommand::Watch => watch(client, out).await,
+        ClusterCommand::Replicas(args) => compare(client, out, args).await,
     }
 }
 
@@ -35,6 +48,44 @@ async fn status(client: &Client, out: Output) -> Result<(), CliError> {
     let cluster: Cluster = typed(&answer)?;
     out.table(&node_table(&cluster))?;
     out.line(&summary(&cluster))
+}
+
+/// Every node of the cluster is asked: what is true of some says nothing of the others.
+async fn compare(client: &Client, out: Output, args: ReplicasArgs) -> Result<(), CliError> {
+    let cluster: Cluster = client.read(Request::get(&["v1", "cluster"])).await?;
+    let nodes = cluster.nodes.iter().map(|node| client.only(&node.url));
+    let nodes = nodes.collect::<Result<Vec<_>, _>>()?;
+    let nodes: Vec<&Client> = nodes.iter().collect();
+    let seen = replicas::compare(&nodes, Duration::from_secs(args.wait_s)).await?;
+    if out.is_json() {
+        out.json(&json!({"nodes": nodes.len(), "same": seen.is_same(), "seen": seen}))?;
+    } else {
+        for difference in &seen.differing {
+            out.line(&format!("DIFFERENT  {difference}"))?;
+        }
+        for group in &seen.apart {
+            out.line(&format!("not at one index  {group}"))?;
+        }
+        out.line(&format!(
+            "{} in {} on {}: {}",
+            count(seen.replicas, "replica"),
+            count(seen.groups, "Raft group"),
+            count(nodes.len(), "node"),
+            match seen.is_same() {
+                true => "all of a group the same",
+                false => "not the same",
+            }
+        ))?;
+    }
+    match seen.is_same() {
+        true => Ok(()),
+        false => Err(CliError::Failed(format!(
+            "{} with different states, {} whose replicas were not at one index within {} s",
+            count(seen.differing.len(), "group"),
+            count(seen.apart.len(), "group"),
+            args.wait_s,
+        ))),
+    }
 }
 
 fn node_table(cluster: &Cluster) -> Table {

@@ -14,6 +14,7 @@ mod group;
 mod member;
 mod out;
 mod produce;
+mod replicas;
 mod server;
 mod sse;
 #[cfg(test)]
@@ -35,7 +36,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0  done
   1  refused or failed; for `verify`: something acknowledged is missing or replicas differ;
-     for `audit`: there are findings
+     for `cluster replicas`: they differ; for `audit`: there are findings
   2  wrong usage
   3  no node could be reached
   4  not done, and worth trying again later (429, 503)

@@ -105,7 +105,8 @@ async fn they_outlive_their_leader_and_come_without_being_asked_for() -> Result<
             false => bail!("{values:?}"),
         }
     })
-    .await
+    .await?;
+    cluster.replicas_agree()
 }
 
 #[tokio::test]
@@ -144,5 +145,5 @@ async fn they_outlive_all_nodes_with_what_was_cancelled() -> Result<()> {
         }
     });
     tokio::time::timeout(Duration::from_secs(30), again).await??;
-    Ok(())
+    cluster.replicas_agree()
 }

@@ -156,6 +156,22 @@ impl Cluster {
         Ok(())
     }
 
+    /// All replicas of all Raft groups come to one index and hold the same there.
+    pub fn replicas_agree(&self) -> Result<()> {
+        let mut compare = Command::new(binary());
+        compare.args(["cluster", "replicas", "--wait-s"]);
+        compare.arg(PATIENCE.as_secs().to_string());
+        compare.args(["--url", &self.urls().join(",")]);
+        let output = compare.stdin(Stdio::null()).output()?;
+        let said = String::from_utf8_lossy(&output.stdout);
+        print!("{said}");
+        if !output.status.success() {
+            let why = String::from_utf8_lossy(&output.stderr);
+            bail!("replicas do not agree: {said}{why}");
+        }
+        Ok(())
+    }
+
     pub fn data_dir(&self, id: u64) -> PathBuf {
         self.dir.path().join(format!("node{id}")).join("data")
     }

@@ -227,7 +227,7 @@ async fn finish(
 
 async fn conclude(settle: Settle, stage: &Stage) -> judge::Totals {
     let replicas = settle.leaders().await;
-    settle.same_state(&replicas).await;
+    settle.same_state().await;
     let logs = settle.read_all(&replicas).await;
     judge(&mut stage.history.lock(), &logs)
 }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::Method;
-use serde::Deserialize;
 use tokio::time::{Instant, sleep};
 
-use super::super::super::client::{Repeat, Request};
+use super::super::super::client::{Client, Repeat, Request};
 use super::super::super::error::CliError;
+use super::super::super::replicas;
 use super::super::super::wire::{NewMessage, ProduceAnswer, ProduceBody, ProduceResult, Topic};
 use super::findings::Kind;
 use super::history::{Id, Outcome, Source};
@@ -29,12 +29,6 @@ pub struct Settle {
     run: String,
     /// Moves on with every success: what takes long is no failure, what does not come about is.
     deadline: Cell<Instant>,
-}
-
-#[derive(Deserialize)]
-struct Replica {
-    applied_index: u64,
-    state_hash: String,
 }
 
 impl Settle {
@@ -198,58 +192,28 @@ impl Settle {
         Ok(replicas.collect())
     }
 
-    /// The replicas of each queue have applied the same and are the same.
-    pub async fn same_state(&self, replicas: &[Vec<u64>]) {
-        for (lane, nodes) in (0..).zip(replicas) {
-            loop {
-                match self.compare(lane, nodes).await {
-                    Ok(true) => break self.went_well(),
-                    Ok(false) if self.again().await => {}
-                    Err(_) if self.again().await => {}
-                    Ok(false) => {
-                        self.not_healed(lane, "the replicas did not come to the same index");
-                        break;
-                    }
-                    Err(error) => {
-                        let text = format!("a replica does not say what it holds: {error}");
-                        self.not_healed(lane, &text);
-                        break;
-                    }
+    /// All replicas of each Raft group come to one index and hold the same there: of queues, of
+    /// coordinators and of the catalog, internal topics included.
+    pub async fn same_state(&self) {
+        let nodes: Vec<&Client> = self.stage.nodes.iter().map(|node| &node.client).collect();
+        let seen = replicas::compare(&nodes, HEAL).await;
+        self.went_well();
+        let findings = &mut self.stage.history.lock().findings;
+        match seen {
+            Ok(seen) => {
+                for difference in seen.differing {
+                    findings.say(Kind::Diverged, format!("replicas differ: {difference}"));
+                }
+                for group in seen.apart {
+                    let text = format!("replicas did not come to the same index: {group}");
+                    findings.say(Kind::NotHealed, text);
                 }
             }
+            Err(error) => {
+                let text = format!("a node does not say what it holds: {error}");
+                findings.say(Kind::NotHealed, text);
+            }
         }
-    }
-
-    /// Whether all are at one index; a difference there is a finding.
-    async fn compare(&self, lane: u16, nodes: &[u64]) -> Result<bool, CliError> {
-        let (topic, queue) = self.stage.place(lane);
-        let queue = queue.to_string();
-        let path = ["v1", "topics", &topic, "queues", &queue, "replica"];
-        let mut states = Vec::new();
-        for node in self.nodes(nodes) {
-            let request = Request::get(&path).timeout(TIMEOUT);
-            states.push((node.id, node.client.read::<Replica>(request).await?));
-        }
-        let same = |a: &Replica, b: &Replica| a.applied_index == b.applied_index;
-        let Some(((_, first), others)) = states.split_first() else {
-            return Ok(true);
-        };
-        if !others.iter().all(|(_, other)| same(first, other)) {
-            return Ok(false);
-        }
-        if others
-            .iter()
-            .any(|(_, other)| other.state_hash != first.state_hash)
-        {
-            let lines = states.iter().map(|(node, state)| {
-                let (index, hash) = (state.applied_index, &state.state_hash);
-                format!("node {node} has the state {hash} at index {index}")
-            });
-            let text = "replicas at the same index differ";
-            let mut history = self.stage.history.lock();
-            history.found(Kind::Diverged, lane, text, vec![], lines.collect());
-        }
-        Ok(true)
     }
 
     fn nodes<'a>(&'a self, ids: &'a [u64]) -> impl Iterator<Item = &'a NodeClient> {

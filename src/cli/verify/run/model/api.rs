@@ -1,6 +1,5 @@
 //! Calls that all workloads make, over whichever node is asked.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use reqwest::Method;
@@ -160,69 +159,4 @@ async fn queues_of(scene: &Scene, name: &str) -> u32 {
             0
         }
     }
-}
-
-/// One node's replicas, by the Raft group.
-#[derive(Debug, Deserialize)]
-struct Replicas {
-    replicas: Vec<Replica>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-struct Replica {
-    group: u64,
-    holds: String,
-    applied_index: u64,
-    state_hash: String,
-}
-
-/// Replicas of one Raft group at one index have one state: queues, coordinators and the catalog,
-/// those of internal topics included. They must come to the same index.
-pub async fn same_state(scene: &Scene) {
-    let deadline = Instant::now() + HEAL;
-    loop {
-        let open = match compare(scene).await {
-            Ok(open) if open.is_empty() => return,
-            Ok(open) => open.join(", "),
-            Err(error) => error.to_string(),
-        };
-        if Instant::now() > deadline {
-            let text = format!("replicas did not come to the same index: {open}");
-            return scene.found(Kind::NotHealed, text);
-        }
-        sleep(Duration::from_millis(200)).await;
-    }
-}
-
-/// The groups whose replicas are at different indexes; those that differ at one are findings.
-async fn compare(scene: &Scene) -> Result<Vec<String>, CliError> {
-    let mut groups: BTreeMap<u64, Vec<(u64, Replica)>> = BTreeMap::new();
-    for node in &scene.stage.nodes {
-        let path = ["v1", "cluster", "replicas"];
-        let request = Request::get(&path).timeout(TRY * 4);
-        let answer: Replicas = node.client.read(request).await?;
-        for replica in answer.replicas {
-            let group = groups.entry(replica.group).or_default();
-            group.push((node.id, replica));
-        }
-    }
-    let mut open = Vec::new();
-    for (group, replicas) in groups {
-        let Some(((first, reference), others)) = replicas.split_first() else {
-            continue;
-        };
-        for (node, other) in others {
-            if other.applied_index != reference.applied_index {
-                open.push(format!("{} (group {group})", reference.holds));
-                break;
-            }
-            if other.state_hash != reference.state_hash {
-                let (what, at) = (&reference.holds, reference.applied_index);
-                let text =
-                    format!("nodes {first} and {node} differ in {what} (group {group}) at {at}");
-                scene.found(Kind::Diverged, text);
-            }
-        }
-    }
-    Ok(open)
 }

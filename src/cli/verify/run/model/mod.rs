@@ -264,7 +264,6 @@ impl Model {
             let text = "a client of the message model did not end";
             self.scene.found(Kind::ProvesNothing, text);
         }
-        api::same_state(&self.scene).await;
         shown
     }
 }
