@@ -41,6 +41,9 @@ pub struct ConsumeCommand {
     /// Only messages with this tag, or one of several: `created||paid`.
     #[arg(long)]
     tag: Option<String>,
+    /// Only messages of which this is true: `headers.region = 'eu' and headers.amount > 10`.
+    #[arg(long, value_name = "EXPRESSION")]
+    filter: Option<String>,
     /// Begin where this consumer group has committed, and commit what was printed. With --follow
     /// and without --queue: as a member of the group, which shares the queues with the others.
     #[arg(long)]
@@ -154,6 +157,7 @@ fn membership(command: &ConsumeCommand) -> Option<Membership<'_>> {
         group: command.group.as_deref()?,
         topic: &command.topic,
         tag: command.tag.as_deref(),
+        filter: command.filter.as_deref(),
         start,
     })
 }
@@ -235,6 +239,9 @@ impl Reader<'_> {
             .timeout(Duration::from_millis(wait_ms) + Duration::from_secs(15));
         if let Some(tag) = &self.command.tag {
             request = request.query("tag", tag);
+        }
+        if let Some(filter) = &self.command.filter {
+            request = request.query("filter", filter);
         }
         if self.command.stale {
             request = request.query("consistency", "stale");

@@ -22,6 +22,7 @@ pub struct Membership<'a> {
     pub group: &'a str,
     pub topic: &'a str,
     pub tag: Option<&'a str>,
+    pub filter: Option<&'a str>,
     /// In the words of the API.
     pub start: Value,
 }
@@ -90,6 +91,9 @@ impl Member<'_> {
         });
         if let Some(tag) = self.membership.tag {
             body["tag"] = json!(tag);
+        }
+        if let Some(filter) = self.membership.filter {
+            body["filter"] = json!(filter);
         }
         let path = ["v1", "groups", self.membership.group, "members"];
         // Joining again as the same instance is joining once.

@@ -1,5 +1,7 @@
 //! One node and plain requests to it: what the tests of the HTTP contract stand on.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use reqwest::header::HeaderMap;
 use reqwest::{Method, StatusCode};
@@ -80,6 +82,17 @@ impl Api {
         let url = cluster.urls().remove(0);
         let http = reqwest::Client::builder().no_proxy().build()?;
         Ok(Self { cluster, url, http })
+    }
+
+    /// Runs the command line against the node and gives what it printed.
+    pub async fn quorate(&self, arguments: &[&str]) -> String {
+        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_quorate"));
+        command.args(arguments).args(["--url", &self.url]);
+        let run = tokio::time::timeout(Duration::from_secs(30), command.output());
+        let output = run.await.expect("in time").expect("it starts");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{arguments:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
     }
 
     pub fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {

@@ -161,3 +161,15 @@ async fn a_stream_gives_only_what_the_filter_takes() -> Result<()> {
     assert_eq!(ids, ["17", "18", "19", "22"]);
     Ok(())
 }
+
+#[tokio::test]
+async fn the_command_line_takes_a_filter_whether_it_reads_or_is_a_member() {
+    let api = filled().await;
+    let filter = ["--filter", "headers.region = 'us' and headers.amount > 24"];
+    let read = ["consume", "t", "--format", "value"];
+    let printed = api.quorate(&[&read[..], &filter].concat()).await;
+    assert_eq!(printed, "17\n19\n");
+    let member = ["--group", "g", "--follow", "--max", "2"];
+    let printed = api.quorate(&[&read[..], &filter, &member].concat()).await;
+    assert_eq!(printed, "17\n19\n");
+}

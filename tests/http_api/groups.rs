@@ -495,17 +495,6 @@ async fn a_client_that_is_gone_sends_no_heartbeats() {
     eventually("the member is expelled", gone).await.unwrap();
 }
 
-/// Runs the command line against the node and gives what it printed.
-async fn quorate(api: &Api, arguments: &[&str]) -> String {
-    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_quorate"));
-    command.args(arguments).args(["--url", &api.url]);
-    let run = tokio::time::timeout(Duration::from_secs(30), command.output());
-    let output = run.await.expect("in time").expect("it starts");
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {error}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
 #[tokio::test]
 async fn groups_on_the_command_line() {
     let api = Api::start().await.unwrap();
@@ -513,7 +502,9 @@ async fn groups_on_the_command_line() {
     api.store("t", 0, &["a", "b"]).await;
     api.store("t", 1, &["x"]).await;
     let consume = ["consume", "t", "--group", "g", "--follow", "--max", "2"];
-    let printed = quorate(&api, &[&consume[..], &["--format", "value"]].concat()).await;
+    let printed = api
+        .quorate(&[&consume[..], &["--format", "value"]].concat())
+        .await;
     assert_eq!(printed.lines().count(), 2, "{printed}");
     // It has committed and left.
     let group = api.get("/v1/groups/g").await.expect(200);
@@ -521,18 +512,16 @@ async fn groups_on_the_command_line() {
         (&group["state"], &group["lag"]),
         (&json!("empty"), &json!(1))
     );
-    let printed = quorate(
-        &api,
-        &["consume", "t", "--group", "g", "--follow", "--max", "1"],
-    )
-    .await;
+    let printed = api
+        .quorate(&["consume", "t", "--group", "g", "--follow", "--max", "1"])
+        .await;
     assert_eq!(printed.lines().count(), 1, "{printed}");
     assert_eq!(api.get("/v1/groups/g").await.expect(200)["lag"], 0);
 
     let member = Member::join(&api, json!({"instance_id": "host-1"})).await;
-    let listed = quorate(&api, &["group", "list"]).await;
+    let listed = api.quorate(&["group", "list"]).await;
     assert!(listed.contains("g      offsets        1"), "{listed}");
-    let described = quorate(&api, &["group", "describe", "g"]).await;
+    let described = api.quorate(&["group", "describe", "g"]).await;
     assert!(
         described.starts_with("g: stable, mode cluster, sticky"),
         "{described}"
@@ -541,7 +530,7 @@ async fn groups_on_the_command_line() {
         described.contains("host-1") && described.contains("t/0,1"),
         "{described}"
     );
-    let members = quorate(&api, &["group", "members", "g", "--json"]).await;
+    let members = api.quorate(&["group", "members", "g", "--json"]).await;
     let members: Value = serde_json::from_str(&members).unwrap();
     assert_eq!(members[0]["member_id"], json!(member.id));
     let reset = [
@@ -553,12 +542,12 @@ async fn groups_on_the_command_line() {
         "--to-earliest",
         "--force",
     ];
-    assert!(quorate(&api, &reset).await.contains("BEFORE"));
+    assert!(api.quorate(&reset).await.contains("BEFORE"));
     api.send(api.request(Method::DELETE, &member.path()))
         .await
         .expect(204);
     assert_eq!(
-        quorate(&api, &["group", "delete", "g"]).await,
+        api.quorate(&["group", "delete", "g"]).await,
         "deleted consumer group g\n"
     );
 }
