@@ -25,6 +25,8 @@ use super::reply::{self, BatchOutcome, QueueReply};
 use super::{Place, QueueBounds, QueueShared, SizeTable};
 
 const CHECKPOINT_VERSION: u8 = 4;
+/// So many batches are held between two checkpoints at most.
+const HELD_PER_CHECKPOINT: u32 = 20_000;
 /// Held batches are in a checkpoint where they are no more than this, so that the log may be purged
 /// up to it.
 const FEW_HELD_BYTES: u64 = 256 << 10;
@@ -94,6 +96,8 @@ pub struct QueueMachine {
     shared: Arc<QueueShared>,
     /// A trim was applied, and no checkpoint taken since.
     trimmed: bool,
+    /// Batches held since a checkpoint was last wanted for them.
+    held_since: u32,
     /// Whether the last checkpoint made has all that is held.
     has_content: bool,
     /// Bytes of entries applied since a checkpoint had all that is held.
@@ -117,6 +121,7 @@ impl QueueMachine {
             index,
             shared,
             trimmed: false,
+            held_since: 0,
             has_content: false,
             since_content: 0,
             is_lost: false,
@@ -227,6 +232,7 @@ impl QueueMachine {
         match &batch.hold {
             Some(hold) => {
                 self.held.hold(place, bytes, hold, stamp_ms);
+                self.held_since += 1;
                 BatchOutcome::Held(place)
             }
             None => {
@@ -432,9 +438,14 @@ impl StateMachine for QueueMachine {
     }
 
     /// What a trim lets go of can be purged up to a checkpoint, and a quiet queue may never come to
-    /// the next regular one.
+    /// the next regular one. A few entries can hold many batches, each of which takes its time to
+    /// apply again after a restart.
     fn wants_checkpoint(&mut self) -> bool {
-        std::mem::take(&mut self.trimmed)
+        let held_much = self.held_since >= HELD_PER_CHECKPOINT;
+        if held_much {
+            self.held_since = 0;
+        }
+        std::mem::take(&mut self.trimmed) || held_much
     }
 
     fn oldest_needed(&mut self) -> Result<u64, StorageError> {

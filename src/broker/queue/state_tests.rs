@@ -330,6 +330,28 @@ fn a_trim_moves_the_beginning_forward_only_and_not_beyond_the_end() {
 }
 
 #[test]
+fn what_a_few_entries_hold_is_in_a_checkpoint_soon() {
+    let mut replica = Replica::new();
+    replica.machine.limits.max_held = u32::MAX;
+    let full = |stamp_ms| {
+        let mut builder = AppendBuilder::new(stamp_ms, entry::MAX_BATCHES, 0);
+        let hold = entry::Hold::Until { deliver_at_ms: 300 };
+        for _ in 0..entry::MAX_BATCHES {
+            assert!(builder.push(&Mark::None, Some(&hold), &batch(1, None)));
+        }
+        builder.finish()
+    };
+    let mut wanted = 0;
+    for stamp_ms in 0..10 {
+        replica.apply(&full(stamp_ms));
+        wanted += u32::from(replica.machine.wants_checkpoint());
+    }
+    assert_eq!(wanted, 2, "40,960 batches");
+    replica.apply(&plain(11, 3));
+    assert!(!replica.machine.wants_checkpoint(), "nothing is held");
+}
+
+#[test]
 fn a_checkpoint_from_before_a_trim_needs_nothing_that_was_trimmed() {
     let mut log = vec![plain(1, 3), plain(2, 3)];
     let mut replica = Replica::new();
