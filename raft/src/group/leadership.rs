@@ -1,0 +1,208 @@
+//! Who leads the group: what this node believes, how it finds out, and handing over.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use openraft::ReadPolicy;
+use openraft::async_runtime::WatchReceiver;
+use openraft::raft::TransferLeaderRequest;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::{Group, NO_TERM, RETRY};
+use crate::error::ProposeError;
+use crate::liveness::PeerState;
+use crate::types::{NodeId, ReplicaId};
+use crate::wire::{Answer, ToReplica, class, decode, encode};
+
+/// How long another replica may take to say whether it leads.
+const ASK_PATIENCE: Duration = Duration::from_millis(200);
+
+impl Group {
+    /// The leader of this replica's term, dead or alive. A leader of an earlier life of this very
+    /// process is none: openraft does not resume it.
+    pub(crate) fn last_known_leader(&self) -> Option<NodeId> {
+        let (replica, leads_here) = {
+            let metrics = self.inner.metrics.borrow_watched();
+            (metrics.current_leader?, metrics.state.is_leader())
+        };
+        if replica == self.inner.replica && !leads_here {
+            return None;
+        }
+        self.node_of(replica)
+    }
+
+    /// The node that leads as far as this one knows; none while it is known to be dead.
+    pub fn leader(&self) -> Option<NodeId> {
+        if self.is_leader() {
+            return Some(self.inner.peers.node());
+        }
+        let term = self.term();
+        let over = [&self.inner.deposed_term, &self.inner.unheard_term];
+        if over.iter().any(|over| over.load(Ordering::Relaxed) == term) {
+            return None;
+        }
+        self.last_known_leader()
+            .filter(|node| self.inner.peers.may_be_alive(*node))
+    }
+
+    pub fn is_leader(&self) -> bool {
+        self.inner.metrics.borrow_watched().state.is_leader()
+    }
+
+    /// A leader of this term has shown itself.
+    pub(crate) fn heard(&self, term: u64) {
+        for over in [&self.inner.unheard_term, &self.inner.deposed_term] {
+            over.compare_exchange(term, NO_TERM, Ordering::Relaxed, Ordering::Relaxed)
+                .ok();
+        }
+    }
+
+    /// Asks the other replicas which of them leads. The one that does also says what is committed.
+    /// Returns the highest term in which one does.
+    pub(crate) async fn ask_who_leads(&self) -> Option<u64> {
+        let peers = &self.inner.peers;
+        let replicas = self.replicas();
+        let others = replicas.iter().filter(|r| r.node != peers.node());
+        let answers = others.map(|r| {
+            let request = encode(&ToReplica {
+                target: r.replica,
+                body: self.inner.replica,
+            });
+            async move {
+                let link = peers.link();
+                let call = link.call(r.node, class::LEADS, self.id().0, request, ASK_PATIENCE);
+                let answer: Answer<Option<u64>> = decode(&call.await.ok()?).ok()?;
+                answer.ok().flatten()
+            }
+        });
+        let term = join_all(answers).await.into_iter().flatten().max()?;
+        self.heard(term);
+        Some(term)
+    }
+
+    /// To be called when the believed leader did not act as one. If nobody says that it leads this
+    /// replica's term, the group counts as leaderless, and the host's sweep elects.
+    pub async fn check_leader(&self) {
+        let term = self.term();
+        if self.is_leader() || self.leader().is_none() {
+            return;
+        }
+        // Many requests come to the same suspicion at once.
+        let Ok(_alone) = self.inner.checking.try_lock() else {
+            return;
+        };
+        let led = self.ask_who_leads().await;
+        if led.is_none_or(|led| led < term) && self.term() == term {
+            self.inner.deposed_term.store(term, Ordering::Relaxed);
+        }
+    }
+
+    /// Waits until a leader that may be alive is known here.
+    pub async fn wait_leader(&self, patience: Duration) -> Option<NodeId> {
+        let deadline = Instant::now() + patience;
+        let mut metrics = self.inner.metrics.clone();
+        loop {
+            if let Some(leader) = self.leader() {
+                return Some(leader);
+            }
+            // The leader's death is not in these metrics, so look again now and then.
+            let wake = deadline.min(Instant::now() + RETRY);
+            if let Ok(Err(_)) = timeout_at(wake, metrics.changed()).await {
+                return None;
+            }
+            if Instant::now() >= deadline {
+                return self.leader();
+            }
+        }
+    }
+
+    pub(super) async fn prove_leadership(&self) -> bool {
+        self.inner
+            .raft
+            .get_read_log_id(ReadPolicy::ReadIndex)
+            .await
+            .is_ok()
+    }
+
+    /// Hands over from this replica, which must lead.
+    ///
+    /// # Errors
+    /// When the other node did not take over in time. Another one leads then, or will.
+    pub async fn transfer_leader(&self, to: NodeId) -> Result<(), ProposeError> {
+        if !self.is_leader() {
+            return Err(ProposeError::NotLeader {
+                leader: self.leader(),
+            });
+        }
+        let unknown = |text: String| ProposeError::Unknown(text);
+        let target = self
+            .replica_of(to)
+            .filter(|target| self.members().voters.contains(target))
+            .ok_or_else(|| unknown(format!("node {to} has no voting replica of {}", self.id())))?;
+        if self.inner.peers.liveness().state(to) != PeerState::Up {
+            return Err(unknown(format!("node {to} is not up")));
+        }
+        let term = self.term();
+        if self.try_transfer(target, term).await? {
+            return Ok(());
+        }
+        self.inner.stuck_term.store(term, Ordering::Relaxed);
+        self.give_away().await;
+        Err(unknown(format!("node {to} did not take over in time")))
+    }
+
+    /// Announces the transfer and waits for the next term's leader.
+    async fn try_transfer(&self, target: ReplicaId, term: u64) -> Result<bool, ProposeError> {
+        let trigger = self.inner.raft.trigger();
+        trigger
+            .transfer_leader(target)
+            .await
+            .map_err(|e| ProposeError::Unknown(e.to_string()))?;
+        let mut metrics = self.inner.metrics.clone();
+        let own = self.inner.replica;
+        let moved = metrics.wait_until(|m| {
+            m.current_term > term && m.current_leader.is_some_and(|leader| leader != own)
+        });
+        let moved = timeout(self.inner.peers.timeout(), moved).await;
+        Ok(moved.is_ok_and(|r| r.is_ok()))
+    }
+
+    /// Leads, and can do nothing with it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        self.is_leader() && self.inner.stuck_term.load(Ordering::Relaxed) == self.term()
+    }
+
+    /// After a failed transfer: hands over to whoever takes it.
+    pub(crate) async fn give_away(&self) {
+        let peers = &self.inner.peers;
+        for other in self.replicas().iter() {
+            let up =
+                other.node != peers.node() && peers.liveness().state(other.node) == PeerState::Up;
+            if up && self.is_stuck() {
+                self.try_transfer(other.replica, self.term()).await.ok();
+            }
+        }
+    }
+
+    /// Ends the promise not to elect anyone else while `dead` leads: the whole cluster's majority
+    /// has agreed that it is gone. Safe in any case: a vote still needs a majority and a log that
+    /// is up to date, and nothing here reads by lease.
+    pub(crate) async fn void_lease(&self, dead: NodeId) {
+        let vote = self.inner.metrics.borrow_watched().vote;
+        let leader = vote.leader_id().voted_for;
+        if !vote.is_committed() || self.node_of(leader) != Some(dead) {
+            return;
+        }
+        self.inner
+            .deposed_term
+            .store(vote.leader_id().term, Ordering::Relaxed);
+        let request = TransferLeaderRequest::new(vote, leader, None);
+        self.inner.raft.handle_transfer_leader(request).await.ok();
+    }
+
+    /// Stands for election, with a pre-vote. One attempt; look at the metrics for its result.
+    pub(crate) async fn stand_for_election(&self) {
+        self.inner.raft.trigger().elect(true).await.ok();
+    }
+}
