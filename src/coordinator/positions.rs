@@ -6,6 +6,7 @@ use quorate_storage::StorageError;
 use quorate_storage::derived::KeyReader;
 
 use super::command::QueueOffset;
+use super::membership::{Delivery, GroupStart, Membership};
 use super::records::CoordinatorView;
 use crate::catalog::TopicId;
 
@@ -14,8 +15,9 @@ const PAGE: usize = 1024;
 
 impl CoordinatorView {
     /// How far the slowest of this coordinator's consumer groups is in each queue of these topics:
-    /// what it has committed, or its oldest message that is leased or waits to be. A queue that none
-    /// has been to is left out.
+    /// what it has committed, or its oldest message that is leased or waits to be. Members that begin
+    /// at the earliest message and have committed nothing are at 0. A queue that none has been to is
+    /// left out.
     pub fn lowest_offsets(&self, topics: &[TopicId]) -> Result<Vec<QueueOffset>, StorageError> {
         let mut lowest = Lowest::new();
         self.each_of(b"o", topics, &mut lowest, |_, value| {
@@ -24,6 +26,12 @@ impl CoordinatorView {
         self.each_of(b"l", topics, &mut lowest, |key, value| {
             self.oldest_leased(key, value)
         })?;
+        for (group, membership) in self.memberships()? {
+            for (place, offset) in self.positions_of_members(&group, &membership, topics)? {
+                let known = lowest.entry(place).or_insert(offset);
+                *known = offset.min(*known);
+            }
+        }
         let each = lowest.into_iter();
         let offsets = each.map(|((topic, queue), offset)| QueueOffset {
             topic,
@@ -31,6 +39,57 @@ impl CoordinatorView {
             offset,
         });
         Ok(offsets.collect())
+    }
+
+    /// Where members are that the offsets of their group say nothing of: those of a group that has
+    /// committed nothing yet, and those that have offsets of their own.
+    fn positions_of_members(
+        &self,
+        group: &str,
+        membership: &Membership,
+        topics: &[TopicId],
+    ) -> Result<Vec<(Place, u64)>, StorageError> {
+        let committed = |offsets: Vec<QueueOffset>| -> Lowest {
+            let each = offsets.into_iter();
+            each.map(|o| ((o.topic, o.queue), o.offset)).collect()
+        };
+        let is_asked_for = |place: &Place| topics.contains(&place.0);
+        let from_the_start = |starts: GroupStart| starts == GroupStart::Earliest;
+        let mut found = Vec::new();
+        match membership.delivery {
+            Delivery::Cluster => {
+                let queues = membership.queues.keys().map(|q| (q.topic, q.queue));
+                let queues: Vec<Place> = queues.filter(is_asked_for).collect();
+                let mut members = membership.members.values();
+                if !queues.is_empty() && members.all(|member| from_the_start(member.start)) {
+                    let known = committed(self.offsets(group)?);
+                    let fresh = queues.into_iter().filter(|q| !known.contains_key(q));
+                    found.extend(fresh.map(|place| (place, 0)));
+                }
+            }
+            Delivery::Broadcast => {
+                for member in membership.members.values() {
+                    let each = member.topics.iter();
+                    let each = each.filter_map(|name| membership.topics.get(name)?.found);
+                    let queues =
+                        each.flat_map(|(topic, queues)| (0..queues).map(move |q| (topic, q)));
+                    let queues: Vec<Place> = queues.filter(is_asked_for).collect();
+                    let Some(instance) = &member.instance_id else {
+                        continue;
+                    };
+                    if queues.is_empty() {
+                        continue;
+                    }
+                    let known = committed(self.instance_offsets(group, instance)?);
+                    found.extend(queues.into_iter().filter_map(|place| {
+                        let at = known.get(&place).copied();
+                        let fresh = from_the_start(member.start).then_some(0);
+                        Some((place, at.or(fresh)?))
+                    }));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Goes through the records of one kind that name a group, a topic and a queue.
@@ -75,12 +134,15 @@ impl CoordinatorView {
     }
 }
 
+/// Topic and queue.
+type Place = (TopicId, u32);
+
 /// The queue that a users' group committed an offset for. The server's own groups say by theirs
 /// where forwarders are, in other queues.
-type Lowest = BTreeMap<(TopicId, u32), u64>;
+type Lowest = BTreeMap<Place, u64>;
 
 /// The queue that a record of a group is about.
-fn place(key: &[u8]) -> Option<(TopicId, u32)> {
+fn place(key: &[u8]) -> Option<Place> {
     let mut fields = KeyReader::new(key);
     fields.u8()?;
     if fields.bytes()?.starts_with(b"_") {

@@ -224,3 +224,53 @@ async fn in_a_cluster_every_node_says_the_same_and_commits_count_at_once() -> Re
     }
     Ok(())
 }
+
+#[tokio::test]
+async fn members_that_have_committed_nothing_and_broadcast_instances_count() -> Result<()> {
+    let api = Api::start().await?;
+    bounded(&api, json!({"max_messages": 4})).await;
+    let fill = async || while api.post(PRODUCE, &one()).await.status == 200 {};
+    let is_full = async |why: &str| {
+        let answer = api.post(PRODUCE, &one()).await;
+        assert_eq!(answer.status, 429, "{why}: {}", answer.text());
+    };
+    let join = async |group: &str, more: Value| {
+        let mut body = json!({"topics": ["t"], "session_timeout_ms": 300_000});
+        let fields = more.as_object().cloned().unwrap_or_default();
+        body.as_object_mut().expect("fields").extend(fields);
+        let path = format!("/v1/groups/{group}/members");
+        let joined = api.post(&path, &body).await.expect(201);
+        let member = json!({"id": joined["member_id"], "epoch": joined["epoch"]});
+        let leave = format!("{path}/{}", joined["member_id"].as_str().expect("an id"));
+        (member, leave)
+    };
+    let commit_as = async |group: &str, member: &Value, offset: u64| {
+        let place = json!({"topic": "t", "queue": 0, "offset": offset});
+        let body = json!({"offsets": [place], "member": member});
+        let path = format!("/v1/groups/{group}/offsets");
+        api.call(Method::PUT, &path, &body).await.expect(200);
+    };
+    fill().await;
+    let (slow, _) = join("slow", json!({})).await;
+    commit(&api, "fast", 4).await;
+    is_full("a member begins at the earliest message").await;
+    commit_as("slow", &slow, 2).await;
+    fill().await;
+    assert_eq!(end(&api).await, 6);
+    commit_as("slow", &slow, 6).await;
+    commit(&api, "fast", 6).await;
+
+    let everything = |instance: &str| json!({"mode": "broadcast", "instance_id": instance});
+    let (a, _) = join("all", everything("a")).await;
+    let (b, leave) = join("all", everything("b")).await;
+    commit_as("all", &a, 6).await;
+    is_full("an instance has committed nothing").await;
+    commit_as("all", &b, 3).await;
+    fill().await;
+    assert_eq!(end(&api).await, 7);
+    let none = json!({});
+    api.call(Method::DELETE, &leave, &none).await.expect(204);
+    fill().await;
+    assert_eq!(end(&api).await, 10, "who is gone holds nobody up");
+    Ok(())
+}
