@@ -38,3 +38,19 @@ pub fn owner_of_name(name: &str, coordinators: usize) -> u32 {
     // At most a few hundred coordinators.
     owner.map_or(u32::MAX, |owner| owner as u32)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::owner_of_name;
+
+    #[test]
+    fn of_no_coordinators_none_is_the_owner() {
+        assert_eq!(owner_of_name("billing", 1), 0);
+        assert_eq!(owner_of_name("billing", 0), u32::MAX);
+        let owners: Vec<u32> = (0..64)
+            .map(|n| owner_of_name(&format!("g{n}"), 16))
+            .collect();
+        assert!(owners.iter().all(|owner| *owner < 16));
+        assert!((0..16).all(|number| owners.contains(&number)), "{owners:?}");
+    }
+}
