@@ -29,6 +29,18 @@ pub struct NewBatch {
     pub batch: Bytes,
 }
 
+/// What a replica has to prove before it answers a read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Proof {
+    /// Nothing: it answers with what it has applied.
+    None,
+    /// That there is nothing more, before it says so. What is committed never changes, so what is
+    /// found is answered at once.
+    End,
+    /// That it has all that was committed when it was asked.
+    All,
+}
+
 /// A read of one queue's stored batches.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReadRequest {
@@ -37,8 +49,7 @@ pub struct ReadRequest {
     pub max_messages: u64,
     pub max_bytes: u64,
     pub wait_ms: u64,
-    /// Only what this node has applied, without proof of leadership.
-    pub stale: bool,
+    pub proof: Proof,
 }
 
 /// A stored batch as it lies in the commit log, with what apply gave it.

@@ -164,6 +164,26 @@ async fn followers_show_the_last_message_of_a_queue_gone_quiet() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_acknowledged_is_in_every_answer_on_every_node() {
+    let mut cluster = TestCluster::new(3).await;
+    let nodes = cluster.start_all().await;
+    let topic = topic(1, 3);
+    nodes[0].broker.create_topic("t", topic).await.unwrap();
+    let mut stored = Vec::new();
+    for n in 0..200 {
+        let text = format!("{n}");
+        put(&nodes[n % 3].broker, "t", &[&text]).await;
+        stored.push(text);
+        // From the beginning: there is something to answer with, even where the newest is not yet.
+        let mut all = fetch("t", 0, StartAt::Earliest);
+        all.max_messages = 1000;
+        let found = nodes[(n + 1) % 3].broker.fetch(all).await.unwrap();
+        assert_eq!(texts(&found), stored);
+        assert_eq!(found.end_offset, stored.len() as u64);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_left_alone_shows_nothing_that_is_not_committed() {
     let mut cluster = TestCluster::new(3).await;
     let mut nodes = cluster.start_all().await;

@@ -16,7 +16,7 @@ use super::{
     Broker, BrokerError, BrokerResult, Consistency, FetchAnswer, FetchRequest, Message,
     MultiFetchRequest, ProducerMark, QueueFetch, RawFetchAnswer, StartAt, message_id,
 };
-use crate::peer::{PeerRequest, ReadRequest, Slice, StoredBatch};
+use crate::peer::{PeerRequest, Proof, ReadRequest, Slice, StoredBatch};
 
 /// A filtered fetch looks at this much at a time.
 const SCAN_MESSAGES: u64 = 4096;
@@ -191,7 +191,10 @@ fn read_request(group: u64, request: &FetchRequest, start: StartAt, wait: Durati
         max_messages: request.max_messages.max(1) as u64,
         max_bytes: request.max_bytes.max(1) as u64,
         wait_ms: wait.as_millis() as u64,
-        stale: request.consistency == Consistency::Stale,
+        proof: match request.consistency {
+            Consistency::Linearizable => Proof::All,
+            Consistency::Stale => Proof::None,
+        },
     }
 }
 

@@ -39,6 +39,7 @@ pub mod selection;
 mod topics;
 mod trace;
 mod transactions;
+mod trust;
 pub(crate) mod ttl;
 mod types;
 
@@ -124,6 +125,7 @@ pub struct Broker {
     lease_turns: Turns,
     redrive_turns: Turns,
     positions: Positions,
+    trust: Arc<trust::CatalogTrust>,
     quotas: TopicQuotas,
     /// One-way requests under way.
     one_way: Arc<Semaphore>,
@@ -154,6 +156,7 @@ impl Broker {
             lease_turns: Turns::default(),
             redrive_turns: Turns::default(),
             positions: Positions::default(),
+            trust: Arc::default(),
             quotas: TopicQuotas::default(),
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
             tracer: trace::Tracer::default(),

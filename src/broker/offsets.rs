@@ -8,7 +8,7 @@ use super::{Broker, BrokerError, BrokerResult, CommitRequest, GroupOffset, Offse
 use crate::coordinator::{
     CommitVerdict, CoordinatorCommand, CoordinatorReply, QueueOffset, owner_of_name,
 };
-use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest};
+use crate::peer::{PeerError, PeerRequest, PeerResult, Proof, ReadRequest};
 
 impl Broker {
     /// Commits offsets for a consumer group; one result for each, in order.
@@ -173,7 +173,7 @@ impl Broker {
             max_messages: 1,
             max_bytes: 1,
             wait_ms: 0,
-            stale: false,
+            proof: Proof::End,
         };
         let slice = self.read(id, &request).await?;
         let stamp_ms = slice.batches.first().map_or(u64::MAX, |b| b.timestamp_ms);

@@ -1,8 +1,8 @@
 //! Reading a queue's stored batches on a node that has a replica of it.
 //!
-//! What is committed never changes, so what is found is answered at once. Only an answer that would
-//! be empty, or says where the end is, needs proof that this replica has seen everything: one read
-//! barrier, shared by all that wait for it.
+//! A linearizable read begins with the proof that this replica has applied all that was acknowledged
+//! before: one read barrier, shared by all that wait for it. Those who read on and on, and miss
+//! nothing in the end, ask for it only where there is nothing more ([`Proof::End`]).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +20,7 @@ use super::queue::entry::{self, EntryBody};
 use super::queue::{Place, QueueBounds};
 use super::{Broker, BrokerError, BrokerResult, StartAt};
 use crate::catalog::ReplicaState;
-use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest, Slice, StoredBatch};
+use crate::peer::{PeerError, PeerRequest, PeerResult, Proof, ReadRequest, Slice, StoredBatch};
 
 /// Index records looked up at a time.
 const RECORDS_PER_LOOK: usize = 256;
@@ -46,11 +46,12 @@ impl Broker {
         if let Some(placement) = catalog.placement(RaftGroupId(group)) {
             let here = placement.replica_on(self.node_id());
             let is_lost = here.is_some_and(|place| place.state != ReplicaState::Sound);
-            if (request.stale && is_lost) || placement.is_beyond_repair() {
+            let stale = request.proof == Proof::None;
+            if (stale && is_lost) || placement.is_beyond_repair() {
                 return Err(BrokerError::Quarantined);
             }
             // Who asks a node for its own replica is not answered by another.
-            if request.stale && here.is_some() {
+            if stale && here.is_some() {
                 let text = "its replica of the queue is not open at the moment";
                 return Err(BrokerError::Overloaded(text.to_owned()));
             }
@@ -85,20 +86,25 @@ impl Broker {
     ) -> BrokerResult<Slice> {
         let mut wake = queue.shared.subscribe();
         wake.mark_unchanged();
+        if request.proof == Proof::All {
+            self.prove(queue).await?;
+        }
         let mut start = match self.find_start(queue, request.start)? {
             Some(start) => start,
             // The end is asked for, so the end it is, for as long as this read waits.
             None => {
-                if !request.stale {
-                    let deadline = Instant::now() + self.config.read_timeout;
-                    self.barrier(&queue.group, deadline).await?;
+                if request.proof == Proof::End {
+                    self.prove(queue).await?;
                 }
                 let found = self.find_start(queue, request.start)?;
                 found.unwrap_or(queue.shared.bounds().end)
             }
         };
+        if request.proof == Proof::All && start > queue.shared.bounds().end {
+            return Err(out_of_range(start, queue.shared.bounds()));
+        }
         let deadline = Instant::now() + Duration::from_millis(request.wait_ms);
-        let mut proved = request.stale;
+        let mut proved = request.proof != Proof::End;
         loop {
             let bounds = queue.shared.bounds();
             // Trimmed since it was looked up; an offset that was asked for by name is not replaced.
@@ -128,8 +134,7 @@ impl Broker {
                 }
             }
             if !proved {
-                let patience = Instant::now() + self.config.read_timeout;
-                self.barrier(&queue.group, patience).await?;
+                self.prove(queue).await?;
                 proved = true;
                 if start > queue.shared.bounds().end {
                     return Err(out_of_range(start, queue.shared.bounds()));
@@ -148,6 +153,12 @@ impl Broker {
                 });
             }
         }
+    }
+
+    /// When this returns, the replica has applied all that was committed before.
+    async fn prove(&self, queue: &LocalQueue) -> BrokerResult<()> {
+        let deadline = Instant::now() + self.config.read_timeout;
+        self.barrier(&queue.group, deadline).await
     }
 
     /// The offset to begin with, if it is certain without proof.
@@ -211,9 +222,7 @@ impl Broker {
         if let Some(offset) = find().map_err(PeerError::Broker)? {
             return Ok(offset);
         }
-        let deadline = Instant::now() + self.config.read_timeout;
-        let proof = self.barrier(&queue.group, deadline).await;
-        proof.map_err(PeerError::Broker)?;
+        self.prove(&queue).await.map_err(PeerError::Broker)?;
         let found = find().map_err(PeerError::Broker)?;
         Ok(found.unwrap_or_else(|| queue.shared.bounds().end))
     }
@@ -226,7 +235,7 @@ impl Broker {
             max_messages: 1,
             max_bytes: 1,
             wait_ms: 0,
-            stale: false,
+            proof: Proof::End,
         };
         let slice = self.read(group, &request).await?;
         Ok(QueueBounds {

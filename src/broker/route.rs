@@ -368,6 +368,7 @@ impl Broker {
             let text = format!("topic name {name:?} is not valid: a name has {rule}");
             return Err(BrokerError::InvalidName(text));
         }
+        self.trust_catalog().await;
         if let Some(topic) = self.catalog().topic(name) {
             return Ok(topic.clone());
         }

@@ -11,7 +11,8 @@ use quorate::broker::{
 };
 use quorate::coordinator::{GroupStart, QueueId, QueueOffset};
 use quorate::peer::{
-    GroupView, NewBatch, PeerError, PeerRequest, PeerResult, ReadRequest, Slice, decode, encode,
+    GroupView, NewBatch, PeerError, PeerRequest, PeerResult, Proof, ReadRequest, Slice, decode,
+    encode,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -71,7 +72,7 @@ fn write_the_corpus() {
         max_messages: 10,
         max_bytes: 1 << 20,
         wait_ms: 0,
-        stale: false,
+        proof: Proof::All,
     };
     keep("read", encode(&PeerRequest::Read(read)));
     let search = SearchRequest {

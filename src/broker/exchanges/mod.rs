@@ -163,6 +163,7 @@ impl Broker {
     /// The exchange of that name; its absence is proved before it is told.
     async fn find_exchange(&self, name: &str) -> BrokerResult<Arc<Exchange>> {
         check_exchange_name(name)?;
+        self.trust_catalog().await;
         if let Some(exchange) = self.catalog().exchanges.get(name) {
             return Ok(exchange.clone());
         }

@@ -18,7 +18,7 @@ use crate::broker::{
 };
 use crate::catalog::{CatalogState, Topic, TopicId};
 use crate::exchange::{Exchange, check_routing_key};
-use crate::peer::ReadRequest;
+use crate::peer::{Proof, ReadRequest};
 
 /// A publish request: one exchange, any number of messages with their routing keys.
 #[derive(Debug, Clone)]
@@ -203,7 +203,7 @@ impl Broker {
             max_messages: place.count.into(),
             max_bytes: 1,
             wait_ms: 0,
-            stale: false,
+            proof: Proof::End,
         };
         let slice = self.read(group, &request).await.ok()?;
         let batch = slice.batches.into_iter().find(|b| b.place == place)?;

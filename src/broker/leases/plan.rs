@@ -17,7 +17,7 @@ use crate::broker::ttl::is_expired;
 use crate::broker::{Broker, BrokerError, BrokerResult, Message, StartAt};
 use crate::catalog::{Topic, TopicId};
 use crate::coordinator::leases::{DueDelivery, MAX_IN_FLIGHT, Pick, QueueLeases};
-use crate::peer::{PeerError, PeerResult, ReadRequest, StoredBatch};
+use crate::peer::{PeerError, PeerResult, Proof, ReadRequest, StoredBatch};
 
 /// Messages of a queue that one plan looks at, when a filter or an order may leave many out.
 const SCAN_MESSAGES: u64 = 2048;
@@ -304,7 +304,7 @@ impl Broker {
                 bytes_left
             },
             wait_ms: 0,
-            stale: false,
+            proof: Proof::End,
         };
         let slice = match self.read(source.group, &read).await {
             Ok(slice) => slice,
@@ -402,7 +402,7 @@ impl Broker {
             max_messages: 1,
             max_bytes: 1,
             wait_ms: 0,
-            stale: false,
+            proof: Proof::End,
         };
         let slice = match self.read(group, &read).await {
             Ok(slice) => slice,

@@ -20,7 +20,7 @@ use crate::coordinator::CoordinatorReply;
 use crate::coordinator::leases::{
     Granted, Interest, Lease, LeaseCommand, LeaseReply, MAX_IN_FLIGHT, Receipt,
 };
-use crate::peer::{PeerError, PeerRequest, PeerResult, ReadRequest};
+use crate::peer::{PeerError, PeerRequest, PeerResult, Proof, ReadRequest};
 
 /// A receive that waits looks anew at least this often, and at its leadership more often.
 const LOOK_AGAIN: Duration = Duration::from_secs(5);
@@ -336,7 +336,7 @@ impl Broker {
                 max_messages: 1,
                 max_bytes: 1,
                 wait_ms: millis(left).max(1),
-                stale: false,
+                proof: Proof::End,
             };
             match self.read(group, &read).await {
                 Ok(slice) if !slice.batches.is_empty() => return,

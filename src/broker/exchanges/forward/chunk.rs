@@ -10,7 +10,7 @@ use super::super::routes::{self, MESSAGE_ID_HEADER, ROUTES_HEADER, Route};
 use crate::broker::queue::entry::Mark;
 use crate::broker::{Broker, BrokerError, BrokerResult, StartAt, message_id};
 use crate::catalog::TopicId;
-use crate::peer::{NewBatch, PeerError, ReadRequest, StoredBatch};
+use crate::peer::{NewBatch, PeerError, Proof, ReadRequest, StoredBatch};
 
 /// Of one chunk; one message is always taken, however large.
 const CHUNK_MESSAGES: u64 = 512;
@@ -45,7 +45,7 @@ impl Chunk {
             max_bytes: CHUNK_BYTES,
             wait_ms: 0,
             // What is committed here is enough; what is not yet wakes the forwarder when it is.
-            stale: true,
+            proof: Proof::None,
         };
         let mut read = broker.read_here(&request(StartAt::Offset(start))).await;
         if let Err(PeerError::Broker(BrokerError::OffsetOutOfRange {
