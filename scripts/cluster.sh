@@ -32,31 +32,59 @@ die() {
   exit 1
 }
 
+unset CDPATH
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
 # ---------------------------------------------------------------- settings
 
-load_settings() {
+# find_home [make]: where the cluster lives. Only what starts a cluster makes that directory.
+find_home() {
   home=${QUORATE_HOME:-$root/.quorate}
-  mkdir -p "$home"
+  [[ $home == /* ]] || home=$PWD/$home
+  check_home
+  [[ ${1:-} != make ]] || mkdir -p "$home"
+  [[ -d $home ]] || return 0
   home=$(cd "$home" && pwd -P)
+  check_home
+}
+
+check_home() {
   [[ $home != / ]] || die "QUORATE_HOME must not be /"
-  [[ $home != *"'"* ]] || die "QUORATE_HOME must not have a ' in it"
-  # What the cluster in this home was started with, unless the environment says otherwise.
-  local saved_nodes='' saved_base=''
-  if [[ -r $home/cluster.settings ]]; then
-    read -r saved_nodes saved_base <"$home/cluster.settings" || true
+  # The path is written into the nodes' configuration between single quotes.
+  [[ $home != *[\'$'\n']* ]] || die "QUORATE_HOME must not have a ' or a line end in it"
+}
+
+# Number of nodes and base port: what the cluster in this home was started with. The environment
+# chooses them for a new cluster only, because the nodes know each other by their addresses.
+load_settings() {
+  local saved='' saved_nodes='' saved_base='' file=$home/cluster.settings
+  if [[ -e $file ]]; then
+    saved=$(<"$file")
+    [[ $saved =~ ^([1-9])\ ([1-9][0-9]{3,4})$ ]] ||
+      die "$file is damaged; write 'NODES BASE_PORT' into it (node-1/config.toml tells), or clean"
+    saved_nodes=${BASH_REMATCH[1]} saved_base=${BASH_REMATCH[2]}
   fi
   nodes=${QUORATE_NODES:-${saved_nodes:-3}}
   base=${QUORATE_BASE_PORT:-${saved_base:-8080}}
   timeout=${QUORATE_START_TIMEOUT:-60}
   [[ $nodes =~ ^[1-9]$ ]] || die "QUORATE_NODES must be 1 to 9, not $nodes"
-  [[ $base =~ ^[0-9]+$ ]] && ((base >= 1024 && base + 109 <= 65535)) ||
+  [[ $base =~ ^[1-9][0-9]{3,4}$ ]] && ((base >= 1024 && base + 109 <= 65535)) ||
     die "QUORATE_BASE_PORT must be 1024 to 65426, not $base"
-  [[ $timeout =~ ^[0-9]+$ ]] || die "QUORATE_START_TIMEOUT must be a number of seconds"
-  if [[ -n $saved_nodes && $saved_nodes != "$nodes" ]]; then
-    die "$home holds a cluster of $saved_nodes nodes; use QUORATE_NODES=$saved_nodes, or clean it first"
-  fi
+  [[ $timeout =~ ^(0|[1-9][0-9]{0,5})$ ]] || die "QUORATE_START_TIMEOUT must be a number of seconds"
+  same_as_saved QUORATE_NODES "$nodes" "$saved_nodes"
+  same_as_saved QUORATE_BASE_PORT "$base" "$saved_base"
+}
+
+# same_as_saved VARIABLE WANTED SAVED
+same_as_saved() {
+  [[ -z $3 || $2 == "$3" ]] ||
+    die "$home holds a cluster with $1=$3, not $2. Unset $1 to use that cluster;" \
+      "set QUORATE_HOME to another directory for a second one; or delete it with: scripts/cluster.sh clean"
+}
+
+save_settings() {
+  printf '%s %s\n' "$nodes" "$base" >"$home/cluster.settings.new"
+  mv -f "$home/cluster.settings.new" "$home/cluster.settings"
 }
 
 dir() { printf '%s/node-%s' "$home" "$1"; }
@@ -222,7 +250,6 @@ wait_healthy() {
 }
 
 show_log() {
-  [[ -r $(dir "$1")/log ]] || die "node $1 has no log"
   tail -n "$2" "$(dir "$1")/log"
 }
 
@@ -239,7 +266,8 @@ running() {
 start() {
   local node deadline
   build
-  printf '%s %s\n' "$nodes" "$base" >"$home/cluster.settings"
+  find_home make
+  save_settings
   for ((node = 1; node <= nodes; node++)); do
     if [[ -n $(pid_of "$node") ]]; then
       echo "node $node runs already"
@@ -305,7 +333,7 @@ clean() {
   for node in "$home"/node-[1-9]; do
     [[ -d $node ]] && rm -rf -- "$node"
   done
-  rm -f "$home/cluster.settings"
+  rm -f "$home/cluster.settings" "$home/cluster.settings.new"
   rmdir "$home" 2>/dev/null || true
 }
 
@@ -324,7 +352,12 @@ main() {
     exit 0
     ;;
   esac
-  load_settings
+  find_home
+  # Ending what runs and deleting it need no settings, so nothing can be wrong with them.
+  case $command in
+  stop | clean) ;;
+  *) load_settings ;;
+  esac
   case $command in
   kill | pause | resume | restart | wipe | logs)
     [[ $node =~ ^[1-9]$ ]] && ((node <= nodes)) || die "$command needs a node, 1 to $nodes"
@@ -352,12 +385,14 @@ main() {
     echo "node $node resumed"
     ;;
   wipe)
+    [[ -d $(dir "$node") ]] || die "node $node was never started: it has nothing to wipe"
     kill_node "$node"
     rm -rf -- "$(dir "$node")/data"
     mkdir -p "$(dir "$node")/data"
     echo "node $node has lost its data"
     ;;
   logs)
+    [[ -r $(dir "$node")/log ]] || die "node $node has no log"
     if [[ ${3:-} == -f ]]; then
       exec tail -n 100 -F "$(dir "$node")/log"
     fi
