@@ -116,19 +116,21 @@ write_config() {
 # ---------------------------------------------------------------- processes
 
 # The pid of node N's process, or nothing. A pid file alone proves nothing: pids are used again,
-# so the process must have been started with this node's configuration.
+# so the process must be a server with this node's configuration.
 pid_of() {
-  local file config pid
-  file=$(dir "$1")/pid config=$(dir "$1")/config.toml
-  [[ -r $file ]] || return 0
-  read -r pid <"$file" || return 0
-  [[ $pid =~ ^[0-9]+$ ]] || return 0
+  local config pid='' args=() i
+  config=$(dir "$1")/config.toml
+  { read -r pid <"$(dir "$1")/pid"; } 2>/dev/null || return 0
+  [[ $pid =~ ^[1-9][0-9]*$ ]] || return 0
   if [[ -d /proc/self ]]; then
-    [[ -r /proc/$pid/cmdline ]] || return 0
-    if tr '\0' '\n' <"/proc/$pid/cmdline" 2>/dev/null | grep -qxF -- "$config"; then
-      printf '%s' "$pid"
-    fi
-  elif ps -ww -o args= -p "$pid" 2>/dev/null | grep -qF -- "$config"; then
+    { mapfile -d '' -t args <"/proc/$pid/cmdline"; } 2>/dev/null || return 0
+    for ((i = 2; i < ${#args[@]}; i++)); do
+      if [[ ${args[i - 2]} == server && ${args[i - 1]} == --config && ${args[i]} == "$config" ]]; then
+        printf '%s' "$pid"
+        return 0
+      fi
+    done
+  elif [[ "$(ps -ww -o args= -p "$pid" 2>/dev/null)" == *" server --config $config" ]]; then
     printf '%s' "$pid"
   fi
   return 0
@@ -137,29 +139,56 @@ pid_of() {
 is_paused() {
   local pid state=''
   pid=$(pid_of "$1")
-  [[ -n $pid && -r /proc/$pid/status ]] || return 1
-  state=$(grep '^State:' "/proc/$pid/status" 2>/dev/null || true)
-  [[ $state == *T* ]]
+  [[ -n $pid ]] || return 1
+  if [[ -d /proc/self ]]; then
+    state=$(grep '^State:' "/proc/$pid/status" 2>/dev/null || true)
+    state=${state#State:}
+  else
+    state=$(ps -o state= -p "$pid" 2>/dev/null || true)
+  fi
+  [[ $state =~ ^[[:space:]]*[Tt] ]]
 }
 
+# launch N: starts node N's process. It has a session of its own, so that neither Ctrl-C nor a
+# `timeout` around the caller ends the cluster; where there is no setsid, a process group of its own.
 launch() {
-  local node=$1 config
-  config=$(dir "$node")/config.toml
+  local node=$1 pid tries own_session=()
   write_config "$node"
-  # What makes a node itself comes from its file, whatever the environment of the caller says.
-  nohup env -u QUORATE_CONFIG -u QUORATE_DEV -u QUORATE_NODE_ID -u QUORATE_DATA_DIR \
-    -u QUORATE_CLUSTER_NODES -u QUORATE_HTTP_LISTEN -u QUORATE_HTTP_ADVERTISE \
-    -u QUORATE_PEER_LISTEN \
-    "$(binary)" server --config "$config" \
-    >>"$(dir "$node")/log" 2>&1 </dev/null &
-  printf '%s\n' "$!" >"$(dir "$node")/pid"
-  disown
-  # Until nohup and env have become the server, its command line is not the one we look for.
-  local pid=$! tries
-  for ((tries = 0; tries < 100; tries++)); do
-    [[ -z $(pid_of "$node") ]] && kill -0 "$pid" 2>/dev/null || break
+  if command -v setsid >/dev/null; then
+    # In a process group of its own it would fork, and the server would have another pid.
+    set +m
+    own_session=(setsid)
+  else
+    set -m
+  fi
+  become_server "$node" "${own_session[@]}" >>"$(dir "$node")/log" 2>&1 </dev/null &
+  pid=$!
+  set +m
+  disown "$pid" 2>/dev/null || true
+  # Until the process has become the server, its command line is not the one we look for.
+  for ((tries = 0; tries < 500; tries++)); do
+    [[ -z $(pid_of "$node") ]] || break
+    kill -0 "$pid" 2>/dev/null || break
     pause_for 0.02
   done
+}
+
+# become_server N [COMMAND…]: the rest of this (background) process's life is node N's server. Its
+# pid is on file before it starts: whoever interrupts this script leaves no process nobody knows of.
+become_server() {
+  local node=$1 fd
+  shift
+  printf '%s\n' "$BASHPID" >"$(dir "$node")/pid" || exit 1
+  # Whoever waits for the end of a pipe of the caller's must not wait for the server.
+  for fd in /dev/fd/*; do
+    fd=${fd##*/}
+    if [[ $fd =~ ^[0-9]+$ ]] && ((fd > 2)); then eval "exec $fd>&-"; fi
+  done
+  # What makes a node itself comes from its file, whatever the environment of the caller says.
+  exec "$@" nohup env -u QUORATE_CONFIG -u QUORATE_DEV -u QUORATE_NODE_ID -u QUORATE_DATA_DIR \
+    -u QUORATE_CLUSTER_NODES -u QUORATE_HTTP_LISTEN -u QUORATE_HTTP_ADVERTISE \
+    -u QUORATE_PEER_LISTEN \
+    "$(binary)" server --config "$(dir "$node")/config.toml"
 }
 
 # Sleeps without starting a process.
