@@ -11,16 +11,21 @@ Usage: scripts/cluster.sh COMMAND [N]
   status     what runs, and what the cluster says of itself
   kill N     SIGKILL node N
   pause N    SIGSTOP node N            resume N   SIGCONT node N
-  restart N  start node N again on its old data (a running one is stopped first)
-  wipe N     kill node N if it runs, and delete its data
+  restart N  start node N again on its old data (a running one is stopped first); without a
+             majority of nodes running it does not wait until the node is ready
+  wipe N     kill node N if it runs, and delete its data: a lost disk. The other nodes know it and
+             refuse it when it comes back empty (docs/operations.md), so `start` and `restart N`
+             fail then. The way back: put its saved data/ directory back, or `clean` the cluster
   logs N     the last lines of node N's log (with -f: and what comes)
   stop       end all nodes gracefully
   clean      stop, and delete data, logs and configuration
 
+Nodes run on when this script or its caller is interrupted, until `stop` or `clean`.
+
 Environment:
   QUORATE_HOME           data, logs and configuration (default: .quorate in this repository)
-  QUORATE_BASE_PORT      default 8080
-  QUORATE_NODES          number of nodes, 1 to 9 (default 3)
+  QUORATE_BASE_PORT      default 8080; of an existing cluster, what it was made with
+  QUORATE_NODES          number of nodes, 1 to 9 (default 3; of an existing cluster, the same)
   QUORATE_BIN            this binary instead of the one built here
   QUORATE_START_TIMEOUT  seconds to wait for the nodes (default 60)
 Other QUORATE_… variables reach the nodes as their configuration.
@@ -509,7 +514,9 @@ main() {
   kill | pause | resume | restart | wipe | logs)
     [[ $node =~ ^[1-9]$ ]] && ((node <= nodes)) || die "$command needs a node, 1 to $nodes"
     ;;
-  start | status | stop | clean) ;;
+  start | status | stop | clean)
+    (($# == 1)) || die "$command is for all nodes; it takes no argument"
+    ;;
   *)
     usage >&2
     exit 2
@@ -537,7 +544,7 @@ main() {
     kill_node "$node"
     rm -rf -- "$(dir "$node")/data"
     mkdir -p "$(dir "$node")/data"
-    echo "node $node has lost its data; nodes that know it will refuse it"
+    echo "node $node has lost its data; the nodes that know it will refuse it"
     ;;
   logs)
     [[ -r $(dir "$node")/log ]] || die "node $node has no log"
