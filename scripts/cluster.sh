@@ -291,13 +291,15 @@ health() {
   # The node may be killed at any moment: writing to it then must not end this script.
   trap : PIPE
   { exec {fd}<>"/dev/tcp/127.0.0.1/$((base + $1))"; } 2>/dev/null || return 1
-  { printf 'GET %s HTTP/1.1\r\nHost: quorate\r\nConnection: close\r\n\r\n' "$2" >&"$fd"; } 2>/dev/null || true
-  read -r -t 2 -u "$fd" line || true
-  if [[ -n $line && $line != 'HTTP/1.1 200 '* ]]; then
-    # The head, an empty line, and the body, which has no line end.
-    while read -r -t 1 -u "$fd" said && [[ $said != $'\r' ]]; do :; done
-    read -r -t 1 -u "$fd" said || true
-  fi
+  {
+    printf 'GET %s HTTP/1.1\r\nHost: quorate\r\nConnection: close\r\n\r\n' "$2" >&"$fd" || true
+    read -r -t 2 -u "$fd" line || true
+    if [[ -n $line && $line != 'HTTP/1.1 200 '* ]]; then
+      # The head, an empty line, and the body, which has no line end.
+      while read -r -t 1 -u "$fd" said && [[ $said != $'\r' ]]; do :; done
+      read -r -t 1 -u "$fd" said || true
+    fi
+  } 2>/dev/null
   exec {fd}>&-
   [[ $line == 'HTTP/1.1 200 '* ]]
 }
