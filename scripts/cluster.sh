@@ -162,6 +162,7 @@ lock=''
 take_lock() {
   command -v flock >/dev/null || return 0
   while [[ -d $home ]]; do
+    [[ -r $home ]] || die "cannot read $home"
     { exec {lock}<"$home"; } 2>/dev/null || continue
     flock "$lock" || die "cannot lock $home"
     # Who had it before may have been `clean`: then this is no longer the directory of that name.
