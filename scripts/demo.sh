@@ -16,7 +16,11 @@ background=()
 
 cleanup() {
   local code=$?
-  trap - EXIT INT TERM
+  trap - EXIT
+  # The nodes do not end by the Ctrl-C that ends this script: a second one must not stop the cleaning,
+  # nor must a terminal that is gone.
+  trap '' INT TERM HUP
+  set +e
   # Producers read a pipe from their generators: both end when the generators see this file.
   touch "$work/stop"
   local pid
@@ -38,6 +42,7 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP
 
 say() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 [[ -t 1 ]] || say() { printf '\n== %s\n' "$*"; }

@@ -35,7 +35,11 @@ unset QUORATE_URL
 
 cleanup() {
   local code=$?
-  trap - EXIT INT TERM
+  trap - EXIT
+  # The nodes do not end by the Ctrl-C that ends this script: a second one must not stop the cleaning,
+  # nor must a terminal that is gone.
+  trap '' INT TERM HUP
+  set +e
   "$here/cluster.sh" clean >/dev/null 2>&1 || true
   rm -rf -- "$work"
   exit "$code"
@@ -43,6 +47,7 @@ cleanup() {
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP
 
 say() { printf '\n== %s\n' "$*"; }
 exec {never}<> <(:)

@@ -19,6 +19,8 @@ export QUORATE_HOME=$home/cluster
 cluster=$root/scripts/cluster.sh
 finish() {
   local status=$?
+  # The nodes do not end by the Ctrl-C that ends this script: a second one must not leave them behind.
+  trap '' INT TERM HUP
   if ((status == 0)); then
     "$cluster" clean >/dev/null
     rm -rf "$home"
