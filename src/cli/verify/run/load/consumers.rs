@@ -89,14 +89,13 @@ pub async fn fetch(
         request = request.query("consistency", "stale");
     }
     match node.client.read::<FetchAnswer>(request).await {
-        Ok(answer) => Ok(Fetched {
-            read: read(stage.now_us()),
-            shown: answer
-                .messages
-                .iter()
-                .map(|message| Stage::shown(run, message))
-                .collect(),
-        }),
+        Ok(answer) => {
+            let read = read(stage.now_us());
+            stage.history.lock().ended_early(&read, answer.end_offset);
+            let messages = answer.messages.iter();
+            let shown = messages.map(|message| Stage::shown(run, message)).collect();
+            Ok(Fetched { read, shown })
+        }
         Err(CliError::Problem(problem)) if problem.code == "offset_out_of_range" => {
             // A reader never asks beyond what was shown to it: to the judges this is an end.
             let end = problem.end_offset.unwrap_or(0);
