@@ -128,7 +128,9 @@ impl Broker {
             });
             for (groups, answers) in join_all(asked).await {
                 for (group, view) in groups.into_iter().zip(answers) {
-                    if let Some(view) = view {
+                    let Some(view) = view else { continue };
+                    // Who knows no leader either may know less of the rest.
+                    if view.leader.is_some() || !views.contains_key(&group) {
                         views.insert(group, view);
                     }
                 }
@@ -137,17 +139,20 @@ impl Broker {
         views
     }
 
-    /// The node that knows more of a group than `known` says: its leader, if that is another node.
+    /// The node that knows more of a group than `known` says: its leader, if that is another node;
+    /// where no leader is known, another replica.
     fn better_source(&self, group: u64, known: Option<&GroupView>) -> Option<NodeId> {
+        let can_tell = |node: &NodeId| *node != self.node_id() && !self.is_down(*node);
         match known {
             Some(view) if !view.in_sync.is_empty() => None,
-            Some(view) => view
-                .leader
-                .filter(|n| *n != self.node_id() && !self.is_down(*n)),
-            None => {
-                let hint = self.leader_of(group).filter(|n| !self.is_down(*n));
+            Some(GroupView {
+                leader: Some(leader),
+                ..
+            }) => Some(*leader).filter(can_tell),
+            Some(_) | None => {
+                let hint = self.leader_of(group).filter(can_tell);
                 let nodes = || self.replica_nodes(&self.catalog(), group).into_iter();
-                hint.or_else(|| nodes().find(|n| *n != self.node_id() && !self.is_down(*n)))
+                hint.or_else(|| nodes().find(can_tell))
             }
         }
     }

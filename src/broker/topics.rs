@@ -1,5 +1,6 @@
 //! Topics: create, describe, change, delete. The catalog decides; this waits until it is true here.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use super::{
     TopicPatch,
 };
 use crate::catalog::{CATALOG_GROUP, CatalogCommand, CatalogReply, Topic, TopicChange, TopicId};
+use crate::peer::GroupView;
 
 /// How long a listing waits for the newest catalog before it shows the one it has.
 const FRESHNESS_PATIENCE: Duration = Duration::from_millis(500);
@@ -43,8 +45,8 @@ impl Broker {
                 other => return Err(refused(name, other)),
             }
         };
-        let topic = self.settle(id, deadline).await?;
-        Ok((self.describe_topic(&topic).await, created))
+        let (topic, views) = self.settle(id, deadline).await?;
+        Ok((description(&topic, &views), created))
     }
 
     /// The server's own topic of that name, made if it isn't there; its configuration is then the
@@ -64,7 +66,9 @@ impl Broker {
             avoid: self.dead_nodes(),
         };
         match self.change_catalog(&command).await? {
-            CatalogReply::Created(id) | CatalogReply::Exists(id) => self.settle(id, deadline).await,
+            CatalogReply::Created(id) | CatalogReply::Exists(id) => {
+                Ok(self.settle(id, deadline).await?.0)
+            }
             // Made by another node meanwhile, or changed by a user since.
             CatalogReply::Conflict => {
                 self.catalog_barrier().await?;
@@ -130,8 +134,8 @@ impl Broker {
         };
         match self.change_catalog(&command).await? {
             CatalogReply::Exists(id) => {
-                let topic = self.settle(id, deadline).await?;
-                Ok(self.describe_topic(&topic).await)
+                let (topic, views) = self.settle(id, deadline).await?;
+                Ok(description(&topic, &views))
             }
             other => Err(refused(name, other)),
         }
@@ -162,8 +166,13 @@ impl Broker {
         postcard::from_bytes(&reply).map_err(|e| BrokerError::Internal(e.to_string()))
     }
 
-    /// Waits until the topic is in the local catalog and every queue has a leader.
-    pub(super) async fn settle(&self, id: TopicId, deadline: Instant) -> BrokerResult<Arc<Topic>> {
+    /// Waits until the topic is in the local catalog and every queue has a leader; gives what was
+    /// seen then.
+    pub(super) async fn settle(
+        &self,
+        id: TopicId,
+        deadline: Instant,
+    ) -> BrokerResult<(Arc<Topic>, HashMap<u64, GroupView>)> {
         let late = BrokerError::NoLeader {
             outcome: Outcome::Unknown,
         };
@@ -181,7 +190,7 @@ impl Broker {
             // Only the leader itself lists who is in sync.
             let led = |group: &u64| views.get(group).is_some_and(|v| !v.in_sync.is_empty());
             if groups.iter().all(led) {
-                return Ok(topic);
+                return Ok((topic, views));
             }
             if !backoff.wait().await {
                 return Err(late);
