@@ -62,6 +62,34 @@ read-past-commit                quorate          lib         broker::cluster_tes
 skip-dedupe-in-snapshots        quorate          lib         broker::queue::state::tests::a_producers_retry_is_stored_once_across_restart_and_install
 apply-with-node-clock           quorate          lib         broker::queue::state::tests::log_time_never_goes_back
 no-member-check                 quorate          lib         coordinator::machine::tests::a_member_is_fenced_while_there_are_none
+hand-over-at-once               quorate          lib         coordinator::membership::tests::no_queue_is_ever_owned_twice
+any-member-commits              quorate          lib         coordinator::membership::tests::no_queue_is_ever_owned_twice
+any-member-commits              quorate          lib         coordinator::membership::tests::commits_are_of_the_owner_in_an_epoch_in_which_it_had_the_queue
+lease-twice                     quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
+lease-twice                     quorate          lib         coordinator::leases::machine_tests::a_stale_cursor_takes_nothing_new
+forget-acks                     quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
+ack-of-any-lease                quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
+ignore-earlier-of-key           quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
+take-forwarded-again            quorate          lib         broker::queue::state::tests::what_a_forwarder_brings_again_is_stored_once_however_late
+deliver-by-log-time             quorate          lib         broker::queue::held_tests::another_leaders_fast_clock_makes_nothing_due
+deliver-cancelled               quorate          lib         broker::queue::held_tests::a_delayed_batch_is_either_cancelled_or_delivered
+cancel-delivered                quorate          lib         broker::queue::held_tests::a_delayed_batch_is_either_cancelled_or_delivered
+decide-again                    quorate          lib         coordinator::transactions::random_tests::decisions_stand_and_replicas_agree
+commit-unprepared               quorate          lib         coordinator::transactions::random_tests::decisions_stand_and_replicas_agree
+show-rolled-back                quorate          lib         broker::transactions::tests::a_rollback_that_stops_anywhere_ends_right
+leave-offsets-behind            quorate          lib         broker::transactions::tests::a_commit_that_stops_anywhere_ends_right
+skip-refused                    quorate          http_api    exchanges::a_full_topic_gets_the_rest_when_it_has_room_and_holds_up_only_itself
+trim-beyond-end                 quorate          lib         broker::queue::state::tests::a_trim_moves_the_beginning_forward_only_and_not_beyond_the_end
+purge-under-late                quorate          lib         broker::queue::held_tests::what_is_still_needed_of_the_log_counts_what_was_delivered_late
+open-without-boundary           quorate-raft     lib         machine::tests::a_log_that_was_purged_is_not_opened_without_its_boundary
+ignore-in-flight                quorate          lib         broker::backlog::tests::the_last_one_that_fits_is_taken_and_the_next_is_not
+ignore-in-flight                quorate          http_api    backlog::of_many_at_once_exactly_as_many_are_taken_as_fit
+refuse-on-a-guess               quorate          http_api    backlog::of_many_at_once_exactly_as_many_are_taken_as_fit
+believe-key-index               quorate          lib         broker::path_tests::what_the_key_index_names_is_compared_with_the_key
+skip-members-in-snapshots       quorate          lib         coordinator::machine::tests::replicas_agree_whenever_they_restart
+skip-leases-in-snapshots        quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
+skip-transactions-in-snapshots  quorate          lib         coordinator::transactions::random_tests::decisions_stand_and_replicas_agree
+skip-held-in-snapshots          quorate          lib         broker::queue::held_tests::held_batches_come_through_every_beginning
 "
 
 RUNS=${RUNS:-1}

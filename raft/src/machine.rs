@@ -93,6 +93,7 @@ impl Machine {
     ) -> Result<Self, StorageError> {
         let (purged, last) = (log.purged(), log.last());
         if spec.retention == LogRetention::Messages
+            && !mutation::on(Mutation::OpenWithoutBoundary)
             && let Some(purged) = purged
         {
             // Nothing else can produce the state there, so nobody could be filled from here, nor

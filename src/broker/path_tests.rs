@@ -7,6 +7,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use quorate_storage::LogId;
 use quorate_storage::batch::BatchView;
+use quorate_storage::key_index::KeyEntry;
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::testing::{TestCluster, TestNode, topic};
 use super::*;
@@ -124,6 +126,35 @@ async fn what_was_acknowledged_is_fetched_in_order_with_its_id() {
     let mut stale = fetch("t", 0, StartAt::Offset(4));
     stale.consistency = Consistency::Stale;
     assert!(broker.fetch(stale).await.unwrap().messages.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_key_index_names_is_compared_with_the_key() {
+    let (_cluster, node) = single().await;
+    let broker = &node.broker;
+    broker.create_topic("t", topic(1, 0)).await.unwrap();
+    let keyed = |key: &str| NewMessage {
+        key: Some(key.to_owned()),
+        ..message(key, 0)
+    };
+    let messages = vec![keyed("a"), keyed("b"), keyed("a")];
+    broker.produce(request("t", messages)).await.unwrap();
+    // As if the keys had the same hash.
+    let queue = broker.local.queues().remove(0);
+    let hash = xxh3_64(b"a");
+    let entries = (0..3).map(|offset| KeyEntry { hash, offset });
+    let applied = queue.group.applied().unwrap();
+    queue.keys.build(0, applied, entries.collect()).unwrap();
+    assert_eq!(queue.keys.find(0, hash), Some(vec![0, 1, 2]));
+    let lookup = LookupRequest {
+        topic: "t".to_owned(),
+        key: Some("a".to_owned()),
+        max_messages: 10,
+        ..LookupRequest::default()
+    };
+    let found = broker.lookup(&lookup).await.unwrap();
+    let offsets: Vec<_> = found.messages.iter().map(|m| m.offset).collect();
+    assert_eq!(offsets, [0, 2]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

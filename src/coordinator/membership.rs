@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use quorate_storage::mutation::{self, Mutation};
 use serde::{Deserialize, Serialize};
 
 use super::assign::{AssignStrategy, TopicShare, assign};
@@ -264,7 +265,10 @@ impl Membership {
             Delivery::Broadcast => self.has_all_of(member).any(|q| q == queue),
             Delivery::Cluster => {
                 let turn = self.queues.get(&queue);
-                turn.is_some_and(|t| t.owner == mark.id && t.since <= mark.epoch)
+                turn.is_some_and(|t| {
+                    (t.owner == mark.id || mutation::on(Mutation::AnyMemberCommits))
+                        && t.since <= mark.epoch
+                })
             }
         }
     }
@@ -345,6 +349,7 @@ impl Membership {
         let mut queues = BTreeMap::new();
         for (queue, target) in targets {
             let old = self.queues.get(&queue).filter(|t| !t.owner.is_empty());
+            let old = old.filter(|t| t.owner == target || !mutation::on(Mutation::HandOverAtOnce));
             let turn = match old {
                 Some(old) => {
                     // Its owner is told whether it keeps the queue, not who is to have it else.

@@ -122,6 +122,7 @@ fn commits_are_of_the_owner_in_an_epoch_in_which_it_had_the_queue() {
     assert!(!group.commits("a", first, 1) && !group.commits("a", group.epoch("a"), 1));
     assert!(group.commits("b", own, 1));
     assert!(!group.commits("b", own - 1, 1), "before it had it");
+    assert!(!group.commits("b", own, 0), "it is another's");
     // What did not move can be committed with the older epoch.
     assert!(group.commits("a", first, 0));
 
@@ -377,6 +378,10 @@ proptest! {
             for (queue, turn) in &group.queues {
                 prop_assert!(group.members.contains_key(&turn.owner), "{:?}", queue);
                 prop_assert!(group.members.contains_key(&turn.target), "{:?}", queue);
+                for client in clients.values().filter(|client| client.id != turn.owner) {
+                    let mark = MemberMark { id: client.id.clone(), epoch: client.epoch };
+                    prop_assert!(!group.may_commit(&mark, *queue), "{:?} {:?}", mark, queue);
+                }
             }
             for (mark, owned) in &former {
                 for queue in owned {

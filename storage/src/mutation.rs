@@ -64,6 +64,56 @@ pub enum Mutation {
     NoMemberCheck,
     /// Reads serve entries of the log that are not committed.
     ReadPastCommit,
+    /// A queue is given to its next owner while the last one still has it.
+    HandOverAtOnce,
+    /// A member commits in a queue that another one owns.
+    AnyMemberCommits,
+    /// A message is leased again before its lease has ended.
+    LeaseTwice,
+    /// An ack is confirmed, and the message stays in flight.
+    ForgetAcks,
+    /// The ack of a lease that has ended ends the one that another consumer has.
+    AckOfAnyLease,
+    /// An ordered consumer is given a message although an earlier one of its key is not done.
+    IgnoreEarlierOfKey,
+    /// What a forwarder brings again, a dead letter or a routed message, is stored again.
+    TakeForwardedAgain,
+    /// Delayed messages are due by the log's time, which a faster clock may have set.
+    DeliverByLogTime,
+    /// A cancelled message stays among those that become due.
+    DeliverCancelled,
+    /// A message that was delivered is cancelled.
+    CancelDelivered,
+    /// The decision of a transaction can be changed.
+    DecideAgain,
+    /// A commit is decided before all participants are prepared.
+    CommitUnprepared,
+    /// A queue shows its part of a transaction that was rolled back.
+    ShowRolledBack,
+    /// A commit leaves the offsets of its transaction where they were.
+    LeaveOffsetsBehind,
+    /// A forwarder goes on although a topic did not take everything.
+    SkipRefused,
+    /// A trim moves the beginning of a queue beyond its end.
+    TrimBeyondEnd,
+    /// The log is purged under messages that became visible long after they were stored.
+    PurgeUnderLate,
+    /// A log that was purged is opened with any later checkpoint.
+    OpenWithoutBoundary,
+    /// What is on its way into a bounded queue does not count.
+    IgnoreInFlight,
+    /// A bounded queue refuses without asking how far its consumers are.
+    RefuseOnAGuess,
+    /// What the key index names is not compared with the key that is looked for.
+    BelieveKeyIndex,
+    /// Checkpoints and snapshots leave the members of groups out.
+    SkipMembersInSnapshots,
+    /// Checkpoints and snapshots leave leases out.
+    SkipLeasesInSnapshots,
+    /// Checkpoints and snapshots leave transactions out.
+    SkipTransactionsInSnapshots,
+    /// Checkpoints and snapshots leave out what is held.
+    SkipHeldInSnapshots,
 }
 
 /// Whether this process is to have the fault.
@@ -116,6 +166,37 @@ mod chosen {
         ("apply-with-node-clock", Mutation::ApplyWithNodeClock),
         ("no-member-check", Mutation::NoMemberCheck),
         ("read-past-commit", Mutation::ReadPastCommit),
+        ("hand-over-at-once", Mutation::HandOverAtOnce),
+        ("any-member-commits", Mutation::AnyMemberCommits),
+        ("lease-twice", Mutation::LeaseTwice),
+        ("forget-acks", Mutation::ForgetAcks),
+        ("ack-of-any-lease", Mutation::AckOfAnyLease),
+        ("ignore-earlier-of-key", Mutation::IgnoreEarlierOfKey),
+        ("take-forwarded-again", Mutation::TakeForwardedAgain),
+        ("deliver-by-log-time", Mutation::DeliverByLogTime),
+        ("deliver-cancelled", Mutation::DeliverCancelled),
+        ("cancel-delivered", Mutation::CancelDelivered),
+        ("decide-again", Mutation::DecideAgain),
+        ("commit-unprepared", Mutation::CommitUnprepared),
+        ("show-rolled-back", Mutation::ShowRolledBack),
+        ("leave-offsets-behind", Mutation::LeaveOffsetsBehind),
+        ("skip-refused", Mutation::SkipRefused),
+        ("trim-beyond-end", Mutation::TrimBeyondEnd),
+        ("purge-under-late", Mutation::PurgeUnderLate),
+        ("open-without-boundary", Mutation::OpenWithoutBoundary),
+        ("ignore-in-flight", Mutation::IgnoreInFlight),
+        ("refuse-on-a-guess", Mutation::RefuseOnAGuess),
+        ("believe-key-index", Mutation::BelieveKeyIndex),
+        (
+            "skip-members-in-snapshots",
+            Mutation::SkipMembersInSnapshots,
+        ),
+        ("skip-leases-in-snapshots", Mutation::SkipLeasesInSnapshots),
+        (
+            "skip-transactions-in-snapshots",
+            Mutation::SkipTransactionsInSnapshots,
+        ),
+        ("skip-held-in-snapshots", Mutation::SkipHeldInSnapshots),
     ];
 
     /// Whether this process is to have the fault.

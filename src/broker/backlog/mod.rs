@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use quorate_storage::RaftGroupId;
+use quorate_storage::mutation::{self, Mutation};
 use tokio::sync::Notify;
 use tokio::time::{Instant, timeout_at};
 
@@ -102,6 +103,10 @@ fn judge(limits: &Backlog, held: Held, in_flight: Load, new: Load) -> Verdict {
     if limits.max_age_ms.is_some_and(too_old) || !held.load.plus(new).within(limits) {
         return Verdict::Full;
     }
+    let in_flight = match mutation::on(Mutation::IgnoreInFlight) {
+        false => in_flight,
+        true => Load::default(),
+    };
     match held.load.plus(in_flight).plus(new).within(limits) {
         true => Verdict::Fits,
         false => Verdict::InFlight,
@@ -181,7 +186,8 @@ impl Broker {
                 Ok(admission) => return Ok(Some(admission)),
                 Err(verdict) => verdict,
             };
-            if !self.positions.proved_since(came) {
+            let is_guess = !self.positions.proved_since(came);
+            if is_guess && !mutation::on(Mutation::RefuseOnAGuess) {
                 self.prove_positions(came).await;
                 continue;
             }

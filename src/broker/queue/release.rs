@@ -1,6 +1,7 @@
 //! What becomes of held batches: delivered when they are due, settled with their transaction, or
 //! taken back.
 
+use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::{LogId, StorageError};
 
 use super::entry::TransactionId;
@@ -17,6 +18,10 @@ impl QueueMachine {
         by_ms: u64,
         max_batches: u16,
     ) -> Result<QueueReply, StorageError> {
+        let by_ms = match mutation::on(Mutation::DeliverByLogTime) {
+            false => by_ms,
+            true => self.state.stamp_ms,
+        };
         let due = self.held.take_due(by_ms, max_batches.into())?;
         for (key, batch) in &due {
             let spot = PartSpot {
@@ -46,7 +51,8 @@ impl QueueMachine {
         }
         let held = self.held.take_parts(id)?;
         let taken = held.len();
-        let each = held.into_iter().filter(|_| commit);
+        let shows = commit || mutation::on(Mutation::ShowRolledBack);
+        let each = held.into_iter().filter(|_| shows);
         let parts = each.map(|(part, spot)| (part, self.show(&spot))).collect();
         let settled = Settled { commit, parts };
         self.held.settle(log_id, id, settled.clone(), now_ms);

@@ -176,7 +176,8 @@ impl QueueMachine {
                 }
             }
             Mark::Forwarded { source, sequence } => {
-                let known = self.state.sources.has(source, *sequence);
+                let known = self.state.sources.has(source, *sequence)
+                    && !mutation::on(Mutation::TakeForwardedAgain);
                 known.then_some(BatchOutcome::AlreadyForwarded)
             }
         }
@@ -279,7 +280,10 @@ impl QueueMachine {
 
     /// Lets go of the messages below `to`. The beginning never goes back, nor beyond the end.
     fn trim(&mut self, to: u64) {
-        let to = to.min(self.state.next_offset);
+        let to = match mutation::on(Mutation::TrimBeyondEnd) {
+            false => to.min(self.state.next_offset),
+            true => to,
+        };
         if to <= self.state.earliest_offset {
             return;
         }
@@ -312,6 +316,9 @@ impl QueueMachine {
         let bytes = self.held.records().saturating_mul(HELD_BYTES);
         if bytes > FEW_HELD_BYTES && self.since_content < bytes.saturating_mul(LOG_PER_HELD) {
             return Ok(None);
+        }
+        if mutation::on(Mutation::SkipHeldInSnapshots) {
+            return Ok(Some(Content::default()));
         }
         self.held.content().map(Some)
     }
@@ -456,7 +463,10 @@ impl StateMachine for QueueMachine {
             let first = self.index.find_from(self.state.earliest_offset, 1)?;
             // An index that was begun anew at a later offset still lacks what is to be applied again.
             visible = Some(first.first().map_or(0, |record| record.log_index));
-            late = self.state.late.oldest();
+            late = match mutation::on(Mutation::PurgeUnderLate) {
+                false => self.state.late.oldest(),
+                true => None,
+            };
         }
         let all = [visible, late, held];
         Ok(all.into_iter().flatten().min().unwrap_or(u64::MAX))

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use quorate_storage::batch::{BatchView, RecordView};
 use quorate_storage::key_index::{BLOCK_OFFSETS, block_of};
+use quorate_storage::mutation::{self, Mutation};
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -215,6 +216,8 @@ impl<'a> Search<'a> {
             return false;
         }
         let has_key = |key: &String| record.key.as_ref().is_some_and(|k| k == key.as_bytes());
-        wanted.is_none_or(has_key) && self.request.selection.takes(record, seen)
+        let is_believed =
+            mutation::on(Mutation::BelieveKeyIndex) && self.queue.keys.has(block_of(seen.offset));
+        (is_believed || wanted.is_none_or(has_key)) && self.request.selection.takes(record, seen)
     }
 }

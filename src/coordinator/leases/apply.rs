@@ -1,6 +1,7 @@
 //! Commands of leases, executed: granting here, what comes after in `settle`.
 
 use quorate_storage::StorageError;
+use quorate_storage::mutation::{self, Mutation};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::command::{DeathReason, Grant, Granted, Lease, LeaseCommand, LeaseReply, Pick};
@@ -182,10 +183,10 @@ impl CoordinatorMachine {
         let Some(delivery) = self.delivery(place, offset)? else {
             return Ok(());
         };
-        if delivery
+        let is_due = delivery
             .due_ms()
-            .is_none_or(|due_ms| due_ms > granting.now_ms)
-        {
+            .is_some_and(|due_ms| due_ms <= granting.now_ms);
+        if !is_due && !mutation::on(Mutation::LeaseTwice) {
             return Ok(());
         }
         if delivery.deliveries >= state.policy.max_deliveries {
@@ -232,7 +233,8 @@ impl CoordinatorMachine {
                 break;
             }
             let key = if granting.lease.ordered { *key } else { 0 };
-            let delivery = if key != 0 && self.first_of_key(place, key)?.is_some() {
+            let waits = key != 0 && self.first_of_key(place, key)?.is_some();
+            let delivery = if waits && !mutation::on(Mutation::IgnoreEarlierOfKey) {
                 unleased(DeliveryState::Parked, key)
             } else if granting.left > 0 {
                 granting.lease_of(place, *offset, 0, key)

@@ -498,6 +498,11 @@ impl Model {
                     let from = leases.map_or(0, |leases| leases.next);
                     let through = END.min(from + u64::from(*max));
                     let due = view.due(GROUP, 1, queue, self.now_ms, None, 4).unwrap();
+                    let again = match self.token % 4 {
+                        // A plan that others have overtaken: any of them may be leased or done.
+                        0 => (0..from).collect(),
+                        _ => due.iter().map(|due| due.offset).collect(),
+                    };
                     Pick {
                         topic: 1,
                         queue,
@@ -508,7 +513,7 @@ impl Model {
                             .filter(|offset| offset % 5 != 4)
                             .map(|offset| (offset, key_of(offset)))
                             .collect(),
-                        again: due.iter().map(|due| due.offset).collect(),
+                        again,
                         gone: Vec::new(),
                     }
                 });
@@ -559,6 +564,8 @@ impl Model {
     }
 
     fn check(&mut self, replica: &Replica, command: &LeaseCommand, reply: &LeaseReply) {
+        // What died may have made room for a later message of its key at once.
+        self.look_at_the_dead(replica);
         match (command, reply) {
             (LeaseCommand::Lease(lease), LeaseReply::Granted(granted)) => {
                 assert!(granted.leases.len() <= lease.max as usize && !granted.moved);
@@ -591,7 +598,6 @@ impl Model {
             }
             _ => {}
         }
-        self.look_at_the_dead(replica);
         self.look_at_the_watermark(replica);
     }
 
@@ -625,6 +631,13 @@ impl Model {
         if verdict == ReceiptVerdict::Ended {
             return;
         }
+        let at = (receipt.queue, receipt.offset);
+        let newest = self.receipts.iter().rfind(|r| (r.queue, r.offset) == at);
+        let is_over = newest != Some(receipt);
+        assert!(
+            through || !is_over || self.known[&at].done,
+            "{at:?} is with another"
+        );
         for ((queue, offset), known) in &mut self.known {
             let own = *offset == receipt.offset;
             let held = self
@@ -639,9 +652,7 @@ impl Model {
                 known.done = true;
             }
         }
-        let at = (receipt.queue, receipt.offset);
-        let newest = self.receipts.iter().rfind(|r| (r.queue, r.offset) == at);
-        if through && newest == Some(receipt) {
+        if through && !is_over {
             let known = self.known.get_mut(&at).unwrap();
             known.done |= !known.dead;
         }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 
 use quorate_storage::StorageError;
+use quorate_storage::mutation::{self, Mutation};
 
 use super::command::{DeathReason, LeaseReply, Receipt, ReceiptVerdict};
 use super::records::{
@@ -82,10 +83,12 @@ impl CoordinatorMachine {
             // It is done: most likely this receipt did it.
             None if receipt.offset < queue.next => Ok(ReceiptVerdict::Done),
             Some(delivery)
-                if delivery.token == receipt.token
+                if (delivery.token == receipt.token || mutation::on(Mutation::AckOfAnyLease))
                     && !matches!(delivery.state, DeliveryState::Dead { .. }) =>
             {
-                self.remove_delivery(place, receipt.offset, &delivery, queue)?;
+                if !mutation::on(Mutation::ForgetAcks) {
+                    self.remove_delivery(place, receipt.offset, &delivery, queue)?;
+                }
                 Ok(ReceiptVerdict::Done)
             }
             _ => Ok(ReceiptVerdict::Ended),

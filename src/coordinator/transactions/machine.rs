@@ -4,6 +4,7 @@
 //! recorded participants are prepared; participants are recorded only before the decision.
 
 use quorate_storage::StorageError;
+use quorate_storage::mutation::{self, Mutation};
 
 use super::records::{
     COUNTS_KEY, ENDED_PREFIX, due_key, ended_key, listed_key, open_count_key, read_timed,
@@ -375,13 +376,16 @@ fn prepared(transaction: &mut Transaction, done: PreparedParts, _now_ms: u64) ->
 }
 
 fn decide(transaction: &mut Transaction, decision: Decision, now_ms: u64) -> TransactionReply {
-    if let Some(known) = transaction.decision {
+    if let Some(known) = transaction.decision
+        && !mutation::on(Mutation::DecideAgain)
+    {
         return match known.is_commit() == decision.is_commit() {
             true => now_is(transaction),
             false => ended(transaction),
         };
     }
-    if decision.is_commit() && !transaction.is_prepared() {
+    let is_ready = transaction.is_prepared() || mutation::on(Mutation::CommitUnprepared);
+    if decision.is_commit() && !is_ready {
         return TransactionReply::NotPrepared;
     }
     transaction.decision = Some(decision);

@@ -4,6 +4,7 @@
 //! After the end a mark stays until no late hold can come any more.
 
 use quorate_storage::StorageError;
+use quorate_storage::mutation::{self, Mutation};
 
 use super::records::{
     HeldOffset, MARK_TIME_PREFIX, hold_key, hold_prefix, mark_key, mark_time_key, read_hold,
@@ -123,12 +124,13 @@ impl CoordinatorMachine {
             let text = "the consumer group's name is too long".to_owned();
             return Ok(TransactionReply::Invalid(text));
         }
+        let moves = commit && !mutation::on(Mutation::LeaveOffsetsBehind);
         for (key, value) in self.records.scan(&hold_prefix(group), None, usize::MAX)? {
             let held: Option<HeldOffset> = postcard::from_bytes(&value).ok();
             let Some(held) = held.filter(|held| held.transaction == *id) else {
                 continue;
             };
-            if let Some((topic, queue)) = read_hold(group, &key).filter(|_| commit) {
+            if let Some((topic, queue)) = read_hold(group, &key).filter(|_| moves) {
                 // Nothing moved it since it was held; were it so, it would not go back.
                 let known = self.committed_offset(group, topic, queue)?;
                 let offset = held.offset.max(known.unwrap_or(0)).to_be_bytes();

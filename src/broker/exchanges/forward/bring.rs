@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
+use quorate_storage::mutation::{self, Mutation};
 
 use super::super::NO_LEADER;
 use super::chunk::Chunk;
@@ -49,6 +50,9 @@ pub(super) async fn bring(
             reached.insert(queue, next);
         }
         first_error = first_error.and(result);
+    }
+    if mutation::on(Mutation::SkipRefused) {
+        return Ok(chunk.next);
     }
     first_error.map(|()| chunk.next)
 }

@@ -18,6 +18,7 @@ mod restore;
 use std::collections::BTreeMap;
 
 use quorate_storage::derived::DerivedGroup;
+use quorate_storage::mutation::{self, Mutation};
 use quorate_storage::{LogId, StorageError};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -259,7 +260,8 @@ impl Held {
             index: stored.index,
             batch: ordinal,
         };
-        if self.summary.delivered.is_some_and(|last| due <= last) {
+        let is_delivered = self.summary.delivered.is_some_and(|last| due <= last);
+        if is_delivered && !mutation::on(Mutation::CancelDelivered) {
             return Ok(CancelVerdict::NotHeld);
         }
         self.count_out(stored.index, ordinal, &batch);
@@ -271,7 +273,9 @@ impl Held {
             }),
         };
         self.put(stored.index, ordinal, &batch);
-        self.remove(due.encode());
+        if !mutation::on(Mutation::DeliverCancelled) {
+            self.remove(due.encode());
+        }
         self.cancelled += 1;
         self.summary.changed_at = log_id.index;
         Ok(CancelVerdict::Cancelled)
