@@ -44,7 +44,6 @@ seal-not-synced                 quorate-storage  commit_log  every_crash::every_
 clean-without-carrying          quorate-storage  commit_log  crash::every_promise_survives_every_crash
 clean-without-carrying          quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 move-what-was-cut               quorate-storage  commit_log  cleaning::what_is_cut_while_it_is_moved_does_not_come_back
-move-what-was-cut               quorate-storage  commit_log  every_crash::every_state_of_every_crash_is_recovered_from
 moved-not-synced                quorate-storage  commit_log  cleaning::a_quiet_group_is_moved_out_of_the_way_and_stays_what_it_was
 serve-bad-frame                 quorate-storage  commit_log  recovery::bad_bytes_of_a_sealed_segment_are_damage_when_read
 serve-bad-frame                 quorate-storage  commit_log  every_fault::a_wrong_byte_is_never_served
@@ -178,7 +177,7 @@ while read -r mutation package target test; do
     # The seed of a random test, or where a systematic one was.
     place=$(grep -oE '(CRASH|SIM)_SEED=[0-9]+|power lost after [0-9]+' "$work/output" | tail -1 |
         sed 's/.*_SEED=/, seed /; s/power lost after /, operation /' || true)
-    case $ended in assertion | panic | violation) echo "$mutation" >>"$work/caught" ;; esac
+    case $ended in assertion | panic | violation) echo "$mutation $test" >>"$work/caught" ;; esac
     seconds=$(awk -v a="$started" -v b="$(date +%s.%N)" 'BEGIN { printf "%.1f", b - a }')
     # shellcheck disable=SC2059
     printf "$format" "$mutation" "$ended" "$run$place" "$seconds" "$test"
@@ -188,9 +187,9 @@ named() { sed -n 's/^ *("\(.*\)", Mutation::.*/\1/p' storage/src/mutation.rs; }
 untested=$(named | grep -vxFf <(awk 'NF == 4 {print $1}' <<<"$TABLE") || true)
 [ -z "$untested" ] || printf '\nno test is listed for: %s\n' "$(tr '\n' ' ' <<<"$untested")"
 
-missed=$(awk '{print $1}' "$work/rows" | sort -u | grep -vxFf "$work/caught" || true)
+missed=$(awk '{print $1, $4}' "$work/rows" | grep -vxFf "$work/caught" || true)
 if [ -n "$missed" ]; then
-    printf '\nnot caught: %s\n' $missed
+    printf '\nnot caught:\n%s\n' "$missed"
     exit 1
 fi
 printf '\nall %s mutations were caught\n' "$(awk '{print $1}' "$work/rows" | sort -u | wc -l)"
