@@ -1,7 +1,7 @@
 //! What a fetch asks for: parsing and bounds.
 
 use axum::http::{HeaderMap, header};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use utoipa::ToSchema;
 
 use super::super::produce::BATCHES;
@@ -61,6 +61,11 @@ pub enum Encoding {
     #[default]
     Auto,
     Base64,
+}
+
+/// The field of a body; null is as good as none.
+pub fn encoding_of_body<'de, D: Deserializer<'de>>(d: D) -> Result<Encoding, D::Error> {
+    Ok(object::choice(d, r#""auto" or "base64""#)?.unwrap_or_default())
 }
 
 /// A fetch from one queue, and how to write its answer.
@@ -196,7 +201,7 @@ pub struct FetchManyBody {
     /// `linearizable` (default) or `stale`.
     #[serde(default)]
     consistency: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "encoding_of_body")]
     pub encoding: Encoding,
 }
 

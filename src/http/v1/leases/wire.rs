@@ -1,12 +1,13 @@
 //! What requests about leases say: parsing and bounds.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use utoipa::ToSchema;
 
 use super::super::consume::query::{self, Encoding};
 use crate::broker::StartAt;
 use crate::broker::leases::ReceiveRequest;
 use crate::http::error::ApiError;
+use crate::http::object;
 use crate::http::path::checked_topic;
 use crate::http::query::{Params, bounded};
 
@@ -40,7 +41,7 @@ pub struct ReceiveBody {
     #[serde(default)]
     lease_ms: Option<u64>,
     /// Messages of one key one at a time, in their order.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     ordered: bool,
     /// `created||paid`: only messages with one of these tags; others are done for the group.
     #[serde(default)]
@@ -49,12 +50,12 @@ pub struct ReceiveBody {
     #[serde(default)]
     filter: Option<String>,
     /// Where the group begins in queues it never leased from.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "start")]
     start: StartBody,
     /// Who asks, for acks that go `through`. Without it each receive counts as another consumer.
     #[serde(default)]
     consumer: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "query::encoding_of_body")]
     pub encoding: Encoding,
 }
 
@@ -66,6 +67,11 @@ pub enum StartBody {
     Earliest,
     Latest,
     TimestampMs(u64),
+}
+
+fn start<'de, D: Deserializer<'de>>(deserializer: D) -> Result<StartBody, D::Error> {
+    let allowed = r#""earliest", "latest" or {"timestamp_ms": N}"#;
+    Ok(object::choice(deserializer, allowed)?.unwrap_or_default())
 }
 
 impl From<StartBody> for StartAt {
@@ -142,7 +148,7 @@ pub fn checked_delay(delay_ms: u64) -> Result<u64, ApiError> {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AckBody {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     pub receipts: Vec<String>,
     /// Everything that the consumer of this receipt holds of its queue, up to it.
     #[serde(default)]
@@ -248,6 +254,9 @@ mod tests {
         assert_eq!(request.start, StartAt::Earliest);
         let request = parse(r#"{"topics":["_dlq.g"],"start":{"timestamp_ms":5}}"#).unwrap();
         assert_eq!(request.start, StartAt::Timestamp(5));
+        let nulls = parse(r#"{"topics":["a"],"ordered":null,"start":null,"encoding":null}"#);
+        let request = nulls.unwrap();
+        assert_eq!((request.start, request.ordered), (StartAt::Earliest, false));
         for (text, named) in [
             (r#"{"topics":[]}"#, "1 to 100"),
             (r#"{"topics":["a","a"]}"#, "twice"),
@@ -259,6 +268,8 @@ mod tests {
             (r#"{"topics":["a"],"consumer":""}"#, "1 to 255"),
             (r#"{"topics":["a"],"lease":1}"#, "unknown field `lease`"),
             (r#"{"topics":["a"],"start":"middle"}"#, "middle"),
+            (r#"{"topics":["a"],"start":7}"#, r#"{"timestamp_ms": N}"#),
+            (r#"{"topics":["a"],"encoding":7}"#, r#""base64""#),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

@@ -28,7 +28,7 @@ pub struct CreateTopic {
     #[serde(default)]
     replicas: Option<u32>,
     /// `sync` (default): a majority has it on disk. `async`: a majority has written it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flush")]
     #[schema(value_type = Option<String>)]
     flush: Option<FlushMode>,
     #[serde(default, deserialize_with = "object::optional")]
@@ -80,7 +80,7 @@ pub struct BacklogBody {
     #[schema(value_type = Option<u64>)]
     max_age_ms: Option<Option<u64>>,
     /// `reject` (default): 429. `drop_newest`: 200 with `"dropped": true`, and nothing stored.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "on_full")]
     #[schema(value_type = Option<String>)]
     on_full: Option<OnFull>,
 }
@@ -105,7 +105,7 @@ pub struct UpdateTopic {
     /// Can only grow.
     #[serde(default)]
     queues: Option<u32>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flush")]
     #[schema(value_type = Option<String>)]
     flush: Option<FlushMode>,
     #[serde(default, deserialize_with = "given_object")]
@@ -127,6 +127,14 @@ pub struct UpdateTopic {
     /// Moves keyed messages to other queues: their order is only kept within a queue.
     #[serde(default)]
     hash_queues: Option<u32>,
+}
+
+fn flush<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FlushMode>, D::Error> {
+    object::choice(deserializer, r#""sync" or "async""#)
+}
+
+fn on_full<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<OnFull>, D::Error> {
+    object::choice(deserializer, r#""reject" or "drop_newest""#)
 }
 
 /// An object or null, both of which count as given.
@@ -449,6 +457,7 @@ mod tests {
             (json!({"name": "t", "queues": "4"}), "line 1 column"),
             (json!({"name": "t", "replicas": 9}), "replicas"),
             (json!({"name": "t", "flush": "never"}), "never"),
+            (json!({"name": "t", "flush": 1}), "\"sync\" or \"async\""),
             (
                 json!({"name": "t", "ttl_ms": 0}),
                 "ttl_ms is 0; it must be 1",
