@@ -10,6 +10,7 @@ use crate::http::error::ApiError;
 use crate::http::object;
 use crate::http::path::checked_topic;
 use crate::http::query::{Params, bounded};
+use crate::names::dead_letter_topic;
 
 const MAX_TOPICS: usize = 100;
 const MAX_MESSAGES: usize = 10_000;
@@ -86,7 +87,7 @@ impl From<StartBody> for StartAt {
 
 impl ReceiveBody {
     pub fn request(self, group: String) -> Result<ReceiveRequest, ApiError> {
-        check_topics(&self.topics)?;
+        check_topics(&group, &self.topics)?;
         if let Some(consumer) = &self.consumer
             && !(1..=MAX_CONSUMER_BYTES).contains(&consumer.len())
         {
@@ -115,7 +116,15 @@ impl ReceiveBody {
     }
 }
 
-fn check_topics(topics: &[String]) -> Result<(), ApiError> {
+fn check_topics(group: &str, topics: &[String]) -> Result<(), ApiError> {
+    let own = dead_letter_topic(group);
+    if topics.contains(&own) {
+        // What died again would go where it came from.
+        return Err(ApiError::invalid(format!(
+            "topic {own:?} has the dead letters of consumer group {group:?} itself; read it with \
+             another group, or put them back with dlq/redrive"
+        )));
+    }
     let count = topics.len();
     if !(1..=MAX_TOPICS).contains(&count) {
         return Err(ApiError::invalid(format!(
@@ -195,7 +204,7 @@ pub fn stream_request(
     ])?;
     let topics = params.get("topic").unwrap_or_default();
     let topics: Vec<String> = topics.split(',').map(str::to_owned).collect();
-    check_topics(&topics)?;
+    check_topics(&group, &topics)?;
     let start = match params.get("start") {
         None | Some("earliest") => StartAt::Earliest,
         Some("latest") => StartAt::Latest,
@@ -252,7 +261,7 @@ mod tests {
         let defaults = (request.max_messages, request.wait_ms, request.lease_ms);
         assert_eq!(defaults, (10, 0, 30_000));
         assert_eq!(request.start, StartAt::Earliest);
-        let request = parse(r#"{"topics":["_dlq.g"],"start":{"timestamp_ms":5}}"#).unwrap();
+        let request = parse(r#"{"topics":["_dlq.h"],"start":{"timestamp_ms":5}}"#).unwrap();
         assert_eq!(request.start, StartAt::Timestamp(5));
         let nulls = parse(r#"{"topics":["a"],"ordered":null,"start":null,"encoding":null}"#);
         let request = nulls.unwrap();
@@ -261,6 +270,7 @@ mod tests {
             (r#"{"topics":[]}"#, "1 to 100"),
             (r#"{"topics":["a","a"]}"#, "twice"),
             (r#"{"topics":["_x"]}"#, "topic name"),
+            (r#"{"topics":["a","_dlq.g"]}"#, "another group"),
             (r#"{"topics":["a"],"lease_ms":99}"#, "100 to 43200000"),
             (r#"{"topics":["a"],"wait_ms":60001}"#, "0 to 60000"),
             (r#"{"topics":["a"],"max_messages":0}"#, "1 to 10000"),
