@@ -44,6 +44,7 @@ async fn serve(config: ServerConfig) -> Result<()> {
     };
     let http_listener = bind("http.listen", config.http.listen).await?;
     let peer_listener = bind("peer.listen", config.peer.listen).await?;
+    let peer = peer_listener.local_addr()?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let metrics = Arc::new(Metrics::new());
@@ -57,7 +58,7 @@ async fn serve(config: ServerConfig) -> Result<()> {
     );
     let limits = state.limits.clone();
     let app = http::router(state);
-    tracing::info!(node = config.node_id, http = %config.http.listen, peer = %config.peer.listen, "listening");
+    tracing::info!(node = config.node_id, http = %config.http.listen, peer = %peer, "listening");
     let serving = http::serve(http_listener, app, limits, metrics, shutdown.clone());
     let serving = tokio::spawn(serving);
     let failure = tokio::select! {

@@ -25,6 +25,21 @@ impl ProposeError {
     }
 }
 
+/// Why leadership was not handed over.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum TransferError {
+    /// Nothing was done: this replica has nothing to hand over.
+    #[error("this replica does not lead")]
+    NotLeader { leader: Option<NodeId> },
+    /// Nothing was done: the other node could not take over.
+    #[error("{0}")]
+    Refused(String),
+    /// It was announced, and the other node did not take over in time. Another one leads then, or
+    /// will.
+    #[error("{0}")]
+    NotTaken(String),
+}
+
 /// Why the end of a group's log could not be proved.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ReadError {
@@ -46,9 +61,12 @@ pub enum CallError {
     /// No byte of it left this node, or the other side refused to take it up.
     #[error("not sent: {0}")]
     NotSent(String),
-    /// It may have been carried out.
+    /// No answer in time. It may have been carried out.
     #[error("no answer: {0}")]
     Unknown(String),
+    /// The connection was lost, or the node failed, before the answer. It may have been carried out.
+    #[error("the answer was lost: {0}")]
+    Lost(String),
 }
 
 /// Why a group could not be opened on this node.

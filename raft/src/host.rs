@@ -384,8 +384,10 @@ impl RaftHost {
             .map_err(|error| {
                 if error.nobody_took_it() {
                     CallError::NotSent(error.to_string())
-                } else {
+                } else if error == crate::link::CallError::Timeout {
                     CallError::Unknown(error.to_string())
+                } else {
+                    CallError::Lost(error.to_string())
                 }
             })
     }

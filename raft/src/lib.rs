@@ -37,7 +37,7 @@ mod wire;
 
 pub use boot::{Run, this_boot};
 pub use config::{GroupSpec, HostConfig, LogRetention, Replica};
-pub use error::{CallError, OpenGroupError, ProposeError, ReadError};
+pub use error::{CallError, OpenGroupError, ProposeError, ReadError, TransferError};
 pub use group::{Group, GroupMetrics, Settled};
 pub use host::{HostStorage, NodeLiveness, NodeStatus, PeerService, RaftEvent, RaftHost};
 pub use identity::Identity;

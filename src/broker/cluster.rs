@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use quorate_raft::{NodeLiveness, ProposeError};
+use quorate_raft::{NodeLiveness, TransferError};
 
 use super::route::UNKNOWN;
 use super::{
@@ -98,9 +98,14 @@ impl Broker {
         }
         match replica.transfer_leader(to).await {
             Ok(()) => Ok(()),
-            Err(ProposeError::NotLeader { leader }) => Err(PeerError::NotLeader { leader }),
-            Err(ProposeError::Closed) => Err(PeerError::NotHere),
-            Err(ProposeError::Unknown(reason)) => {
+            Err(TransferError::NotLeader { leader }) => Err(PeerError::NotLeader { leader }),
+            Err(TransferError::Refused(reason)) => {
+                Err(PeerError::Broker(BrokerError::CannotLead {
+                    node: to,
+                    reason,
+                }))
+            }
+            Err(TransferError::NotTaken(reason)) => {
                 tracing::debug!(group, to, %reason, "leadership was not taken over");
                 Err(PeerError::Broker(UNKNOWN))
             }

@@ -132,6 +132,19 @@ async fn a_restarted_follower_of_a_quiet_queue_applies_its_log_unasked() {
     let leader = created.queues[0].leader.unwrap();
     let follower = (2..=3).find(|n| *n != leader).unwrap();
     nodes.remove(follower as usize - 1).stop().await;
+    eventually("the follower is known to be down", || async {
+        let cluster = nodes[0].broker.cluster().await.unwrap();
+        let states = cluster.nodes.iter();
+        states
+            .filter(|n| n.id == follower)
+            .all(|n| n.state == crate::broker::NodeState::Down)
+    })
+    .await;
+    let refused = nodes[0].broker.transfer_leader("t", 0, follower).await;
+    assert!(
+        matches!(refused, Err(BrokerError::CannotLead { node, .. }) if node == follower),
+        "{refused:?}"
+    );
     // Nothing is written from here on, so nothing but itself brings the follower up to date.
     let back = cluster.start(follower).await;
     back.ready().await;

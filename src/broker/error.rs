@@ -91,7 +91,8 @@ pub enum BrokerError {
         current: u32,
     },
     #[error(
-        "producer {id:?} sent sequence {sequence}, expected {expected}; send the missing messages first, or register again"
+        "producer {id:?} sent sequence {sequence}, expected {expected}; {}",
+        wrong_sequence(*sequence, *expected)
     )]
     OutOfOrderSequence {
         id: String,
@@ -173,6 +174,23 @@ pub enum BrokerError {
         queue: u32,
         node: u64,
     },
+    #[error(
+        "the answer was lost with the connection to the leader, or with its leadership; the write may or may not have been stored"
+    )]
+    AnswerLost,
+    #[error("node {node} cannot take over: {reason}; the leader stays")]
+    CannotLead { node: u64, reason: String },
+}
+
+/// What to do about a sequence that is not the expected one. They go from 0 to 2^31 - 1, and begin
+/// again.
+fn wrong_sequence(sequence: u64, expected: u64) -> &'static str {
+    let behind = expected.wrapping_sub(sequence) & 0x7fff_ffff;
+    if expected > 0 && behind < 1 << 30 {
+        "messages with these numbers are stored, but too long ago for the first answer, or in other requests than this one; go on with the expected one, or register again"
+    } else {
+        "send the missing messages first, or register again"
+    }
 }
 
 impl BrokerError {
@@ -182,7 +200,7 @@ impl BrokerError {
             Self::NoLeader { outcome }
             | Self::Timeout { outcome }
             | Self::Unroutable { outcome, .. } => *outcome,
-            Self::Internal(_) => Outcome::Unknown,
+            Self::Internal(_) | Self::AnswerLost => Outcome::Unknown,
             _ => Outcome::NotCommitted,
         }
     }
@@ -197,6 +215,8 @@ impl BrokerError {
                 | Self::DiskFull { .. }
                 | Self::Quarantined
                 | Self::Timeout { .. }
+                | Self::AnswerLost
+                | Self::CannotLead { .. }
                 | Self::QuotaExceeded(_)
                 | Self::RateExceeded { .. }
                 | Self::BacklogFull(_)

@@ -117,8 +117,15 @@ impl Broker {
             let text = "queues must name at least one queue".to_owned();
             return Err(BrokerError::InvalidRequest(text));
         }
+        let mut request = request;
         let now = join_all((0..request.queues.len()).map(|n| self.fetch_one(&request, n, 0))).await;
         let mut answers = share(now, request.max_messages, request.max_bytes);
+        // Where it waits it goes on from here: the latest is not somewhere else by then.
+        for (from, answer) in request.queues.iter_mut().zip(&answers) {
+            if let Ok(answer) = answer {
+                from.start = StartAt::Offset(answer.next_offset);
+            }
+        }
         let has_some = |a: &BrokerResult<FetchAnswer>| !matches!(a, Ok(a) if a.messages.is_empty());
         if request.wait_ms == 0 || answers.iter().any(has_some) {
             return Ok(answers);
@@ -150,13 +157,13 @@ impl Broker {
         let QueueFetch {
             topic,
             queue,
-            offset,
+            start,
             selection,
         } = request.queues[place].clone();
         let one = FetchRequest {
             topic,
             queue,
-            start: StartAt::Offset(offset),
+            start,
             max_messages: request.max_messages,
             max_bytes: request.max_bytes,
             wait_ms,

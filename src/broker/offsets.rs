@@ -159,13 +159,14 @@ impl Broker {
         Ok(rows)
     }
 
-    /// The queue's proved end, how many messages are left, and how old the next one is.
+    /// The queue's proved end, how many messages are left, and how old the next one is. What
+    /// retention removed before a group had it is left, too.
     pub(super) async fn lag(&self, id: u64, offset: Option<u64>) -> BrokerResult<(u64, u64, u64)> {
         let bounds = self.proved_bounds(id).await?;
         let next = offset.unwrap_or(0).max(bounds.earliest);
-        let lag = bounds.end.saturating_sub(next);
-        if lag == 0 {
-            return Ok((bounds.end, 0, 0));
+        let lag = bounds.end.saturating_sub(offset.unwrap_or(next));
+        if next >= bounds.end {
+            return Ok((bounds.end, lag, 0));
         }
         let request = ReadRequest {
             group: id,

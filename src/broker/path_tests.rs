@@ -332,7 +332,7 @@ async fn a_fetch_over_many_queues_waits_for_any_of_them() {
     let from = |topic: &str, queue| QueueFetch {
         topic: topic.to_owned(),
         queue,
-        offset: 0,
+        start: StartAt::Offset(0),
         selection: Selection::default(),
     };
     let many = |wait_ms| MultiFetchRequest {

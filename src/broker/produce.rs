@@ -26,7 +26,8 @@ use crate::catalog::Topic;
 use crate::names::{RESERVED_HEADER_PREFIX, check_tag};
 use crate::peer::{NewBatch, PeerError, PeerRequest, PeerResult};
 
-const MAX_KEY_BYTES: usize = 256;
+/// A client's has at most 255; what is made of it for a group of lines has more.
+const MAX_KEY_BYTES: usize = 300;
 
 /// What is stored, or isn't, of each message of a batch.
 type Results = Vec<Result<Stored, BrokerError>>;
@@ -45,6 +46,15 @@ impl Broker {
     pub async fn produce(&self, request: ProduceRequest) -> BrokerResult<ProduceAnswer> {
         let prepared = self.prepare(request).await?;
         Ok(self.store_prepared(prepared).await)
+    }
+
+    /// Whether such a request can be stored at all, and if not, why.
+    pub async fn check_produce(&self, request: ProduceRequest) -> BrokerResult<()> {
+        let prepared = self.prepare(request).await?;
+        prepared
+            .parts
+            .into_iter()
+            .try_for_each(|part| part.batch.map(drop))
     }
 
     /// Checks a request and makes it ready to be stored.

@@ -141,7 +141,9 @@ impl Broker {
             )),
             Ok(other) => Err(unexpected(&other)),
             // The messages themselves were not proposed.
-            Err(BrokerError::Timeout { .. }) => Err(super::route::NO_LEADER),
+            Err(BrokerError::Timeout { .. } | BrokerError::AnswerLost) => {
+                Err(super::route::NO_LEADER)
+            }
             Err(error) => Err(error),
         }
     }

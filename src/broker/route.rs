@@ -243,6 +243,10 @@ impl Broker {
                 tracing::debug!(node, %reason, "fate of a forwarded write unknown");
                 Err(Attempt::Failed(UNKNOWN))
             }
+            Err(CallError::Lost(reason)) => {
+                tracing::debug!(node, %reason, "the answer to a forwarded write was lost");
+                Err(Attempt::Failed(BrokerError::AnswerLost))
+            }
         }
     }
 
@@ -340,7 +344,7 @@ impl Broker {
             Ok(Err(ProposeError::Closed)) => Err(PeerError::NotHere),
             Ok(Err(ProposeError::Unknown(reason))) => {
                 tracing::debug!(group, %reason, "fate of a command unknown");
-                Err(PeerError::Broker(UNKNOWN))
+                Err(PeerError::Broker(BrokerError::AnswerLost))
             }
             Err(_) => Err(PeerError::Broker(UNKNOWN)),
         }

@@ -282,7 +282,7 @@ pub struct RawFetchAnswer {
 pub struct QueueFetch {
     pub topic: String,
     pub queue: u32,
-    pub offset: u64,
+    pub start: StartAt,
     pub selection: Selection,
 }
 

@@ -8,13 +8,20 @@ use serde::{Deserialize, Serialize};
 pub struct Problem {
     pub title: String,
     pub status: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
     pub code: String,
     pub retryable: bool,
     /// For writes: `not_committed` or `unknown`.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub outcome: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub earliest_offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub end_offset: Option<u64>,
+    /// What else the server said.
+    #[serde(flatten)]
+    pub more: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Problem {
@@ -98,6 +105,32 @@ impl CliError {
         }
     }
 
+    /// The message for a machine: the server's problem document where there is one, on one line.
+    pub fn to_json(&self) -> String {
+        let title = match self {
+            Self::Problem(problem) => {
+                // It has string keys and is made of JSON: this cannot fail.
+                return serde_json::to_string(problem).unwrap_or_default();
+            }
+            Self::Usage(_) => "Wrong usage",
+            Self::Unreachable { .. } => "No node could be reached",
+            Self::NoAnswer { .. } => "No usable answer",
+            Self::Protocol { .. } => "Answer not understood",
+            Self::Io { .. } => "Input or output failed",
+            Self::Failed(_) => "Failed",
+            Self::OutputClosed => "Standard output is closed",
+        };
+        let outcome = match self.outcome_unknown() {
+            true => Some("unknown"),
+            false => None,
+        };
+        let mut document = serde_json::json!({ "title": title, "detail": self.to_string() });
+        if let Some(outcome) = outcome {
+            document["outcome"] = outcome.into();
+        }
+        document.to_string()
+    }
+
     /// The message for a person, with what it means for a write.
     pub fn explain(&self) -> String {
         let meaning = match self {
@@ -155,5 +188,22 @@ mod tests {
         let text = r#"{"type":"about:blank","title":"Topic not found","status":404,"code":"topic_not_found","new":1}"#;
         let problem: Problem = serde_json::from_str(text).unwrap();
         assert_eq!(problem.explain(), "Topic not found [404 topic_not_found]");
+        let shown: serde_json::Value =
+            serde_json::from_str(&CliError::Problem(Box::new(problem)).to_json()).unwrap();
+        assert_eq!(
+            (&shown["type"], &shown["new"]),
+            (&"about:blank".into(), &1.into())
+        );
+        assert!(shown.get("outcome").is_none(), "{shown}");
+    }
+
+    #[test]
+    fn without_an_answer_a_machine_is_told_so_too() {
+        let attempts = "http://a: refused\nhttp://b: refused".to_owned();
+        let line = CliError::Unreachable { attempts }.to_json();
+        assert!(!line.contains('\n'), "{line}");
+        let shown: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(shown["title"], "No node could be reached");
+        assert!(shown["detail"].as_str().unwrap().contains("http://b"));
     }
 }

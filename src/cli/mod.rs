@@ -64,7 +64,7 @@ struct Connection {
         global = true
     )]
     urls: Vec<String>,
-    /// Print JSON for machines: one value a line.
+    /// Print JSON for machines: one value a line, errors on standard error.
     #[arg(long, global = true)]
     json: bool,
 }
@@ -112,11 +112,22 @@ enum Command {
 
 /// Parses the arguments, runs the command, prints what went wrong, and says it in the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match run(cli) {
+    let (json, done) = match Cli::try_parse() {
+        Ok(cli) => (cli.connection.json, run(cli)),
+        // With --json, whether it was understood or not.
+        Err(error) if error.use_stderr() && std::env::args().any(|a| a == "--json") => {
+            let text = error.to_string();
+            (true, Err(CliError::Usage(text.trim_end().to_owned())))
+        }
+        Err(error) => error.exit(),
+    };
+    match done {
         Ok(()) | Err(CliError::OutputClosed) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}", error.explain());
+            match json {
+                true => eprintln!("{}", error.to_json()),
+                false => eprintln!("{}", error.explain()),
+            }
             ExitCode::from(error.exit_code())
         }
     }

@@ -54,7 +54,7 @@ section! {
 section! {
     /// The listener for the other nodes.
     PeerConfig, PeerKeys, "peer" {
-        /// Address the other nodes connect to. Keep it inside your network: it trusts what reaches it.
+        /// Address the other nodes connect to. Keep it inside your network: it trusts what reaches it. With dev, where there are no others, any free port of loopback.
         listen: SocketAddr = loopback(7080), "peer-listen", "QUORATE_PEER_LISTEN";
     }
 }

@@ -12,6 +12,7 @@ mod tests;
 mod validate;
 mod webhooks;
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use quorate_raft::NodeId;
@@ -203,13 +204,21 @@ impl ServerConfig {
             None if dev => PathBuf::from(DEV_DATA_DIR),
             None => return Err(missing("data_dir", "--data-dir", "QUORATE_DATA_DIR")),
         };
+        // Nobody connects to a node that is alone: any free port will do.
+        let alone = dev && args.cluster.nodes.is_none();
+        let peer = match alone {
+            true => PeerConfig {
+                listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            },
+            false => PeerConfig::default(),
+        };
         let mut config = Self {
             dev,
             node_id,
             data_dir,
             cluster: args.cluster.resolve(ClusterConfig::default()),
             http: args.http.resolve(HttpConfig::default()),
-            peer: args.peer.resolve(PeerConfig::default()),
+            peer: args.peer.resolve(peer),
             log: args.log.resolve(LogConfig::default()),
             raft: args.raft.resolve(RaftConfig::default()),
             limits: args.limits.resolve(LimitsConfig::default()),

@@ -152,6 +152,11 @@ fn dev_needs_nothing() {
     assert_eq!(config.node_id, 1);
     assert_eq!(config.default_replicas(), 1);
     assert_eq!(config.data_dir, PathBuf::from(DEV_DATA_DIR));
+    // Several on one machine: nobody connects to any of them.
+    assert_eq!(config.peer.listen.port(), 0);
+    let given = ["--dev", "--peer-listen", "127.0.0.1:7099"];
+    let given = ServerConfig::load(flags(&given)).unwrap();
+    assert_eq!(given.peer.listen.port(), 7099);
     ServerConfig::dev(Path::new("/tmp/x")).validate().unwrap();
 }
 

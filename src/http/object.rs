@@ -4,6 +4,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+use serde::de::DeserializeOwned;
 use serde::de::value::MapAccessDeserializer;
 use serde::{Deserialize, Deserializer, de};
 
@@ -37,6 +38,31 @@ where
     Ok(found.map(|object| object.0))
 }
 
+/// For a field that may be absent; null is as good as that.
+pub fn or_default<'de, T, D>(deserializer: D) -> Result<T, D::Error>
+where
+    T: Deserialize<'de> + Default,
+    D: Deserializer<'de>,
+{
+    Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// For an optional field that is one of a few words, or objects; `allowed` says which there are.
+pub fn choice<'de, T, D>(deserializer: D, allowed: &str) -> Result<Option<T>, D::Error>
+where
+    T: DeserializeOwned,
+    D: Deserializer<'de>,
+{
+    use de::Error as _;
+    let Some(value) = Option::<serde_json::Value>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    let chosen = T::deserialize(value);
+    chosen
+        .map(Some)
+        .map_err(|error| D::Error::custom(format!("{error}; allowed: {allowed}")))
+}
+
 /// For a list of objects.
 pub fn list<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
@@ -44,5 +70,15 @@ where
     D: Deserializer<'de>,
 {
     let found = Vec::<Object<T>>::deserialize(deserializer)?;
+    Ok(found.into_iter().map(|object| object.0).collect())
+}
+
+/// The same where it may be absent.
+pub fn optional_list<'de, T, D>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    let found = Option::<Vec<Object<T>>>::deserialize(deserializer)?.unwrap_or_default();
     Ok(found.into_iter().map(|object| object.0).collect())
 }

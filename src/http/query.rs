@@ -17,10 +17,44 @@ impl<S: Sync> FromRequestParts<S> for Params {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, ApiError> {
-        Query::<Vec<(String, String)>>::try_from_uri(&parts.uri)
-            .map(|Query(pairs)| Self(pairs))
-            .map_err(|error| ApiError::invalid(format!("the query cannot be read: {error}")))
+        let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(&parts.uri)
+            .map_err(|error| ApiError::invalid(format!("the query cannot be read: {error}")))?;
+        // Where a piece is no text, it was read as if it had other bytes. Pieces without anything
+        // in them make no pair.
+        let pieces = parts.uri.query().unwrap_or_default().split('&');
+        let pieces = pieces.filter(|piece| !piece.is_empty());
+        match pieces.zip(&pairs).find(|(piece, _)| !is_text(piece)) {
+            Some((_, (name, _))) => {
+                let shown: String = name.chars().take(100).collect();
+                Err(ApiError::invalid(format!(
+                    "query parameter {shown:?} is not UTF-8 where its %XX are decoded"
+                )))
+            }
+            None => Ok(Self(pairs)),
+        }
     }
+}
+
+/// Whether a part of a query is UTF-8 when what is encoded in it is decoded.
+fn is_text(piece: &str) -> bool {
+    let mut decoded = Vec::with_capacity(piece.len());
+    let mut rest = piece.as_bytes();
+    while let Some((&byte, behind)) = rest.split_first() {
+        let digits = (byte == b'%').then(|| behind.get(..2)).flatten();
+        let digits = digits.filter(|two| two.iter().all(u8::is_ascii_hexdigit));
+        let code = digits.and_then(|two| std::str::from_utf8(two).ok());
+        match code.and_then(|code| u8::from_str_radix(code, 16).ok()) {
+            Some(code) => {
+                decoded.push(code);
+                rest = behind.get(2..).unwrap_or_default();
+            }
+            None => {
+                decoded.push(byte);
+                rest = behind;
+            }
+        }
+    }
+    std::str::from_utf8(&decoded).is_ok()
 }
 
 impl Params {
@@ -119,6 +153,23 @@ mod tests {
         assert!(error.contains("twice"), "{error}");
         let error = detail(params("a").none().unwrap_err());
         assert!(error.contains("allowed here: none"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_text_is_refused_by_name() {
+        let read = async |query: &str| {
+            let request = axum::http::Request::get(format!("/x?{query}"));
+            let (mut parts, ()) = request.body(()).unwrap().into_parts();
+            Params::from_request_parts(&mut parts, &()).await
+        };
+        for fine in ["", "a=%C3%A4&b=%", "a=%zz+b&&c", "a=%EF%BF%BD"] {
+            assert!(read(fine).await.is_ok(), "{fine}");
+        }
+        for wrong in ["a=1&&key=%FF", "key=x%C3", "a&key=%c3%28&b"] {
+            let error = detail(read(wrong).await.unwrap_err());
+            assert!(error.contains("\"key\""), "{wrong}: {error}");
+        }
+        assert!(read("%FF=1").await.is_err());
     }
 
     #[test]

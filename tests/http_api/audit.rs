@@ -24,6 +24,33 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_are_json_where_answers_are() {
+    let api = Api::start().await.unwrap();
+    let wrong = |arguments: &'static [&'static str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quorate"));
+        command.args(arguments).args(["--json", "--url", &api.url]);
+        async move {
+            let run = tokio::task::spawn_blocking(move || command.output());
+            let output = run.await.unwrap().expect("the program runs");
+            let text = text(&output.stderr);
+            assert_eq!(text.lines().count(), 1, "{text}");
+            let error: Value = serde_json::from_str(&text).expect("JSON");
+            assert!(output.stdout.is_empty());
+            (output.status.code(), error)
+        }
+    };
+    let (code, error) = wrong(&["topic", "show", "none"]).await;
+    assert_eq!((code, &error["code"]), (Some(1), &json!("topic_not_found")));
+    assert_eq!(error["status"], 404, "{error}");
+    assert!(
+        error["type"].is_string() && error["detail"].is_string(),
+        "{error}"
+    );
+    let (code, error) = wrong(&["topic", "shwo"]).await;
+    assert_eq!((code, &error["title"]), (Some(2), &json!("Wrong usage")));
+}
+
 async fn json_of(url: &str, arguments: &[&str]) -> (Option<i32>, Value) {
     let arguments: Vec<&str> = [&["--json"], arguments].concat();
     let output = audit(url, &arguments).await;
@@ -68,6 +95,11 @@ async fn a_sound_topic_has_no_findings() {
     );
     assert_eq!(found["queues"][1]["messages"], 2);
     assert_eq!(found["queues"][1]["numbered"], 0);
+    // Of a group that isn't there, nothing is found out.
+    let unknown = audit(&api.url, &["--group", "nobody"]).await;
+    let said = text(&unknown.stderr);
+    assert_eq!(unknown.status.code(), Some(1), "{said}");
+    assert!(said.contains("consumer_group_not_found"), "{said}");
     // From the middle: what comes first there is a producer's start.
     let (code, found) = json_of(&api.url, &["--from-offset", "9", "--queue", "0"]).await;
     assert_eq!(
@@ -137,6 +169,10 @@ async fn broken_node(batches: Vec<Vec<u8>>, end: u64, groups: Value) -> String {
     let app = Router::new()
         .route("/v1/topics/t", get(move || async { axum::Json(topic) }))
         .route("/v1/topics/t/queues/0/messages", get(messages))
+        .route(
+            "/v1/groups/g",
+            get(|| async { axum::Json(json!({"group": "g"})) }),
+        )
         .route(
             "/v1/groups/g/offsets",
             get(move || async { axum::Json(groups) }),

@@ -95,6 +95,28 @@ async fn a_request_is_taken_whole_or_not_at_all() -> Result<()> {
 }
 
 #[tokio::test]
+async fn of_many_lines_as_many_are_taken_as_fit() -> Result<()> {
+    let api = Api::start().await?;
+    bounded(&api, json!({"max_messages": 4})).await;
+    let lines: String = (0..10)
+        .map(|n| format!("{{\"value\":\"{n}\"}}\n"))
+        .collect();
+    let answer = api.post_as(PRODUCE, "application/x-ndjson", lines).await;
+    answer.expect(200);
+    let text = answer.text();
+    for (number, line) in text.lines().enumerate() {
+        let line: Value = serde_json::from_str(line)?;
+        match number < 4 {
+            true => assert_eq!(line["offset"], number, "{text}"),
+            false => assert_eq!(line["error"]["code"], "backlog_full", "{text}"),
+        }
+    }
+    assert_eq!(text.lines().count(), 10);
+    assert_eq!(end(&api).await, 4);
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_topic_that_drops_says_so_for_each_message() -> Result<()> {
     let api = Api::start().await?;
     bounded(&api, json!({"max_messages": 2, "on_full": "drop_newest"})).await;

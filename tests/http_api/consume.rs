@@ -218,6 +218,19 @@ async fn many_queues_in_one_request() {
     assert_eq!(results[1]["next_offset"], 2);
     assert_eq!(values(&results[2]), ["c"]);
 
+    let named = |queue: u32, offset: Value| json!({"topic": "t", "queue": queue, "offset": offset});
+    let body = json!({"queues": [named(1, json!("earliest")), named(1, json!("latest"))]});
+    let found = api.post("/v1/fetch", &body).await.expect(200);
+    assert_eq!(values(&found["results"][0]), ["a", "b"]);
+    assert_eq!(values(&found["results"][1]).len(), 0);
+    assert_eq!(found["results"][1]["next_offset"], 2);
+    for wrong in [json!("newest"), json!(-1), json!(null)] {
+        let body = json!({"queues": [named(1, wrong)]});
+        let problem = api.post("/v1/fetch", &body).await;
+        let problem = problem.problem(400, "invalid_request");
+        assert!(problem["detail"].as_str().unwrap().contains("latest"));
+    }
+
     let body = json!({"queues": [from("t", 1, 0), from("none", 0, 0), from("t", 1, 99)]});
     let found = api.post("/v1/fetch", &body).await.expect(207);
     assert_eq!(values(&found["results"][0]), ["a", "b"]);

@@ -127,21 +127,64 @@ async fn a_retry_with_the_same_key_gets_the_first_answer() {
     }
 }
 
+/// 250 lines; those at `numbers` are too large.
+fn many_lines(numbers: &[usize]) -> String {
+    let line = |number: usize| match numbers.contains(&number) {
+        true => format!("{{\"value\":\"{}\"}}\n", "x".repeat(10_001)),
+        false => format!("{{\"value\":\"{number}\"}}\n"),
+    };
+    (0..250).map(line).collect()
+}
+
 #[tokio::test]
-async fn each_line_has_a_key_of_its_own() {
+async fn lines_under_a_key_are_remembered_by_the_hundred() {
     let api = Api::start().await.unwrap();
     api.topic("t", 1).await;
     let media = "application/x-ndjson";
-    let first = keyed(&api, "k", media, "{\"value\":\"a\"}\n{\"value\":\"b\"}\n").await;
+    let key = "k".repeat(255);
+    let body = many_lines(&[]);
+    let first = keyed(&api, &key, media, &body).await;
     first.expect(200);
-    // The retry has one more line: the first two are known.
-    let longer = "{\"value\":\"a\"}\n{\"value\":\"b\"}\n{\"value\":\"c\"}\n";
-    let again = keyed(&api, "k", media, longer).await;
-    assert!(
-        again.text().starts_with(&first.text()),
-        "{}\n{}",
-        first.text(),
-        again.text()
-    );
-    assert_eq!(count(&api, 0).await, 3);
+    assert_eq!(first.text().lines().count(), 250);
+    // However the retry arrives, it is divided the same way.
+    let pieces: Vec<_> = body.as_bytes().chunks(777).map(<[u8]>::to_vec).collect();
+    let pieces = pieces.into_iter().map(Ok::<_, std::io::Error>);
+    let request = api
+        .request(Method::POST, PATH)
+        .header("content-type", media)
+        .header("idempotency-key", &key);
+    let pieces = reqwest::Body::wrap_stream(futures_util::stream::iter(pieces));
+    let again = api.send(request.body(pieces)).await;
+    assert_eq!(first.text(), again.text());
+    assert_eq!(count(&api, 0).await, 250);
+    // The first two groups are known, the third is another one.
+    let longer = keyed(&api, &key, media, &format!("{body}{{}}\n")).await;
+    let (first, longer) = (first.text(), longer.text());
+    let both = first.lines().zip(longer.lines());
+    assert_eq!(both.take_while(|(a, b)| a == b).count(), 200);
+    assert_eq!(longer.matches("\"invalid_request\"").count(), 51);
+    assert_eq!(count(&api, 0).await, 250);
+}
+
+#[tokio::test]
+async fn a_line_that_cannot_be_stored_leaves_the_others_under_its_key() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let media = "application/x-ndjson";
+    let body = many_lines(&[3, 77]);
+    let first = keyed(&api, "k", media, &body).await;
+    first.expect(200);
+    let text = first.text();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    for (number, line) in lines.iter().enumerate() {
+        match number {
+            3 | 77 => assert_eq!(line["error"]["code"], "message_too_large", "{line}"),
+            _ => assert!(line["offset"].is_u64(), "{line}"),
+        }
+    }
+    assert_eq!(keyed(&api, "k", media, &body).await.text(), text);
+    assert_eq!(count(&api, 0).await, 248);
 }

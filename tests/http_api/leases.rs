@@ -342,7 +342,35 @@ async fn a_group_works_one_way() {
     let wanted = json!({"topics": ["t"]});
     let refused = api.post("/v1/groups/committing/receive", &wanted).await;
     refused.problem(409, "group_mode_conflict");
-    receive(&api, "leasing", json!({})).await;
+    let held = receive(&api, "leasing", json!({})).await;
+    let of_another = json!({"receipts": receipts(&held)});
+    for way in ["ack", "nack", "extend"] {
+        settle(&api, "committing", way, of_another.clone())
+            .await
+            .problem(409, "group_mode_conflict");
+    }
+    let none = json!({});
+    api.post("/v1/groups/committing/dlq/redrive", &none)
+        .await
+        .problem(409, "group_mode_conflict");
+    api.post("/v1/groups/nobody/dlq/redrive", &none)
+        .await
+        .problem(404, "consumer_group_not_found");
+    api.get("/v1/groups/committing/retry_policy")
+        .await
+        .problem(409, "group_mode_conflict");
+    let own = json!({"topics": ["_dlq.leasing"]});
+    let refused = api.post("/v1/groups/leasing/receive", &own).await;
+    let problem = refused.problem(400, "invalid_request");
+    assert!(
+        problem["detail"]
+            .as_str()
+            .unwrap()
+            .contains("another group")
+    );
+    api.get("/v1/groups/leasing/messages?topic=_dlq.leasing")
+        .await
+        .problem(400, "invalid_request");
     let refused = api.call(Method::PUT, &commit("leasing"), &offsets).await;
     refused.problem(409, "group_mode_conflict");
 }

@@ -95,7 +95,7 @@ async fn the_message_with_an_id() {
     for malformed in ["", "x", &id[1..], &format!("{id}A")] {
         look(&api, &[("message_id", malformed)])
             .await
-            .problem(400, "invalid_request");
+            .problem(404, "message_not_found");
     }
     let path = format!("/v1/topics/other/messages?message_id={id}");
     api.get(&path).await.problem(404, "message_not_found");

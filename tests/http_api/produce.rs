@@ -227,6 +227,36 @@ async fn a_message_a_line() {
 }
 
 #[tokio::test]
+async fn a_line_does_not_share_its_neighbours_fate() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 1).await;
+    let media = "application/x-ndjson";
+    let large = "x".repeat(10_001);
+    let year_and_more = 9_999_999_999_999_u64;
+    let body = format!(
+        "{{\"value\":\"a\"}}\n{{\"value\":\"{large}\"}}\n{{\"deliver_at_ms\":{year_and_more}}}\n\
+         {{\"queue\":9}}\n{{\"value\":\"b\"}}\n"
+    );
+    let answer = api.post_as(PATH, media, body).await;
+    answer.expect(200);
+    let text = answer.text();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 5);
+    assert_eq!(
+        (&lines[0]["offset"], &lines[4]["offset"]),
+        (&json!(0), &json!(1))
+    );
+    let codes: Vec<_> = lines[1..4].iter().map(|l| &l["error"]["code"]).collect();
+    assert_eq!(
+        codes,
+        ["message_too_large", "invalid_request", "queue_not_found"]
+    );
+}
+
+#[tokio::test]
 async fn stored_batches_go_from_one_queue_to_another() {
     let api = Api::start().await.unwrap();
     api.topic("t", 2).await;

@@ -43,6 +43,10 @@ async fn by_age_messages_go_and_readers_are_told_where_to_go_on() {
         "retention": {"max_age_ms": null, "max_bytes": null}});
     api.post("/v1/topics", &body).await.expect(201);
     api.store("t", 0, &["a", "b", "c"]).await;
+    let commit = json!({"offsets": [{"topic": "t", "queue": 0, "offset": 1}]});
+    api.call(Method::PUT, "/v1/groups/slow/offsets", &commit)
+        .await
+        .expect(200);
     keep(&api, &json!({"max_age_ms": 1, "max_bytes": null})).await;
     assert_eq!(until_earliest(&api, 3).await, 3);
     keep(&api, &json!({"max_age_ms": null, "max_bytes": null})).await;
@@ -78,9 +82,14 @@ async fn by_age_messages_go_and_readers_are_told_where_to_go_on() {
         "{piece:?}"
     );
 
-    // A group that had not come so far has as much before it as there is, and no error.
+    // A group that never committed has as much before it as there is.
     let offsets = api.get("/v1/groups/g/offsets?topic=t").await.expect(200);
     assert_eq!(offsets["offsets"][0]["lag"], 2);
+    // One that had not come so far missed what is gone: that is lag, and no error.
+    let lagging = api.get("/v1/groups/slow/offsets").await.expect(200);
+    assert_eq!(lagging["offsets"][0]["lag"], 4);
+    assert!(lagging["offsets"][0]["lag_ms"].as_u64().unwrap() < 600_000);
+    assert_eq!(api.get("/v1/groups/slow").await.expect(200)["lag"], 4);
 
     api.cluster.node(1).kill();
     api.cluster.node(1).spawn().unwrap();

@@ -154,5 +154,5 @@ async fn a_group_that_commits_offsets_passes_messages() {
     patch(false).await;
     assert_eq!(trace(&api, &ids[3]).await["traced"], false);
     let path = format!("/v1/topics/t/messages/{}/trace", &ids[0][1..]);
-    api.get(&path).await.problem(400, "invalid_request");
+    api.get(&path).await.problem(404, "message_not_found");
 }

@@ -10,13 +10,16 @@ use openraft::raft::TransferLeaderRequest;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{Group, NO_TERM, RETRY};
-use crate::error::ProposeError;
+use crate::error::TransferError;
 use crate::liveness::PeerState;
 use crate::types::{NodeId, ReplicaId};
 use crate::wire::{Answer, ToReplica, class, decode, encode};
 
 /// How long another replica may take to say whether it leads.
 const ASK_PATIENCE: Duration = Duration::from_millis(200);
+
+/// Who is more entries behind could not take over in time.
+const TRANSFER_LAG_MAX: u64 = 10_000;
 
 impl Group {
     /// The leader of this replica's term, dead or alive. A leader of an earlier life of this very
@@ -128,20 +131,23 @@ impl Group {
     /// Hands over from this replica, which must lead.
     ///
     /// # Errors
-    /// When the other node did not take over in time. Another one leads then, or will.
-    pub async fn transfer_leader(&self, to: NodeId) -> Result<(), ProposeError> {
+    /// When the other node cannot take over, or did not in time.
+    pub async fn transfer_leader(&self, to: NodeId) -> Result<(), TransferError> {
         if !self.is_leader() {
-            return Err(ProposeError::NotLeader {
+            return Err(TransferError::NotLeader {
                 leader: self.leader(),
             });
         }
-        let unknown = |text: String| ProposeError::Unknown(text);
+        let refused = |text: &str| TransferError::Refused(text.to_owned());
         let target = self
             .replica_of(to)
             .filter(|target| self.members().voters.contains(target))
-            .ok_or_else(|| unknown(format!("node {to} has no voting replica of {}", self.id())))?;
+            .ok_or_else(|| refused("it has no voting replica"))?;
         if self.inner.peers.liveness().state(to) != PeerState::Up {
-            return Err(unknown(format!("node {to} is not up")));
+            return Err(refused("it is not up"));
+        }
+        if self.lag_of(to).is_some_and(|lag| lag > TRANSFER_LAG_MAX) {
+            return Err(refused("its replica is far behind"));
         }
         let term = self.term();
         if self.try_transfer(target, term).await? {
@@ -149,16 +155,26 @@ impl Group {
         }
         self.inner.stuck_term.store(term, Ordering::Relaxed);
         self.give_away().await;
-        Err(unknown(format!("node {to} did not take over in time")))
+        Err(TransferError::NotTaken(format!(
+            "node {to} did not take over in time"
+        )))
+    }
+
+    /// How many entries a node's replica is known to be behind this one, which leads.
+    fn lag_of(&self, node: NodeId) -> Option<u64> {
+        let metrics = self.metrics();
+        let matched = metrics.matched.iter().find(|(n, _)| *n == node);
+        let matched = matched.and_then(|(_, matched)| *matched)?;
+        Some(metrics.last_log_index?.saturating_sub(matched))
     }
 
     /// Announces the transfer and waits for the next term's leader.
-    async fn try_transfer(&self, target: ReplicaId, term: u64) -> Result<bool, ProposeError> {
+    async fn try_transfer(&self, target: ReplicaId, term: u64) -> Result<bool, TransferError> {
         let trigger = self.inner.raft.trigger();
         trigger
             .transfer_leader(target)
             .await
-            .map_err(|e| ProposeError::Unknown(e.to_string()))?;
+            .map_err(|e| TransferError::NotTaken(e.to_string()))?;
         let mut metrics = self.inner.metrics.clone();
         let own = self.inner.replica;
         let moved = metrics.wait_until(|m| {

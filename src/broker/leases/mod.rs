@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::local::LocalCoordinator;
 use super::{Broker, BrokerError, BrokerResult, Message, Selection, StartAt};
 use crate::coordinator::leases::{LeaseCommand, LeaseCounts, LeaseReply, Receipt, RetryPolicy};
-use crate::coordinator::{CoordinatorCommand, CoordinatorReply, owner_of_name};
+use crate::coordinator::{CoordinatorCommand, CoordinatorReply, GroupMode, owner_of_name};
 use crate::peer::{PeerError, PeerResult};
 
 pub use receipt::{decode as decode_receipt, encode as encode_receipt};
@@ -165,6 +165,22 @@ fn explain(group: &str, reply: CoordinatorReply) -> BrokerResult<LeaseReply> {
         CoordinatorReply::Invalid(text) => Err(BrokerError::InvalidRequest(text)),
         other => Err(super::producers::unexpected(&other)),
     }
+}
+
+/// Why a group has nothing leased: it commits offsets, or it was never used.
+fn not_leased(local: &LocalCoordinator, group: &str) -> PeerError {
+    let mode = match local.view.group_mode(group) {
+        Ok(mode) => mode,
+        Err(cause) => return broken(local, cause),
+    };
+    let group = group.to_owned();
+    PeerError::Broker(match mode {
+        Some(GroupMode::Offsets) => BrokerError::GroupModeConflict {
+            group,
+            leased: false,
+        },
+        _ => BrokerError::ConsumerGroupNotFound { group },
+    })
 }
 
 /// The replica's store failed: others must answer.

@@ -81,9 +81,12 @@ impl Broker {
             match self.write(raft_group, left + grace, here, there).await {
                 Ok(answer) if answer.messages.is_empty() && Instant::now() < deadline => {}
                 // What was leased and lost on the way comes back when its lease ends.
-                Err(BrokerError::Timeout {
-                    outcome: Outcome::Unknown,
-                }) if Instant::now() < deadline => {}
+                Err(
+                    BrokerError::Timeout {
+                        outcome: Outcome::Unknown,
+                    }
+                    | BrokerError::AnswerLost,
+                ) if Instant::now() < deadline => {}
                 answer => return answer,
             }
         }

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::broken;
 use super::dead_letters::{QUEUE_HEADER, TOPIC_HEADER, encode, strip_address};
+use super::{broken, not_leased};
 use crate::broker::fetch::unreadable;
 use crate::broker::offsets::check_group_name;
 use crate::broker::queue::entry::Mark;
@@ -73,10 +73,7 @@ impl Broker {
         proof.map_err(PeerError::Broker)?;
         let state = local.view.lease_group(group);
         let Some(state) = state.map_err(|cause| broken(&local, cause))? else {
-            let group = group.to_owned();
-            return Err(PeerError::Broker(BrokerError::ConsumerGroupNotFound {
-                group,
-            }));
+            return Err(not_leased(&local, group));
         };
         let topic = match self.find_topic(&dead_letter_topic(group)).await {
             Ok(topic) => topic,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{LeaseView, ReceiptResult, broken, decode_receipt};
+use super::{LeaseView, ReceiptResult, broken, decode_receipt, not_leased};
 use crate::broker::offsets::check_group_name;
 use crate::broker::producers::unexpected;
 use crate::broker::{Broker, BrokerError, BrokerResult, TraceKind};
@@ -74,6 +74,12 @@ impl Broker {
     ) -> BrokerResult<Vec<ReceiptResult>> {
         check_group_name(group)?;
         if receipts.iter().all(Result::is_err) {
+            // None of them is the group's, and it may be one that can have none.
+            if let Err(conflict @ BrokerError::GroupModeConflict { .. }) =
+                self.lease_view(group).await
+            {
+                return Err(conflict);
+            }
             let errors = receipts.into_iter().map(|receipt| receipt.map(|_| None));
             return Ok(errors.collect());
         }
@@ -181,10 +187,7 @@ impl Broker {
         proof.map_err(PeerError::Broker)?;
         let state = local.view.lease_group(group);
         let Some(state) = state.map_err(|cause| broken(&local, cause))? else {
-            let group = group.to_owned();
-            return Err(PeerError::Broker(BrokerError::ConsumerGroupNotFound {
-                group,
-            }));
+            return Err(not_leased(&local, group));
         };
         let queues = local.view.lease_counts(group);
         Ok(LeaseView {

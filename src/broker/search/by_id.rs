@@ -22,17 +22,15 @@ const RECORDS_PER_LOOK: usize = 1024;
 impl Broker {
     /// The message with this id, if it is visible.
     pub async fn message(&self, topic: &str, message_id: &str) -> BrokerResult<Message> {
-        let Some(place) = parse_message_id(message_id) else {
-            let text = "message_id is not one that a produce request was answered with";
-            return Err(BrokerError::InvalidRequest(text.to_owned()));
-        };
         let found = self.find_topic(topic).await?;
-        let queue = (0..).zip(&found.queues);
-        let queue = queue.clone().find(|(_, q)| q.group == place.group);
         let not_found = || BrokerError::MessageNotFound {
             topic: topic.to_owned(),
             message_id: message_id.to_owned(),
         };
+        // Ids are opaque: what is none is one that no message has.
+        let place = parse_message_id(message_id).ok_or_else(not_found)?;
+        let queue = (0..).zip(&found.queues);
+        let queue = queue.clone().find(|(_, q)| q.group == place.group);
         let (queue, _) = queue.ok_or_else(not_found)?;
         let ttl_ms = found.config.ttl_ms;
         let here = || self.message_here(queue, place, ttl_ms);

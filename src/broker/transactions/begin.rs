@@ -228,7 +228,7 @@ impl Broker {
             Ok(TransactionReply::NotPrepared) => return Err(super::end::busy(id)),
             Ok(other) => return Err(unexpected(&other)),
             // Recorded or not, nothing was prepared: the coordinator rolls it back in time.
-            Err(BrokerError::Timeout { .. }) => return Err(NO_LEADER),
+            Err(BrokerError::Timeout { .. } | BrokerError::AnswerLost) => return Err(NO_LEADER),
             Err(error) => return Err(error),
         };
         let parts = PreparedParts {
@@ -369,7 +369,7 @@ impl Broker {
 /// After the rollback nothing of the transaction will ever be seen.
 fn certain(error: BrokerError) -> BrokerError {
     match error {
-        BrokerError::Timeout { .. } => BrokerError::Timeout {
+        BrokerError::Timeout { .. } | BrokerError::AnswerLost => BrokerError::Timeout {
             outcome: Outcome::NotCommitted,
         },
         other => other,

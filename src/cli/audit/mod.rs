@@ -48,6 +48,13 @@ pub struct AuditCommand {
 
 pub async fn run(client: &Client, out: Output, command: AuditCommand) -> Result<(), CliError> {
     let topic = client.topic(&command.topic).await?;
+    if let Some(group) = &command.group {
+        // Of a group that isn't there, no offset is wrong.
+        let path = ["v1", "groups", group];
+        client
+            .read::<serde_json::Value>(Request::get(&path))
+            .await?;
+    }
     let queues = topic.queues.iter().map(|queue| queue.queue);
     let queues: Vec<u32> = match command.queue.is_empty() {
         true => queues.collect(),

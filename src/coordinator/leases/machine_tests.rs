@@ -321,6 +321,26 @@ fn dead_letters_are_numbered_in_the_order_of_their_death() {
 }
 
 #[test]
+fn a_second_nack_of_the_same_delivery_changes_nothing() {
+    let mut one = One::new();
+    let held = one.lease(1, 1);
+    let nack = |delay_ms| LeaseCommand::Nack {
+        receipts: vec![held[0]],
+        delay_ms: Some(delay_ms),
+    };
+    let done = LeaseReply::Receipts(vec![ReceiptVerdict::Done]);
+    assert_eq!(one.ask(nack(1_000)), done);
+    one.now_ms += 500;
+    assert_eq!(one.ask(nack(0)), done);
+    assert_eq!(one.ask(nack(60_000)), done);
+    assert!(one.lease(1, 1).iter().all(|r| r.offset != 0));
+    one.now_ms += 500;
+    assert_eq!(offsets(&one.lease(1, 1)), [0]);
+    let ended = LeaseReply::Receipts(vec![ReceiptVerdict::Ended]);
+    assert_eq!(one.ask(nack(0)), ended);
+}
+
+#[test]
 fn a_seek_keeps_the_dead_and_forgets_the_rest() {
     let mut one = One::new();
     let policy = RetryPolicy {
@@ -587,6 +607,13 @@ impl Model {
             {
                 let at = (receipts[0].queue, receipts[0].offset);
                 self.known.get_mut(&at).unwrap().leased_until = 0;
+            }
+            // Said again of the same delivery it is done, too, until that is over for good.
+            (LeaseCommand::Nack { receipts, .. }, LeaseReply::Receipts(_)) => {
+                let at = (receipts[0].queue, receipts[0].offset);
+                let newest = self.receipts.iter().rfind(|r| (r.queue, r.offset) == at);
+                let known = &self.known[&at];
+                assert!(known.done || newest != Some(&receipts[0]), "{at:?}");
             }
             (LeaseCommand::Extend { receipts, lease_ms }, LeaseReply::Receipts(verdicts))
                 if verdicts[0] == ReceiptVerdict::Done =>

@@ -162,7 +162,7 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             (S::TOO_MANY_REQUESTS, "backlog_full", "Backlog full")
         }
         B::NoLeader { .. } => (S::SERVICE_UNAVAILABLE, "no_leader", "No leader"),
-        B::NotEnoughReplicas { .. } => (
+        B::NotEnoughReplicas { .. } | B::CannotLead { .. } => (
             S::SERVICE_UNAVAILABLE,
             "not_enough_replicas",
             "Not enough replicas",
@@ -172,6 +172,7 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
         B::Quarantined => (S::SERVICE_UNAVAILABLE, "quarantined", "Quarantined"),
         B::ShuttingDown => (S::SERVICE_UNAVAILABLE, "shutting_down", "Shutting down"),
         B::Timeout { .. } => (S::GATEWAY_TIMEOUT, "timeout", "Timeout"),
+        B::AnswerLost => (S::GATEWAY_TIMEOUT, "timeout", "Answer lost"),
         B::Internal(_) => (S::INTERNAL_SERVER_ERROR, "internal", "Internal error"),
     }
 }

@@ -130,6 +130,15 @@ fn every_broker_error() -> Vec<(BrokerError, u16, &'static str)> {
         (B::Quarantined, 503, "quarantined"),
         (B::ShuttingDown, 503, "shutting_down"),
         (B::Timeout { outcome }, 504, "timeout"),
+        (B::AnswerLost, 504, "timeout"),
+        (
+            B::CannotLead {
+                node: 2,
+                reason: s(),
+            },
+            503,
+            "not_enough_replicas",
+        ),
         (B::Internal(s()), 500, "internal"),
     ]
 }
@@ -161,6 +170,8 @@ fn only_writes_have_an_outcome() {
     });
     assert_eq!(Problem::new(&error, true).outcome, Some("unknown"));
     assert_eq!(Problem::new(&error, false).outcome, None);
+    let lost = ApiError::from(BrokerError::AnswerLost);
+    assert_eq!(Problem::new(&lost, true).outcome, Some("unknown"));
     assert!(is_write(&Method::POST, "/v1/topics/t/messages"));
     assert!(!is_write(&Method::POST, "/v1/fetch"));
     assert!(!is_write(&Method::GET, "/v1/topics"));
@@ -196,4 +207,25 @@ fn who_is_over_quota_is_told_how_long() {
 fn a_name_too_long_is_not_echoed_whole() {
     let error = ApiError::invalid_name("topic name", &"x".repeat(100_000));
     assert!(Problem::new(&error, false).detail.len() < 400);
+}
+
+#[test]
+fn a_wrong_sequence_says_what_to_do() {
+    let said = |sequence, expected| {
+        let id = "7".to_owned();
+        BrokerError::OutOfOrderSequence {
+            id,
+            sequence,
+            expected,
+        }
+        .to_string()
+    };
+    for (sequence, expected) in [(5, 0), (5, 3), (2, 0x7fff_ffff)] {
+        let text = said(sequence, expected);
+        assert!(text.contains("send the missing messages"), "{text}");
+    }
+    for (sequence, expected) in [(0, 12), (3, 4), (0x7fff_fff0, 2)] {
+        let text = said(sequence, expected);
+        assert!(text.contains("are stored"), "{text}");
+    }
 }

@@ -46,7 +46,7 @@ pub async fn ready(State(state): State<HttpState>, params: Params) -> Result<Res
 
 /// Prometheus metrics of this node.
 #[utoipa::path(get, path = "/metrics", tag = "operation", responses(
-    (status = 200, description = "OpenMetrics text", body = String),
+    (status = 200, description = "OpenMetrics text", body = String, content_type = "application/openmetrics-text"),
 ))]
 pub async fn metrics(State(state): State<HttpState>, params: Params) -> Result<Response, ApiError> {
     params.none()?;

@@ -6,7 +6,8 @@ use crate::http::object;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use crate::broker::{
@@ -32,7 +33,7 @@ pub struct CommitBody {
     #[serde(default, deserialize_with = "object::optional")]
     member: Option<MemberBody>,
     /// Lets an offset be lower than the committed one.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     allow_rewind: bool,
 }
 
@@ -213,12 +214,13 @@ pub struct ResetBody {
     /// All queues when absent.
     #[serde(default)]
     queue: Option<u32>,
+    #[serde(deserialize_with = "reset_to")]
     to: ResetToBody,
     /// Only says what would happen.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     dry_run: bool,
     /// Also while the group has members, which go on where they are until they are told anew.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     force: bool,
 }
 
@@ -230,6 +232,12 @@ pub enum ResetToBody {
     Offset(u64),
     TimestampMs(u64),
     ShiftBy(i64),
+}
+
+fn reset_to<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ResetToBody, D::Error> {
+    let allowed = r#""earliest", "latest", {"offset": N}, {"timestamp_ms": N} or {"shift_by": N}"#;
+    let given = object::choice(deserializer, allowed)?;
+    given.ok_or_else(|| D::Error::custom(format!("to is null; allowed: {allowed}")))
 }
 
 impl From<ResetToBody> for ResetTo {

@@ -61,7 +61,7 @@ fn part(request: &MultiFetchRequest, i: usize, wait_ms: u64, left: usize) -> Fet
     FetchRequest {
         topic: from.topic.clone(),
         queue: from.queue,
-        start: StartAt::Offset(from.offset),
+        start: from.start,
         max_messages: request.max_messages,
         max_bytes: left.max(1),
         wait_ms,
@@ -110,8 +110,13 @@ pub async fn fetch_many(broker: &Broker, request: &MultiFetchRequest) -> Result<
     if request.wait_ms == 0 || found.iter().any(|(_, answer)| !answer.batches.is_empty()) {
         return Ok(found);
     }
-    wait_for_any(broker, request).await;
-    Ok(gather(broker, request).await?)
+    // From here on: the latest is not somewhere else by then.
+    let mut request = request.clone();
+    for (i, answer) in &found {
+        request.queues[*i].start = StartAt::Offset(answer.next_offset);
+    }
+    wait_for_any(broker, &request).await;
+    Ok(gather(broker, &request).await?)
 }
 
 /// The answer to a binary fetch over many queues.

@@ -1,7 +1,10 @@
 //! What a fetch asks for: parsing and bounds.
 
+use std::fmt;
+
 use axum::http::{HeaderMap, header};
-use serde::Deserialize;
+use serde::de;
+use serde::{Deserialize, Deserializer};
 use utoipa::ToSchema;
 
 use super::super::produce::BATCHES;
@@ -61,6 +64,11 @@ pub enum Encoding {
     #[default]
     Auto,
     Base64,
+}
+
+/// The field of a body; null is as good as none.
+pub fn encoding_of_body<'de, D: Deserializer<'de>>(d: D) -> Result<Encoding, D::Error> {
+    Ok(object::choice(d, r#""auto" or "base64""#)?.unwrap_or_default())
 }
 
 /// A fetch from one queue, and how to write its answer.
@@ -196,7 +204,7 @@ pub struct FetchManyBody {
     /// `linearizable` (default) or `stale`.
     #[serde(default)]
     consistency: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "encoding_of_body")]
     pub encoding: Encoding,
 }
 
@@ -205,7 +213,10 @@ pub struct FetchManyBody {
 pub struct FromQueue {
     topic: String,
     queue: u32,
-    offset: u64,
+    /// A number, `earliest` or `latest`.
+    #[serde(deserialize_with = "start_of_body")]
+    #[schema(value_type = StartOfBody)]
+    offset: StartAt,
     /// `created||paid`: only messages with one of these tags.
     #[serde(default)]
     tag: Option<String>,
@@ -214,12 +225,43 @@ pub struct FromQueue {
     filter: Option<String>,
 }
 
+/// What `offset` may be, for the reference.
+#[derive(Debug, ToSchema)]
+#[schema(as = FetchOffset)]
+#[serde(untagged)]
+#[allow(dead_code)]
+enum StartOfBody {
+    Number(u64),
+    Word(String),
+}
+
+fn start_of_body<'de, D: Deserializer<'de>>(deserializer: D) -> Result<StartAt, D::Error> {
+    struct StartVisitor;
+    impl de::Visitor<'_> for StartVisitor {
+        type Value = StartAt;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a whole number from 0, \"earliest\" or \"latest\"")
+        }
+        fn visit_u64<E>(self, offset: u64) -> Result<StartAt, E> {
+            Ok(StartAt::Offset(offset))
+        }
+        fn visit_str<E: de::Error>(self, word: &str) -> Result<StartAt, E> {
+            match word {
+                "earliest" => Ok(StartAt::Earliest),
+                "latest" => Ok(StartAt::Latest),
+                other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+            }
+        }
+    }
+    deserializer.deserialize_any(StartVisitor)
+}
+
 impl FromQueue {
     fn fetch(&self) -> Result<QueueFetch, ApiError> {
         Ok(QueueFetch {
             topic: self.topic.clone(),
             queue: self.queue,
-            offset: self.offset,
+            start: self.offset,
             selection: selection(self.tag.as_deref(), self.filter.as_deref())?,
         })
     }
@@ -394,7 +436,10 @@ mod tests {
         let request = parse(r#"{"queues":[{"topic":"t","queue":1,"offset":5}],"wait_ms":10}"#);
         let request = request.unwrap();
         let from = &request.queues[0];
-        assert_eq!((from.topic.as_str(), from.queue, from.offset), ("t", 1, 5));
+        assert_eq!(
+            (from.topic.as_str(), from.queue, from.start),
+            ("t", 1, StartAt::Offset(5))
+        );
         assert!(from.selection.is_everything());
         assert_eq!((request.max_messages, request.wait_ms), (100, 10));
         for (text, named) in [

@@ -1,6 +1,6 @@
 //! Consumer groups in JSON: what is checked on the way in, and how a group is shown.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use crate::broker::groups::{
@@ -66,17 +66,31 @@ pub struct JoinBody {
     /// The same again is the same member: its former life is fenced, its queues stay its own.
     #[serde(default)]
     instance_id: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "mode")]
     mode: ModeBody,
     /// Counts where nothing was committed yet.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "start")]
     start: StartBody,
     /// Silence after which the member is expelled: 1000 to 300000, default 10000.
     #[serde(default)]
     session_timeout_ms: Option<u64>,
     /// Who joins last and names one decides for the group; sticky at first.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "strategy")]
     strategy: Option<StrategyBody>,
+}
+
+fn mode<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ModeBody, D::Error> {
+    let allowed = r#""cluster" or "broadcast""#;
+    Ok(object::choice(deserializer, allowed)?.unwrap_or_default())
+}
+
+fn start<'de, D: Deserializer<'de>>(deserializer: D) -> Result<StartBody, D::Error> {
+    let allowed = r#""earliest", "latest" or {"timestamp_ms": N}"#;
+    Ok(object::choice(deserializer, allowed)?.unwrap_or_default())
+}
+
+fn strategy<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<StrategyBody>, D::Error> {
+    object::choice(deserializer, r#""sticky", "range" or "round_robin""#)
 }
 
 impl JoinBody {
@@ -435,6 +449,8 @@ mod tests {
             (request.start, request.strategy),
             (GroupStart::Earliest, None)
         );
+        let nulls = join(r#"{"topics":["a"],"mode":null,"start":null,"strategy":null}"#);
+        assert_eq!(nulls.unwrap().start, GroupStart::Earliest);
         let request = join(
             r#"{"topics":["a","b"],"tag":"x||y","instance_id":"host-3","mode":"broadcast",
                 "start":{"timestamp_ms":7},"session_timeout_ms":1000,"strategy":"round_robin"}"#,
@@ -457,6 +473,11 @@ mod tests {
                 "1000 to 300000",
             ),
             (r#"{"topics":["x"],"start":"middle"}"#, "middle"),
+            (r#"{"topics":["x"],"start":5}"#, r#"{"timestamp_ms": N}"#),
+            (
+                r#"{"topics":["x"],"mode":5}"#,
+                r#""cluster" or "broadcast""#,
+            ),
             (r#"{"topics":["x"],"filter":"headers.a = "}"#, "filter"),
             (r#"{"topics":["x"],"strategy":"fair"}"#, "fair"),
             (r#"{"topics":["x"],"colour":1}"#, "unknown field `colour`"),

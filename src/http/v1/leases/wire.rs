@@ -1,14 +1,16 @@
 //! What requests about leases say: parsing and bounds.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use utoipa::ToSchema;
 
 use super::super::consume::query::{self, Encoding};
 use crate::broker::StartAt;
 use crate::broker::leases::ReceiveRequest;
 use crate::http::error::ApiError;
+use crate::http::object;
 use crate::http::path::checked_topic;
 use crate::http::query::{Params, bounded};
+use crate::names::dead_letter_topic;
 
 const MAX_TOPICS: usize = 100;
 const MAX_MESSAGES: usize = 10_000;
@@ -40,7 +42,7 @@ pub struct ReceiveBody {
     #[serde(default)]
     lease_ms: Option<u64>,
     /// Messages of one key one at a time, in their order.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     ordered: bool,
     /// `created||paid`: only messages with one of these tags; others are done for the group.
     #[serde(default)]
@@ -49,12 +51,12 @@ pub struct ReceiveBody {
     #[serde(default)]
     filter: Option<String>,
     /// Where the group begins in queues it never leased from.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "start")]
     start: StartBody,
     /// Who asks, for acks that go `through`. Without it each receive counts as another consumer.
     #[serde(default)]
     consumer: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "query::encoding_of_body")]
     pub encoding: Encoding,
 }
 
@@ -66,6 +68,11 @@ pub enum StartBody {
     Earliest,
     Latest,
     TimestampMs(u64),
+}
+
+fn start<'de, D: Deserializer<'de>>(deserializer: D) -> Result<StartBody, D::Error> {
+    let allowed = r#""earliest", "latest" or {"timestamp_ms": N}"#;
+    Ok(object::choice(deserializer, allowed)?.unwrap_or_default())
 }
 
 impl From<StartBody> for StartAt {
@@ -80,7 +87,7 @@ impl From<StartBody> for StartAt {
 
 impl ReceiveBody {
     pub fn request(self, group: String) -> Result<ReceiveRequest, ApiError> {
-        check_topics(&self.topics)?;
+        check_topics(&group, &self.topics)?;
         if let Some(consumer) = &self.consumer
             && !(1..=MAX_CONSUMER_BYTES).contains(&consumer.len())
         {
@@ -109,7 +116,15 @@ impl ReceiveBody {
     }
 }
 
-fn check_topics(topics: &[String]) -> Result<(), ApiError> {
+fn check_topics(group: &str, topics: &[String]) -> Result<(), ApiError> {
+    let own = dead_letter_topic(group);
+    if topics.contains(&own) {
+        // What died again would go where it came from.
+        return Err(ApiError::invalid(format!(
+            "topic {own:?} has the dead letters of consumer group {group:?} itself; read it with \
+             another group, or put them back with dlq/redrive"
+        )));
+    }
     let count = topics.len();
     if !(1..=MAX_TOPICS).contains(&count) {
         return Err(ApiError::invalid(format!(
@@ -142,7 +157,7 @@ pub fn checked_delay(delay_ms: u64) -> Result<u64, ApiError> {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AckBody {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     pub receipts: Vec<String>,
     /// Everything that the consumer of this receipt holds of its queue, up to it.
     #[serde(default)]
@@ -189,7 +204,7 @@ pub fn stream_request(
     ])?;
     let topics = params.get("topic").unwrap_or_default();
     let topics: Vec<String> = topics.split(',').map(str::to_owned).collect();
-    check_topics(&topics)?;
+    check_topics(&group, &topics)?;
     let start = match params.get("start") {
         None | Some("earliest") => StartAt::Earliest,
         Some("latest") => StartAt::Latest,
@@ -246,12 +261,16 @@ mod tests {
         let defaults = (request.max_messages, request.wait_ms, request.lease_ms);
         assert_eq!(defaults, (10, 0, 30_000));
         assert_eq!(request.start, StartAt::Earliest);
-        let request = parse(r#"{"topics":["_dlq.g"],"start":{"timestamp_ms":5}}"#).unwrap();
+        let request = parse(r#"{"topics":["_dlq.h"],"start":{"timestamp_ms":5}}"#).unwrap();
         assert_eq!(request.start, StartAt::Timestamp(5));
+        let nulls = parse(r#"{"topics":["a"],"ordered":null,"start":null,"encoding":null}"#);
+        let request = nulls.unwrap();
+        assert_eq!((request.start, request.ordered), (StartAt::Earliest, false));
         for (text, named) in [
             (r#"{"topics":[]}"#, "1 to 100"),
             (r#"{"topics":["a","a"]}"#, "twice"),
             (r#"{"topics":["_x"]}"#, "topic name"),
+            (r#"{"topics":["a","_dlq.g"]}"#, "another group"),
             (r#"{"topics":["a"],"lease_ms":99}"#, "100 to 43200000"),
             (r#"{"topics":["a"],"wait_ms":60001}"#, "0 to 60000"),
             (r#"{"topics":["a"],"max_messages":0}"#, "1 to 10000"),
@@ -259,6 +278,8 @@ mod tests {
             (r#"{"topics":["a"],"consumer":""}"#, "1 to 255"),
             (r#"{"topics":["a"],"lease":1}"#, "unknown field `lease`"),
             (r#"{"topics":["a"],"start":"middle"}"#, "middle"),
+            (r#"{"topics":["a"],"start":7}"#, r#"{"timestamp_ms": N}"#),
+            (r#"{"topics":["a"],"encoding":7}"#, r#""base64""#),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(named), "{text}: {error}");

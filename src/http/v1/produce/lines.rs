@@ -1,8 +1,12 @@
 //! `application/x-ndjson`: one message a line, answered line by line while more lines come.
 //!
 //! Lines that have arrived together are stored together; a client that waits for each answer gets
-//! it at once. A line that is no message gets an error of its own and the others go on. Results
-//! leave in the order of the lines, and no more than one body's worth of lines is in memory.
+//! it at once. Each line gets a verdict of its own: what is refused for one of several is tried
+//! again line by line. Results leave in the order of the lines, and no more than one body's worth of
+//! lines is in memory.
+//!
+//! Under an idempotency key the lines are divided by their number and size alone, never by how they
+//! arrive, and each group has one key made of it: a retry of the same body makes the same groups.
 
 use axum::body::Body;
 use axum::http::{StatusCode, header};
@@ -12,7 +16,9 @@ use futures_util::stream;
 
 use super::answer::write_line;
 use super::wire::MessageBody;
-use crate::broker::{BrokerError, Durability, NewMessage, Outcome, ProduceRequest, Stored};
+use crate::broker::{
+    BrokerError, Durability, NewMessage, Outcome, ProduceAnswer, ProduceRequest, Stored,
+};
 use crate::http::HttpState;
 use crate::http::body::{BodyReader, charge, parse_json};
 use crate::http::clients::ClientAddress;
@@ -21,6 +27,10 @@ use crate::http::limits::{BudgetShare, ByteBudget};
 
 /// Most lines stored in one go.
 const MAX_GROUP: usize = 1_000;
+/// The same of lines under an idempotency key, and of their bytes where there is more than one. To
+/// change these makes other groups of a body that is sent again.
+const MAX_KEYED_GROUP: usize = 100;
+const MAX_KEYED_BYTES: usize = 1 << 20;
 
 /// Where the messages of the lines go and how retries are recognised.
 #[derive(Debug)]
@@ -72,6 +82,8 @@ struct Lines {
     splitter: LineSplitter,
     target: Target,
     number: u64,
+    /// A line that did not fit the group before it.
+    kept: Option<(u64, Bytes)>,
     ended: bool,
     /// What the unanswered lines take of the budget.
     share: BudgetShare,
@@ -85,6 +97,16 @@ struct Answered {
     durability: Durability,
     /// Why none of the group's messages could even be tried, as for a topic that isn't there.
     refused: Option<BrokerError>,
+}
+
+impl Default for Answered {
+    fn default() -> Self {
+        Self {
+            results: Vec::new(),
+            durability: Durability::MajorityFsync,
+            refused: None,
+        }
+    }
 }
 
 pub async fn produce_lines(
@@ -105,6 +127,7 @@ pub async fn produce_lines(
             idempotency_key,
         },
         number: 0,
+        kept: None,
         ended: false,
         share: BudgetShare::default(),
     };
@@ -148,6 +171,25 @@ fn error_line(error: &ApiError) -> Vec<u8> {
 }
 
 impl Answered {
+    fn of(answer: Result<ProduceAnswer, BrokerError>, count: usize) -> Self {
+        match answer {
+            Ok(answer) => Self {
+                results: answer.results,
+                durability: answer.durability,
+                refused: None,
+            },
+            Err(error) => Self::refused(count, error),
+        }
+    }
+
+    fn refused(count: usize, error: BrokerError) -> Self {
+        Self {
+            results: vec![Err(error.clone()); count],
+            refused: Some(error),
+            ..Self::default()
+        }
+    }
+
     fn to_lines(&self) -> Vec<u8> {
         let mut lines = Vec::with_capacity(self.results.len() * 96);
         for result in &self.results {
@@ -167,20 +209,38 @@ impl Lines {
         let answered = self.target.store(group).await;
         // What was answered is free again; the beginning of the next line is still held.
         drop(std::mem::take(&mut self.share));
-        charge(&self.budget, &mut self.share, self.splitter.rest.len())?;
+        let kept = self.kept.as_ref().map_or(0, |(_, line)| line.len());
+        charge(
+            &self.budget,
+            &mut self.share,
+            kept + self.splitter.rest.len(),
+        )?;
         Ok(Some(answered))
     }
 
-    /// The lines that have arrived, with their numbers from 1; empty at the end of the body.
+    /// The lines that have arrived, with their numbers; under a key as many as make a group. Empty
+    /// at the end of the body.
     async fn next_group(&mut self) -> Result<Vec<(u64, Bytes)>, ApiError> {
-        let mut group = Vec::new();
+        let is_keyed = self.target.idempotency_key.is_some();
+        let (most, most_bytes) = match is_keyed {
+            true => (MAX_KEYED_GROUP, MAX_KEYED_BYTES),
+            false => (MAX_GROUP, usize::MAX),
+        };
+        let mut group: Vec<_> = self.kept.take().into_iter().collect();
+        let mut bytes = group.iter().map(|(_, line)| line.len()).sum::<usize>();
         loop {
-            while group.len() < MAX_GROUP
-                && let Some(line) = self.splitter.next()
+            while group.len() < most
+                && let Some((number, line)) = self.next_line()
             {
-                self.add(&mut group, line);
+                bytes += line.len();
+                if !group.is_empty() && bytes > most_bytes {
+                    self.kept = Some((number, line));
+                    return Ok(group);
+                }
+                group.push((number, line));
             }
-            if !group.is_empty() || self.ended {
+            let wants_more = group.is_empty() || is_keyed && group.len() < most;
+            if self.ended || !wants_more {
                 return Ok(group);
             }
             match self.reader.next().await? {
@@ -188,20 +248,23 @@ impl Lines {
                     charge(&self.budget, &mut self.share, piece.len())?;
                     self.splitter.push(&piece);
                 }
-                None => {
-                    self.ended = true;
-                    let rest = self.splitter.take_rest();
-                    self.add(&mut group, rest);
-                }
+                None => self.ended = true,
             }
         }
     }
 
-    fn add(&mut self, group: &mut Vec<(u64, Bytes)>, line: Bytes) {
-        self.number += 1;
-        // Blank lines carry nothing and get no answer.
-        if !line.trim_ascii().is_empty() {
-            group.push((self.number, line));
+    /// The next whole line with its number from 1. Blank ones carry nothing and get no answer.
+    fn next_line(&mut self) -> Option<(u64, Bytes)> {
+        loop {
+            let line = match self.splitter.next() {
+                Some(line) => line,
+                None if self.ended && !self.splitter.rest.is_empty() => self.splitter.take_rest(),
+                None => return None,
+            };
+            self.number += 1;
+            if !line.trim_ascii().is_empty() {
+                return Some((self.number, line));
+            }
         }
     }
 }
@@ -215,24 +278,29 @@ fn parse_line(number: u64, line: &Bytes) -> Result<NewMessage, BrokerError> {
     parsed.map_err(|why| BrokerError::InvalidRequest(format!("line {number}: {why}")))
 }
 
+const UNANSWERED: BrokerError = BrokerError::Timeout {
+    outcome: Outcome::Unknown,
+};
+
+/// Whether an error that several lines share may be the fault of one of them, or of their number:
+/// nothing of them is stored, and alone some may be.
+fn is_shared(error: &BrokerError) -> bool {
+    matches!(
+        error,
+        BrokerError::MessageTooLarge { .. }
+            | BrokerError::RequestTooLarge { .. }
+            | BrokerError::InvalidRequest(_)
+            | BrokerError::BacklogFull(_)
+            | BrokerError::Dropped { .. }
+    )
+}
+
 impl Target {
     async fn store(&self, group: Vec<(u64, Bytes)>) -> Answered {
-        let parsed = group
-            .iter()
-            .map(|(number, line)| (*number, parse_line(*number, line)));
-        if self.idempotency_key.is_some() {
-            self.store_each(parsed.collect()).await
-        } else {
-            self.store_together(parsed.map(|(_, line)| line).collect())
-                .await
-        }
-    }
-
-    async fn store_together(&self, lines: Vec<Result<NewMessage, BrokerError>>) -> Answered {
-        let mut errors = Vec::with_capacity(lines.len());
-        let mut messages = Vec::with_capacity(lines.len());
-        for line in lines {
-            match line {
+        let mut errors = Vec::with_capacity(group.len());
+        let mut messages = Vec::with_capacity(group.len());
+        for (number, line) in &group {
+            match parse_line(*number, line) {
                 Ok(message) => {
                     messages.push(message);
                     errors.push(None);
@@ -240,92 +308,110 @@ impl Target {
                 Err(error) => errors.push(Some(error)),
             }
         }
-        let mut durability = Durability::MajorityFsync;
-        let (mut stored, mut refused) = (Vec::new(), None);
+        let mut answered = Answered::default();
         if !messages.is_empty() {
-            match self.produce(messages, None).await {
-                Ok(answer) => {
-                    durability = answer.durability;
-                    stored = answer.results;
-                }
-                Err(error) => refused = Some(error),
-            }
+            let first = group.first().map_or(0, |(number, _)| *number);
+            let key = self.idempotency_key.as_ref();
+            let key = key.map(|key| format!("{key}#{first}"));
+            answered = match (
+                self.state.clients.take_messages(self.client, &messages),
+                key,
+            ) {
+                (Err(error), _) => Answered::refused(messages.len(), error),
+                (Ok(()), None) => self.store_together(messages).await,
+                (Ok(()), Some(key)) => self.store_under(key, messages).await,
+            };
         }
-        let mut stored = stored.into_iter();
-        let unanswered = refused.clone().unwrap_or(BrokerError::Timeout {
-            outcome: Outcome::Unknown,
+        let mut stored = std::mem::take(&mut answered.results).into_iter();
+        let each = errors.into_iter().map(|error| match error {
+            Some(error) => Err(error),
+            None => stored.next().unwrap_or(Err(UNANSWERED)),
         });
-        let results = errors
-            .into_iter()
-            .map(|error| match error {
-                Some(error) => Err(error),
-                None => stored.next().unwrap_or_else(|| Err(unanswered.clone())),
-            })
-            .collect();
-        Answered {
-            results,
-            durability,
-            refused,
-        }
+        answered.results = each.collect();
+        answered
     }
 
-    /// One line after the other, each with a key of its own, so that a retry that arrives in other
-    /// pieces still finds each line's first answer.
-    async fn store_each(&self, lines: Vec<(u64, Result<NewMessage, BrokerError>)>) -> Answered {
-        let mut answered = Answered {
-            results: Vec::with_capacity(lines.len()),
-            durability: Durability::MajorityFsync,
-            refused: None,
-        };
-        for (number, line) in lines {
-            let message = match line {
-                Ok(message) => message,
-                Err(error) => {
-                    answered.results.push(Err(error));
-                    continue;
-                }
-            };
-            let result = match self.produce(vec![message], Some(number)).await {
+    async fn store_together(&self, messages: Vec<NewMessage>) -> Answered {
+        let count = messages.len();
+        let mut answered = Answered::of(self.produce(messages.clone(), None).await, count);
+        if answered.refused.as_ref().is_some_and(is_shared) {
+            answered.refused = None;
+        }
+        if messages.len() == 1 {
+            return answered;
+        }
+        for (result, message) in answered.results.iter_mut().zip(messages) {
+            if !result.as_ref().is_err_and(is_shared) {
+                continue;
+            }
+            *result = match self.produce(vec![message], None).await {
                 Ok(mut answer) => {
                     answered.durability = answer.durability;
-                    answer.results.pop().unwrap_or(Err(BrokerError::Timeout {
-                        outcome: Outcome::Unknown,
-                    }))
+                    answer.results.pop().unwrap_or(Err(UNANSWERED))
                 }
-                Err(error) => {
-                    // Only where nothing before it was stored does it speak for the whole group.
-                    if answered.results.iter().all(Result::is_err) {
-                        answered.refused.get_or_insert_with(|| error.clone());
-                    }
-                    Err(error)
-                }
+                Err(error) => Err(error),
             };
-            if result.is_ok() {
-                answered.refused = None;
+            // Without a leader, say, the others need not be tried: nothing of them is stored.
+            if result
+                .as_ref()
+                .is_err_and(|error| error.retryable() && !is_shared(error))
+            {
+                break;
             }
-            answered.results.push(result);
         }
         answered
+    }
+
+    /// Under one key, all or nothing for each queue. Lines that can't be stored at all are left
+    /// out; should a retry leave out others, the queue sees that it is not the same request.
+    async fn store_under(&self, key: String, messages: Vec<NewMessage>) -> Answered {
+        let count = messages.len();
+        let answer = self.produce(messages.clone(), Some(key.clone())).await;
+        let is_one_lines = |error: &BrokerError| {
+            is_shared(error) || matches!(error, BrokerError::QueueNotFound { .. })
+        };
+        if !answer.as_ref().is_err_and(is_one_lines) {
+            return Answered::of(answer, count);
+        }
+        let mut faults = Vec::with_capacity(count);
+        for message in &messages {
+            let alone = self.request(vec![message.clone()], Some(key.clone()));
+            faults.push(self.state.broker.check_produce(alone).await.err());
+        }
+        let faultless = messages.into_iter().zip(&faults);
+        let faultless: Vec<_> = faultless
+            .filter_map(|(message, fault)| fault.is_none().then_some(message))
+            .collect();
+        let mut answered = match faultless.len() {
+            0 => Answered::default(),
+            left if left == count => Answered::of(answer, count),
+            left => Answered::of(self.produce(faultless, Some(key)).await, left),
+        };
+        answered.refused = None;
+        let mut stored = std::mem::take(&mut answered.results).into_iter();
+        let each = faults.into_iter().map(|fault| match fault {
+            Some(fault) => Err(fault),
+            None => stored.next().unwrap_or(Err(UNANSWERED)),
+        });
+        answered.results = each.collect();
+        answered
+    }
+
+    fn request(&self, messages: Vec<NewMessage>, key: Option<String>) -> ProduceRequest {
+        ProduceRequest {
+            topic: self.topic.clone(),
+            messages,
+            producer: None,
+            idempotency_key: key,
+        }
     }
 
     async fn produce(
         &self,
         messages: Vec<NewMessage>,
-        line: Option<u64>,
-    ) -> Result<crate::broker::ProduceAnswer, BrokerError> {
-        let key = self
-            .idempotency_key
-            .as_ref()
-            .zip(line)
-            .map(|(key, line)| format!("{key}#{line}"));
-        let request = ProduceRequest {
-            topic: self.topic.clone(),
-            messages,
-            producer: None,
-            idempotency_key: key,
-        };
-        let clients = &self.state.clients;
-        clients.take_messages(self.client, &request.messages)?;
+        key: Option<String>,
+    ) -> Result<ProduceAnswer, BrokerError> {
+        let request = self.request(messages, key);
         super::measured(&self.state.metrics, &self.state.broker, request).await
     }
 }

@@ -102,8 +102,8 @@ pub struct MessageBody<'a> {
     pub key: Option<String>,
     #[serde(default)]
     pub tag: Option<String>,
-    #[serde(default)]
-    #[schema(value_type = BTreeMap<String, String>)]
+    #[serde(default, deserialize_with = "object::or_default")]
+    #[schema(value_type = Option<BTreeMap<String, String>>)]
     pub headers: Headers,
     /// Beats the key's hash, which beats round robin.
     #[serde(default)]
@@ -309,7 +309,7 @@ mod tests {
         assert_eq!(value(r#"{"value":"a\n\u00e4"}"#), "a\nä".as_bytes());
         assert_eq!(value(r#"{"value_base64":"/wA="}"#), [0xff, 0]);
         assert_eq!(value(r#"{}"#), b"");
-        assert_eq!(value(r#"{"value":null}"#), b"");
+        assert_eq!(value(r#"{"value":null,"headers":null}"#), b"");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::http::HttpState;
 use crate::http::body::JsonBody;
 use crate::http::error::{ApiError, Problem};
 use crate::http::multi::json;
+use crate::http::object;
 use crate::http::path::TopicName;
 use crate::http::query::Params;
 
@@ -22,7 +23,7 @@ pub struct GeneratorBody {
     /// 0.001 to 10000, in steps of 0.001.
     rate_per_s: f64,
     /// Of every message; at most 64 KiB.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "object::or_default")]
     value: String,
 }
 

@@ -1,6 +1,6 @@
 //! Topics as JSON: what may be asked for, with its bounds, and how a topic is shown.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use utoipa::ToSchema;
 
 use super::super::given;
@@ -28,7 +28,7 @@ pub struct CreateTopic {
     #[serde(default)]
     replicas: Option<u32>,
     /// `sync` (default): a majority has it on disk. `async`: a majority has written it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flush")]
     #[schema(value_type = Option<String>)]
     flush: Option<FlushMode>,
     #[serde(default, deserialize_with = "object::optional")]
@@ -80,7 +80,7 @@ pub struct BacklogBody {
     #[schema(value_type = Option<u64>)]
     max_age_ms: Option<Option<u64>>,
     /// `reject` (default): 429. `drop_newest`: 200 with `"dropped": true`, and nothing stored.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "on_full")]
     #[schema(value_type = Option<String>)]
     on_full: Option<OnFull>,
 }
@@ -97,24 +97,28 @@ pub struct QuotaBody {
     bytes_per_s: Option<Option<u64>>,
 }
 
-/// A change of a topic: absent fields stay as they are.
+/// A change of a topic: absent fields stay as they are. Null gives `retention`, `backlog`, `quota` and
+/// `ttl_ms` what a topic has that was created without them.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UpdateTopic {
     /// Can only grow.
     #[serde(default)]
     queues: Option<u32>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "flush")]
     #[schema(value_type = Option<String>)]
     flush: Option<FlushMode>,
-    #[serde(default, deserialize_with = "object::optional")]
-    retention: Option<RetentionBody>,
+    #[serde(default, deserialize_with = "given_object")]
+    #[schema(value_type = Option<RetentionBody>)]
+    retention: Option<Option<RetentionBody>>,
     #[serde(default)]
     max_message_bytes: Option<u64>,
-    #[serde(default, deserialize_with = "object::optional")]
-    backlog: Option<BacklogBody>,
-    #[serde(default, deserialize_with = "object::optional")]
-    quota: Option<QuotaBody>,
+    #[serde(default, deserialize_with = "given_object")]
+    #[schema(value_type = Option<BacklogBody>)]
+    backlog: Option<Option<BacklogBody>>,
+    #[serde(default, deserialize_with = "given_object")]
+    #[schema(value_type = Option<QuotaBody>)]
+    quota: Option<Option<QuotaBody>>,
     #[serde(default, deserialize_with = "given")]
     #[schema(value_type = Option<u64>)]
     ttl_ms: Option<Option<u64>>,
@@ -123,6 +127,23 @@ pub struct UpdateTopic {
     /// Moves keyed messages to other queues: their order is only kept within a queue.
     #[serde(default)]
     hash_queues: Option<u32>,
+}
+
+fn flush<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FlushMode>, D::Error> {
+    object::choice(deserializer, r#""sync" or "async""#)
+}
+
+fn on_full<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<OnFull>, D::Error> {
+    object::choice(deserializer, r#""reject" or "drop_newest""#)
+}
+
+/// An object or null, both of which count as given.
+fn given_object<'de, T, D>(deserializer: D) -> Result<Option<Option<T>>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: Deserializer<'de>,
+{
+    object::optional(deserializer).map(Some)
 }
 
 /// A topic with its queues as they are now.
@@ -263,21 +284,25 @@ impl UpdateTopic {
                 bytes,
             )?;
         }
-        let retention = self.retention.as_ref();
-        let backlog = self.backlog.as_ref();
-        let quota = self.quota.as_ref();
+        let base = TopicConfig::default();
         Ok(TopicPatch {
             queues: self.queues,
-            retention: retention
-                .map(|r| merge_retention(Some(r), current.retention))
-                .transpose()?,
+            retention: match &self.retention {
+                None => None,
+                Some(None) => Some(base.retention),
+                Some(given) => Some(merge_retention(given.as_ref(), current.retention)?),
+            },
             max_message_bytes: self.max_message_bytes,
-            backlog: backlog
-                .map(|b| merge_backlog(Some(b), current.backlog))
-                .transpose()?,
-            quota: quota
-                .map(|q| merge_quota(Some(q), current.quota))
-                .transpose()?,
+            backlog: match &self.backlog {
+                None => None,
+                Some(None) => Some(base.backlog),
+                Some(given) => Some(merge_backlog(given.as_ref(), current.backlog)?),
+            },
+            quota: match &self.quota {
+                None => None,
+                Some(None) => Some(base.quota),
+                Some(given) => Some(merge_quota(given.as_ref(), current.quota)?),
+            },
             ttl_ms: self.ttl_ms,
             trace: self.trace,
             flush: self.flush,
@@ -432,6 +457,7 @@ mod tests {
             (json!({"name": "t", "queues": "4"}), "line 1 column"),
             (json!({"name": "t", "replicas": 9}), "replicas"),
             (json!({"name": "t", "flush": "never"}), "never"),
+            (json!({"name": "t", "flush": 1}), "\"sync\" or \"async\""),
             (
                 json!({"name": "t", "ttl_ms": 0}),
                 "ttl_ms is 0; it must be 1",
@@ -491,6 +517,11 @@ mod tests {
             })
         );
         assert!(changed.queues.is_none() && changed.flush.is_none());
+        let base = TopicConfig::default();
+        let reset = patch(json!({"retention": null, "backlog": null, "quota": null})).unwrap();
+        assert_eq!(reset.retention, Some(base.retention));
+        assert_eq!(reset.backlog, Some(base.backlog));
+        assert_eq!(reset.quota, Some(base.quota));
         let bounded = patch(json!({"backlog": {"max_bytes": 5}, "ttl_ms": null})).unwrap();
         let backlog = bounded.backlog.unwrap();
         assert_eq!(

@@ -52,10 +52,11 @@ pub struct BeginBody<'a> {
     #[serde(default)]
     check_url: Option<String>,
     /// At most 1000 in one transaction.
-    #[serde(borrow, default)]
-    #[schema(value_type = Vec<TransactionMessageBody>)]
+    #[serde(borrow, default, deserialize_with = "object::or_default")]
+    #[schema(value_type = Option<Vec<TransactionMessageBody>>)]
     messages: Messages<'a>,
-    #[serde(default, deserialize_with = "object::list")]
+    #[serde(default, deserialize_with = "object::optional_list")]
+    #[schema(value_type = Option<Vec<OffsetBody>>)]
     offsets: Vec<OffsetBody>,
 }
 
