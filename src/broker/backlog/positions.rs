@@ -23,6 +23,8 @@ const STALE_AFTER: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(50);
 /// A coordinator that does not answer for this long is taken as it was known before.
 const PATIENCE: Duration = Duration::from_millis(300);
+/// The same where a producer would be turned away without its answer.
+const PROOF_PATIENCE: Duration = Duration::from_secs(2);
 
 type Lowest = HashMap<(TopicId, u32), u64>;
 
@@ -95,11 +97,15 @@ impl Broker {
         let bounded = catalog.topics.values();
         let bounded = bounded.filter(|topic| topic.config.backlog.is_bounded());
         let topics: Vec<TopicId> = bounded.map(|topic| topic.id).collect();
+        let patience = match prove {
+            true => PROOF_PATIENCE,
+            false => PATIENCE,
+        };
         let each = (0..).zip(&catalog.coordinators).map(|(number, placement)| {
             let topics = &topics;
             async move {
                 let ask = self.positions_of(number, placement.group, topics, prove);
-                tokio::time::timeout(PATIENCE, ask).await.ok()?.ok()
+                tokio::time::timeout(patience, ask).await.ok()?.ok()
             }
         });
         let answers = join_all(each).await;
@@ -149,7 +155,9 @@ impl Broker {
         let local = local.filter(|local| local.soundness.broken().is_none());
         let local = local.ok_or(PeerError::NotHere)?;
         if prove {
-            let proof = self.barrier(&local.group, Instant::now() + PATIENCE).await;
+            let proof = self
+                .barrier(&local.group, Instant::now() + PROOF_PATIENCE)
+                .await;
             proof.map_err(PeerError::Broker)?;
         }
         local.view.lowest_offsets(topics).map_err(|cause| {
