@@ -76,7 +76,7 @@ async fn a_cancellation_finds_the_leader_from_any_node() {
     }
     let held = nodes[0].broker.local.queues();
     eventually("nothing is held", || async {
-        held.iter().all(|queue| queue.shared.held() == 0)
+        held.iter().all(|queue| queue.shared.held().batches == 0)
     })
     .await;
 }

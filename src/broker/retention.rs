@@ -162,7 +162,7 @@ async fn purge_queues(queues: &[Arc<LocalQueue>], known: &mut Known) {
         let group = queue.group.id().0;
         match queue.group.purge().await {
             // What is held keeps the log, and goes without the beginning moving.
-            Ok(_) if queue.shared.held() > 0 => Some((group, None, applied)),
+            Ok(_) if queue.shared.held().batches > 0 => Some((group, None, applied)),
             Ok(_) => Some((group, Some(earliest), applied)),
             Err(StorageError::Closed) => None,
             Err(error) => {

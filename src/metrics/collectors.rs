@@ -101,7 +101,7 @@ impl Metrics {
         self.register_collector(move || {
             let queues = local.upgrade().map(|local| local.queues());
             let held = queues.unwrap_or_default();
-            let held: u64 = held.iter().map(|queue| queue.shared.held()).sum();
+            let held: u64 = held.iter().map(|queue| queue.shared.held().batches).sum();
             let help =
                 "Delayed messages and parts of open transactions in the replicas of this node";
             vec![("held_batches", help, Sample::Gauge(held as f64))]

@@ -8,7 +8,7 @@ use quorate_storage::{LogId, StorageError};
 use super::entry::{self, AppendBuilder, Hold, Mark};
 use super::held::REMEMBER_MS;
 use super::state::tests::{Replica, batch};
-use super::{BatchOutcome, CancelVerdict, Place, QueueReply, Settled};
+use super::{BatchOutcome, CancelVerdict, HeldSize, Place, QueueReply, Settled};
 
 fn until(deliver_at_ms: u64) -> Option<Hold> {
     Some(Hold::Until { deliver_at_ms })
@@ -20,9 +20,15 @@ fn part(id: u8, part: u32) -> Option<Hold> {
 }
 
 fn append(stamp_ms: u64, holds: &[Option<Hold>]) -> Bytes {
-    let mut builder = AppendBuilder::new(stamp_ms, holds.len(), 0);
-    for hold in holds {
-        assert!(builder.push(&Mark::None, hold.as_ref(), &batch(1, None)));
+    let batches: Vec<_> = holds.iter().map(|hold| (1, *hold)).collect();
+    append_many(stamp_ms, &batches)
+}
+
+/// The same with so many messages in each batch.
+fn append_many(stamp_ms: u64, batches: &[(usize, Option<Hold>)]) -> Bytes {
+    let mut builder = AppendBuilder::new(stamp_ms, batches.len(), 0);
+    for (messages, hold) in batches {
+        assert!(builder.push(&Mark::None, hold.as_ref(), &batch(*messages, None)));
     }
     builder.finish()
 }
@@ -35,7 +41,27 @@ fn visible(replica: &Replica) -> Vec<(u64, u16)> {
 }
 
 fn held(replica: &Replica) -> u64 {
+    held_size(replica).batches
+}
+
+fn held_size(replica: &Replica) -> HeldSize {
     replica.machine.shared().held()
+}
+
+/// Of batches with so many messages each.
+fn size_of(batches: &[usize]) -> HeldSize {
+    let bytes = batches.iter().map(|messages| batch(*messages, None).len());
+    HeldSize {
+        batches: batches.len() as u64,
+        messages: batches.iter().sum::<usize>() as u64,
+        bytes: bytes.sum::<usize>() as u64,
+    }
+}
+
+/// Messages that are visible or held.
+fn all_messages(replica: &Replica) -> u64 {
+    let (bounds, held) = replica.machine.shared().bounds_and_held();
+    bounds.end + held.messages
 }
 
 fn settle(replica: &mut Replica, stamp_ms: u64, id: u8, commit: bool) -> Settled {
@@ -194,6 +220,67 @@ fn too_much_that_is_held_is_refused_and_the_rest_goes_on() {
 }
 
 #[test]
+fn what_is_held_is_counted_in_messages_and_bytes_until_it_is_visible_or_gone() {
+    let mut replica = Replica::new();
+    let batches = [
+        (2, until(100)),
+        (7, None),
+        (3, until(200)),
+        (4, part(7, 0)),
+        (5, part(7, 1)),
+        (6, part(8, 0)),
+    ];
+    replica.apply(&append_many(1, &batches));
+    assert_eq!(held_size(&replica), size_of(&[2, 3, 4, 5, 6]));
+    // A retry is not counted again.
+    replica.apply(&append_many(2, &[(6, part(8, 0))]));
+    assert_eq!(held_size(&replica), size_of(&[2, 3, 4, 5, 6]));
+    assert_eq!(all_messages(&replica), 27);
+    let (last, state) = replica.take_checkpoint();
+    let restored = held_size(&replica);
+
+    let steps = [
+        (entry::deliver(100, 10), vec![3, 4, 5, 6], 27),
+        (entry::cancel(101, LogId::new(1, 1), 2), vec![4, 5, 6], 24),
+        (entry::cancel(102, LogId::new(1, 1), 2), vec![4, 5, 6], 24),
+        (entry::settle(103, &[7; 16], true), vec![6], 24),
+        (entry::settle(104, &[8; 16], false), vec![], 18),
+        (entry::settle(105, &[8; 16], false), vec![], 18),
+    ];
+    let go_on = |replica: &mut Replica| {
+        for (body, left, all) in &steps {
+            replica.reply(body);
+            assert_eq!(held_size(replica), size_of(left));
+            assert_eq!(all_messages(replica), *all);
+        }
+    };
+    go_on(&mut replica);
+    let (empty, all_gone) = replica.take_checkpoint();
+    replica.reopen();
+    replica
+        .machine
+        .restore(Some(empty), Some(&all_gone))
+        .unwrap();
+    assert_eq!(held_size(&replica), HeldSize::default());
+
+    // From the checkpoint before, on this disk and on another one.
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    assert_eq!(held_size(&replica), restored);
+    replica.applied = last.index;
+    go_on(&mut replica);
+    let mut newcomer = Replica::new();
+    newcomer.machine.install(last, &state).unwrap();
+    assert_eq!(held_size(&newcomer), restored);
+    newcomer.applied = last.index;
+    go_on(&mut newcomer);
+
+    newcomer.apply(&append_many(200, &[(2, until(300))]));
+    newcomer.machine.restore(None, None).unwrap();
+    assert_eq!(held_size(&newcomer), HeldSize::default());
+}
+
+#[test]
 fn what_is_still_needed_of_the_log_counts_what_was_delivered_late() {
     let mut replica = Replica::new();
     let needed = |replica: &mut Replica| replica.machine.oldest_needed().unwrap();
@@ -328,8 +415,8 @@ fn after_a_restart_nothing_is_due_that_was_cancelled() {
 
 #[derive(Debug, Clone)]
 enum Step {
-    /// Time that passes, and what is appended then.
-    Append(u64, Vec<Option<Hold>>),
+    /// Time that passes, and what is appended then: so many messages a batch.
+    Append(u64, Vec<(usize, Option<Hold>)>),
     Deliver(u64, u16),
     Settle(u64, u8, bool),
     /// So many entries ago.
@@ -354,8 +441,8 @@ fn any_hold() -> impl Strategy<Value = Option<Hold>> {
 fn any_step() -> impl Strategy<Value = Step> {
     let passes = prop_oneof![9 => 0..2_000u64, 1 => Just(REMEMBER_MS + 1)];
     prop_oneof![
-        6 => (passes, proptest::collection::vec(any_hold(), 1..4))
-            .prop_map(|(ms, holds)| Step::Append(ms, holds)),
+        6 => (passes, proptest::collection::vec((1..4usize, any_hold()), 1..4))
+            .prop_map(|(ms, batches)| Step::Append(ms, batches)),
         3 => (0..2_000u64, 0..4u16).prop_map(|(ms, n)| Step::Deliver(ms, n)),
         2 => (0..100u64, 0..3u8, any::<bool>()).prop_map(|(ms, id, c)| Step::Settle(ms, id, c)),
         2 => (1..6u64, 0..3u16).prop_map(|(ago, n)| Step::Cancel(ago, n)),
@@ -434,9 +521,9 @@ proptest! {
         let mut now_ms = 0;
         for step in steps {
             let body = match step {
-                Step::Append(ms, holds) => {
+                Step::Append(ms, batches) => {
                     now_ms += ms;
-                    Some(append(now_ms, &holds))
+                    Some(append_many(now_ms, &batches))
                 }
                 Step::Deliver(ms, n) => {
                     now_ms += ms;
@@ -469,8 +556,13 @@ proptest! {
                 }
             };
             if let Some(body) = body {
+                let before = all_messages(&steady);
                 let reply = steady.reply(&body);
                 prop_assert_eq!(&shaken.replica.reply(&body), &reply);
+                if let QueueReply::Delivered(_) | QueueReply::Settled(Settled { commit: true, .. }) = reply {
+                    // Its room was taken when it was held.
+                    prop_assert_eq!(all_messages(&steady), before);
+                }
                 shaken.log.push((body, reply));
             }
             prop_assert_eq!(steady.machine.state_hash(), shaken.replica.machine.state_hash());
@@ -478,11 +570,19 @@ proptest! {
                 steady.machine.shared().next_due_ms(),
                 shaken.replica.machine.shared().next_due_ms()
             );
+            prop_assert_eq!(held_size(&steady), held_size(&shaken.replica));
         }
         prop_assert_eq!(visible(&steady), visible(&shaken.replica));
         if let Some(joined) = shaken.join() {
             let hash = joined.replica.machine.state_hash();
             prop_assert_eq!(steady.machine.state_hash(), hash);
+            prop_assert_eq!(held_size(&steady), held_size(&joined.replica));
         }
+        // Everything comes to an end, and nothing is left of any count.
+        steady.reply(&entry::deliver(now_ms + 60_000, u16::MAX));
+        for id in 0..3 {
+            steady.reply(&entry::settle(now_ms + REMEMBER_MS * 2, &[id; 16], false));
+        }
+        prop_assert_eq!(held_size(&steady), HeldSize::default());
     }
 }

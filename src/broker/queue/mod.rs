@@ -19,7 +19,7 @@ mod state;
 pub(in crate::broker) use dedupe::{REMEMBERED_BATCHES, advance};
 pub use reply::{BatchOutcome, CancelVerdict, QueueReply, Settled};
 pub(crate) use reply::{decode_cancelled, decode_delivered, decode_outcomes, decode_settled};
-pub use shared::{QueueBounds, QueueShared};
+pub use shared::{HeldSize, QueueBounds, QueueShared};
 pub use sizes::SizeTable;
 pub use state::{QueueLimits, QueueMachine};
 

@@ -1,4 +1,5 @@
-//! What readers of a queue see of its state machine: no lock is shared with apply.
+//! What readers of a queue see of its state machine: no lock is shared with apply for longer than a
+//! copy takes.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -17,6 +18,15 @@ pub struct QueueBounds {
     pub end: u64,
 }
 
+/// What a queue has stored and does not show yet.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HeldSize {
+    pub batches: u64,
+    pub messages: u64,
+    /// As they are stored.
+    pub bytes: u64,
+}
+
 const NEVER: u64 = u64::MAX;
 
 /// The applied prefix of one queue on this node. Written by the state machine alone.
@@ -29,8 +39,8 @@ pub struct QueueShared {
     end: AtomicU64,
     last_stamp_ms: AtomicU64,
     sizes: Mutex<SizeTable>,
-    /// Batches that are stored and not visible.
-    held: AtomicU64,
+    /// Changes together with the bounds.
+    held: Mutex<HeldSize>,
     /// When the next of them is due; [`NEVER`] if none is.
     next_due_ms: AtomicU64,
     /// Told when something is due earlier than what was known.
@@ -49,7 +59,7 @@ impl QueueShared {
             end: AtomicU64::new(0),
             last_stamp_ms: AtomicU64::new(0),
             sizes: Mutex::default(),
-            held: AtomicU64::new(0),
+            held: Mutex::default(),
             next_due_ms: AtomicU64::new(NEVER),
             due_earlier: OnceLock::new(),
             wake: watch::Sender::new(0),
@@ -83,9 +93,14 @@ impl QueueShared {
         self.sizes.lock().clone_from(sizes);
     }
 
-    /// Batches that are stored without being visible.
-    pub fn held(&self) -> u64 {
-        self.held.load(Ordering::Acquire)
+    pub fn held(&self) -> HeldSize {
+        *self.held.lock()
+    }
+
+    /// Both at one moment: what becomes visible is in the one or in the other, and never in both.
+    pub fn bounds_and_held(&self) -> (QueueBounds, HeldSize) {
+        let held = self.held.lock();
+        (self.bounds(), *held)
     }
 
     /// When the next delayed batch is due. It may have been cancelled meanwhile.
@@ -100,8 +115,7 @@ impl QueueShared {
         self.due_earlier.set(told).ok();
     }
 
-    pub(super) fn publish_held(&self, held: u64, next_due_ms: Option<u64>) {
-        self.held.store(held, Ordering::Release);
+    pub(super) fn publish_due(&self, next_due_ms: Option<u64>) {
         let next = next_due_ms.unwrap_or(NEVER);
         let known = self.next_due_ms.swap(next, Ordering::AcqRel);
         if next < known
@@ -131,7 +145,9 @@ impl QueueShared {
         &self.soundness
     }
 
-    pub(super) fn publish(&self, bounds: QueueBounds, last_stamp_ms: u64) {
+    pub(super) fn publish(&self, bounds: QueueBounds, held: HeldSize, last_stamp_ms: u64) {
+        let mut shown = self.held.lock();
+        *shown = held;
         self.last_stamp_ms.store(last_stamp_ms, Ordering::Release);
         self.end.store(bounds.end, Ordering::Release);
         self.earliest.store(bounds.earliest, Ordering::Release);

@@ -305,10 +305,9 @@ impl QueueMachine {
             earliest: self.state.earliest_offset.max(self.index.first_offset()),
             end: self.state.next_offset,
         };
-        self.shared.publish(bounds, self.state.stamp_ms);
-        let next_due_ms = self.held.next_due_ms();
-        self.shared
-            .publish_held(self.held.summary().count, next_due_ms);
+        let held = self.held.size();
+        self.shared.publish(bounds, held, self.state.stamp_ms);
+        self.shared.publish_due(self.held.next_due_ms());
     }
 
     /// What is held, if this checkpoint should be one that a replica without any can begin with.

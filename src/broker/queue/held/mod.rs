@@ -10,6 +10,9 @@
 //! Delayed batches are delivered in the order (due time, index, batch). What is stored later is never
 //! due before what was delivered, since a due time is not below the stamp of its entry; so what was
 //! delivered is a prefix of that order, and one key tells it.
+//!
+//! How many messages and bytes are pending is no part of the summary: it follows from the records,
+//! which the sum in the summary vouches for. So it is the same on every replica.
 
 mod garbage;
 mod records;
@@ -24,9 +27,9 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::Place;
 use super::entry::{Hold, TransactionId};
 use super::reply::{CancelVerdict, Settled};
+use super::{HeldSize, Place};
 use garbage::Garbage;
 use records::{Cancelled, SettledRecord, Until, keys};
 pub(super) use records::{DueKey, HeldBatch, PartSpot};
@@ -63,6 +66,9 @@ pub(super) struct Held {
     /// What the entry being applied changes. None: removed.
     changes: BTreeMap<Vec<u8>, Option<Vec<u8>>>,
     summary: Summary,
+    /// In the batches that are pending.
+    messages: u64,
+    bytes: u64,
     /// When the next delayed batch is due.
     next_due_ms: Option<u64>,
     /// Settled transactions that are still remembered, on this replica.
@@ -80,6 +86,8 @@ impl Held {
             stored,
             changes: BTreeMap::new(),
             summary: Summary::default(),
+            messages: 0,
+            bytes: 0,
             next_due_ms: None,
             remembered: 0,
             cancelled: 0,
@@ -90,6 +98,15 @@ impl Held {
 
     pub(super) fn summary(&self) -> &Summary {
         &self.summary
+    }
+
+    /// What is pending.
+    pub(super) fn size(&self) -> HeldSize {
+        HeldSize {
+            batches: self.summary.count,
+            messages: self.messages,
+            bytes: self.bytes,
+        }
     }
 
     pub(super) fn next_due_ms(&self) -> Option<u64> {
@@ -358,11 +375,15 @@ impl Held {
 
     fn count_in(&mut self, index: u64, ordinal: u16, batch: &HeldBatch) {
         self.summary.count += 1;
+        self.messages += u64::from(batch.count);
+        self.bytes += u64::from(batch.bytes);
         self.summary.sum = self.summary.sum.wrapping_add(hash(index, ordinal, batch));
     }
 
     fn count_out(&mut self, index: u64, ordinal: u16, batch: &HeldBatch) {
         self.summary.count = self.summary.count.saturating_sub(1);
+        self.messages = self.messages.saturating_sub(batch.count.into());
+        self.bytes = self.bytes.saturating_sub(batch.bytes.into());
         self.summary.sum = self.summary.sum.wrapping_sub(hash(index, ordinal, batch));
     }
 

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::garbage::Floor;
 use super::records::{HeldBatch, SettledRecord, Until, keys};
-use super::{DueKey, Held, Summary, TransactionId, hash};
+use super::{DueKey, Held, HeldSize, Summary, TransactionId, hash};
 
 /// Records read or written at a time.
 const PAGE: usize = 1000;
@@ -43,12 +43,17 @@ impl Held {
         if self.stored.applied()?.is_some() {
             self.stored.clear()?;
         }
-        self.summary = Summary::default();
+        self.begin_empty(Summary::default());
+        self.forget_checkpoints(0, 0);
+        Ok(())
+    }
+
+    fn begin_empty(&mut self, summary: Summary) {
+        self.summary = summary;
+        (self.messages, self.bytes) = (0, 0);
         self.next_due_ms = None;
         self.remembered = 0;
         self.cancelled = 0;
-        self.forget_checkpoints(0, 0);
-        Ok(())
     }
 
     /// Back to a checkpoint at `last`, when the log's time was `stamp_ms`.
@@ -85,10 +90,7 @@ impl Held {
         }
         if summary.changed_at == 0 {
             // Nothing was ever held: there is nothing to look at.
-            self.summary = summary;
-            self.next_due_ms = None;
-            self.remembered = 0;
-            self.cancelled = 0;
+            self.begin_empty(summary);
             self.forget_checkpoints(last.index, stamp_ms);
             return Ok(());
         }
@@ -170,23 +172,26 @@ impl Held {
         Ok(!page.is_empty())
     }
 
-    /// Whether the records are what the summary says, and how many of them are cancelled.
-    fn compare(&self) -> Result<u64, StorageError> {
-        let (mut count, mut sum, mut cancelled) = (0, 0u64, 0);
+    /// Whether the records are what the summary says. Gives what is pending, and how many of them
+    /// are cancelled.
+    fn compare(&self) -> Result<(HeldSize, u64), StorageError> {
+        let (mut pending, mut sum, mut cancelled) = (HeldSize::default(), 0u64, 0);
         self.visit(|index, ordinal, batch| {
             cancelled += u64::from(batch.cancelled().is_some());
             if self.is_pending(index, ordinal, batch)? {
-                count += 1;
+                pending.batches += 1;
+                pending.messages += u64::from(batch.count);
+                pending.bytes += u64::from(batch.bytes);
                 sum = sum.wrapping_add(hash(index, ordinal, batch));
             }
             Ok(true)
         })?;
-        if (count, sum) != (self.summary.count, self.summary.sum) {
-            let wanted = self.summary.count;
-            let reason = format!("{count} batches are pending, not the {wanted} of the checkpoint");
+        if (pending.batches, sum) != (self.summary.count, self.summary.sum) {
+            let (found, wanted) = (pending.batches, self.summary.count);
+            let reason = format!("{found} batches are pending, not the {wanted} of the checkpoint");
             return Err(self.damaged(reason));
         }
-        Ok(cancelled)
+        Ok((pending, cancelled))
     }
 
     /// Shows every batch in the order of the log, until `visit` has enough.
@@ -289,7 +294,9 @@ impl Held {
     /// Takes up at `last`, where the log's time was `stamp_ms`, with records that are in place.
     fn resume(&mut self, last: LogId, stamp_ms: u64, summary: Summary) -> Result<(), StorageError> {
         self.summary = summary;
-        self.cancelled = self.compare()?;
+        let (pending, cancelled) = self.compare()?;
+        (self.messages, self.bytes) = (pending.messages, pending.bytes);
+        self.cancelled = cancelled;
         let mut remembered = 0;
         self.visit_settled(|_, _| {
             remembered += 1;
