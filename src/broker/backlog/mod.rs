@@ -1,10 +1,11 @@
-//! Bounded backlogs: what a queue takes that its slowest consumer group has not consumed.
+//! Bounded backlogs: what a queue takes that its slowest consumer group has not consumed. What is
+//! stored and not visible yet counts, too, so that its room is there when its time comes.
 //!
 //! Judged on the queue's leader before anything is proposed. What is on its way through the batcher
 //! counts, so of messages that come together exactly as many are taken as fit. Invariants:
 //!
 //! - In-flight load is read before the queue's end: a message that is applied in between counts
-//!   twice for a moment, never not at all.
+//!   twice for a moment, never not at all. What becomes visible counts once at every moment.
 //! - Nobody is refused on a guess: not before the coordinators were asked with proof after the
 //!   message came, and not for the sake of others in flight before those have their answers
 //!   (for [`IN_FLIGHT_PATIENCE`] at most).
@@ -26,6 +27,7 @@ use tokio::time::{Instant, timeout_at};
 use super::batcher::{now_ms, producer_of};
 use super::encode::records_in;
 use super::local::LocalQueue;
+use super::queue::entry::Hold;
 use super::read::unreadable;
 use super::{Backlog, Broker, BrokerError, BrokerResult, OnFull};
 use crate::catalog::{GroupOwner, Topic, TopicId};
@@ -54,7 +56,6 @@ impl Load {
     };
 
     fn of(batches: &[NewBatch]) -> Self {
-        // What is held back is judged here as well, and counts from the day it is visible.
         let messages = batches.iter().map(|b| u64::from(records_in(&b.batch)));
         let bytes = batches.iter().map(|b| b.batch.len() as u64);
         Self {
@@ -85,8 +86,9 @@ impl Load {
 
 /// What is stored in a queue and not consumed.
 #[derive(Debug, Clone, Copy, Default)]
-struct Held {
+struct Unconsumed {
     load: Load,
+    /// Of what is visible: what waits for its time is not old.
     oldest_age_ms: u64,
 }
 
@@ -98,16 +100,16 @@ enum Verdict {
     Full,
 }
 
-fn judge(limits: &Backlog, held: Held, in_flight: Load, new: Load) -> Verdict {
-    let too_old = |max| held.load.messages > 0 && held.oldest_age_ms > max;
-    if limits.max_age_ms.is_some_and(too_old) || !held.load.plus(new).within(limits) {
+fn judge(limits: &Backlog, stored: Unconsumed, in_flight: Load, new: Load) -> Verdict {
+    let too_old = |max| stored.load.messages > 0 && stored.oldest_age_ms > max;
+    if limits.max_age_ms.is_some_and(too_old) || !stored.load.plus(new).within(limits) {
         return Verdict::Full;
     }
     let in_flight = match mutation::on(Mutation::IgnoreInFlight) {
         false => in_flight,
         true => Load::default(),
     };
-    match held.load.plus(in_flight).plus(new).within(limits) {
+    match stored.load.plus(in_flight).plus(new).within(limits) {
         true => Verdict::Fits,
         false => Verdict::InFlight,
     }
@@ -195,8 +197,12 @@ impl Broker {
             if verdict == Verdict::InFlight && timeout_at(patience, released).await.is_ok() {
                 continue;
             }
-            // A message left out would be a gap in its producer's sequence.
-            let may_drop = |b: &NewBatch| producer_of(&b.batch).is_none();
+            // A message left out would be a gap in its producer's sequence, or be missing in its
+            // transaction.
+            let may_drop = |b: &NewBatch| {
+                let is_half = matches!(b.hold, Some(Hold::Transaction { .. }));
+                producer_of(&b.batch).is_none() && !is_half
+            };
             return Err(match limits.on_full {
                 OnFull::DropNewest if batches.iter().all(may_drop) => BrokerError::Dropped {
                     topic: topic.name.clone(),
@@ -243,10 +249,10 @@ impl Broker {
         let from = self.measured_from(queue, limits, slowest).await?;
         let mut state = queue.backlog.state.lock();
         let in_flight = state.in_flight;
-        let held = state.held(queue, limits, from)?;
-        Ok(match judge(limits, held, in_flight, Load::default()) {
+        let stored = state.unconsumed(queue, limits, from)?;
+        Ok(match judge(limits, stored, in_flight, Load::default()) {
             Verdict::Fits => {
-                let taken = held.load.plus(in_flight);
+                let taken = stored.load.plus(in_flight);
                 let left = |limit: Option<u64>, taken| limit.unwrap_or(u64::MAX) - taken;
                 Load {
                     messages: left(limits.max_messages, taken.messages),
@@ -267,8 +273,8 @@ impl Broker {
         let from = self.measured_from(queue, limits, slowest).await?;
         let mut state = queue.backlog.state.lock();
         let in_flight = state.in_flight;
-        let held = state.held(queue, limits, from)?;
-        Ok(match judge(limits, held, in_flight, new) {
+        let stored = state.unconsumed(queue, limits, from)?;
+        Ok(match judge(limits, stored, in_flight, new) {
             Verdict::Fits => {
                 state.in_flight = in_flight.plus(new);
                 let queue = queue.clone();
@@ -297,8 +303,14 @@ impl Broker {
 }
 
 impl State {
-    fn held(&mut self, queue: &LocalQueue, limits: &Backlog, from: u64) -> BrokerResult<Held> {
-        let end = queue.shared.bounds().end;
+    fn unconsumed(
+        &mut self,
+        queue: &LocalQueue,
+        limits: &Backlog,
+        from: u64,
+    ) -> BrokerResult<Unconsumed> {
+        let (bounds, held) = queue.shared.bounds_and_held();
+        let end = bounds.end;
         let from = from.min(end);
         let bytes = match limits.max_bytes {
             Some(max_bytes) => self.sizes.measure(queue, from, end, max_bytes)?,
@@ -309,11 +321,16 @@ impl State {
             _ => Ok(None),
         };
         let oldest = oldest.map_err(|error| unreadable(queue, error))?;
-        Ok(Held {
-            load: Load {
-                messages: end - from,
-                bytes,
-            },
+        let visible = Load {
+            messages: end - from,
+            bytes,
+        };
+        let held = Load {
+            messages: held.messages,
+            bytes: held.bytes,
+        };
+        Ok(Unconsumed {
+            load: visible.plus(held),
             oldest_age_ms: oldest.map_or(0, |record| now_ms().saturating_sub(record.timestamp_ms)),
         })
     }
@@ -339,37 +356,59 @@ mod tests {
     #[test]
     fn the_last_one_that_fits_is_taken_and_the_next_is_not() {
         let ten = limits(Some(10), None, None);
-        let held = |messages| Held {
+        let stored = |messages| Unconsumed {
             load: load(messages, 0),
             oldest_age_ms: 0,
         };
-        assert_eq!(judge(&ten, held(7), load(2, 9), load(1, 9)), Verdict::Fits);
         assert_eq!(
-            judge(&ten, held(7), load(3, 9), load(1, 9)),
+            judge(&ten, stored(7), load(2, 9), load(1, 9)),
+            Verdict::Fits
+        );
+        assert_eq!(
+            judge(&ten, stored(7), load(3, 9), load(1, 9)),
             Verdict::InFlight
         );
-        assert_eq!(judge(&ten, held(10), load(0, 0), load(1, 9)), Verdict::Full);
-        assert_eq!(judge(&ten, held(9), load(0, 0), load(2, 9)), Verdict::Full);
+        assert_eq!(
+            judge(&ten, stored(10), load(0, 0), load(1, 9)),
+            Verdict::Full
+        );
+        assert_eq!(
+            judge(&ten, stored(9), load(0, 0), load(2, 9)),
+            Verdict::Full
+        );
     }
 
     #[test]
     fn bytes_and_age_count_where_they_are_bounded() {
-        let held = Held {
+        let stored = Unconsumed {
             load: load(3, 90),
             oldest_age_ms: 50,
         };
         let bytes = limits(None, Some(100), None);
-        assert_eq!(judge(&bytes, held, load(0, 0), load(1, 10)), Verdict::Fits);
         assert_eq!(
-            judge(&bytes, held, load(1, 1), load(1, 10)),
+            judge(&bytes, stored, load(0, 0), load(1, 10)),
+            Verdict::Fits
+        );
+        assert_eq!(
+            judge(&bytes, stored, load(1, 1), load(1, 10)),
             Verdict::InFlight
         );
-        assert_eq!(judge(&bytes, held, load(0, 0), load(1, 11)), Verdict::Full);
-        let age = |max| judge(&limits(None, None, Some(max)), held, load(9, 9), load(9, 9));
+        assert_eq!(
+            judge(&bytes, stored, load(0, 0), load(1, 11)),
+            Verdict::Full
+        );
+        let age = |max| {
+            judge(
+                &limits(None, None, Some(max)),
+                stored,
+                load(9, 9),
+                load(9, 9),
+            )
+        };
         assert_eq!((age(50), age(49)), (Verdict::Fits, Verdict::Full));
-        let empty = Held {
+        let empty = Unconsumed {
             load: load(0, 0),
-            ..held
+            ..stored
         };
         let young = limits(None, None, Some(1));
         assert_eq!(judge(&young, empty, load(0, 0), load(1, 1)), Verdict::Fits);

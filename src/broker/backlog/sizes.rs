@@ -65,7 +65,8 @@ impl Sizes {
         }
     }
 
-    /// The bytes of `from..end`, or as many as are too many.
+    /// The bytes of `from..end`, or as many as are too many. An end never lies before one that was
+    /// measured earlier.
     pub(super) fn measure(
         &mut self,
         queue: &LocalQueue,
@@ -80,7 +81,9 @@ impl Sizes {
             if batches.is_empty() {
                 break;
             }
-            self.extend(&batches, max_bytes);
+            // More may have become visible behind the end meanwhile.
+            let within = batches.partition_point(|b| b.place.base_offset < end);
+            self.extend(&batches[..within], max_bytes);
         }
         Ok(self.bytes)
     }
