@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::api::Api;
 use crate::support::client::Client;
-use crate::support::{Cluster, eventually};
+use crate::support::{Cluster, PATIENCE, eventually};
 
 const PRODUCE: &str = "/v1/topics/t/messages";
 const TRANSACTIONS: &str = "/v1/transactions";
@@ -486,6 +486,36 @@ async fn restart(api: &mut Api) -> Result<()> {
     api.cluster.node(1).kill();
     api.cluster.node(1).spawn()?;
     api.cluster.wait_ready().await
+}
+
+#[tokio::test]
+async fn nothing_more_is_taken_while_a_restarted_node_reads_its_log() -> Result<()> {
+    let mut api = Api::start().await?;
+    bounded(&api, json!({"max_messages": 1500})).await;
+    // Entries of their own: what was applied of them is lost with the process.
+    let fill = async |api: &Api| while api.post(PRODUCE, &one()).await.status == 200 {};
+    join_all((0..32).map(|_| fill(&api))).await;
+    assert_eq!(end(&api).await, 1500);
+    for _ in 0..5 {
+        api.cluster.node(1).kill();
+        api.cluster.node(1).spawn()?;
+        let knock = async |api: &Api| {
+            let body = one();
+            loop {
+                let request = api.request(Method::POST, PRODUCE).json(&body);
+                match request.send().await.map(|answer| answer.status().as_u16()) {
+                    Ok(429) => return,
+                    Ok(200) => panic!("it is full"),
+                    Ok(_) | Err(_) => tokio::time::sleep(Duration::from_millis(1)).await,
+                }
+            }
+        };
+        let knocking = join_all((0..24).map(|_| knock(&api)));
+        tokio::time::timeout(PATIENCE, knocking).await?;
+        api.cluster.wait_ready().await?;
+        assert_eq!(end(&api).await, 1500);
+    }
+    Ok(())
 }
 
 #[tokio::test]

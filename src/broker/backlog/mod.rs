@@ -178,6 +178,7 @@ impl Broker {
             )));
         }
         let came = Instant::now();
+        self.know_all_stored(queue).await?;
         self.positions_of_late().await;
         loop {
             let mut released = std::pin::pin!(queue.backlog.released.notified());
@@ -215,6 +216,17 @@ impl Broker {
                 )),
             });
         }
+    }
+
+    /// A leader has applied what others had acknowledged before it once it has applied an entry of
+    /// its own term. Until then it would judge by an older state, after a restart a much older one.
+    async fn know_all_stored(&self, queue: &LocalQueue) -> BrokerResult<()> {
+        let term = queue.group.term();
+        if queue.group.applied().is_some_and(|id| id.term == term) {
+            return Ok(());
+        }
+        let deadline = Instant::now() + self.config.write_timeout;
+        self.barrier(&queue.group, deadline).await
     }
 
     /// How much more fits now, as far as is known here.
