@@ -187,6 +187,10 @@ async fn a_topic_that_drops_says_so_for_each_message() -> Result<()> {
     let bytes = "application/octet-stream";
     let answer = api.post_as(PRODUCE, bytes, "e").await.expect(200);
     assert_eq!(answer["results"][0], dropped);
+    // More than there is ever room for is dropped like the rest.
+    let three = json!({"messages": vec![json!({"value": "v"}); 3]});
+    let answer = api.post(PRODUCE, &three).await.expect(200);
+    assert_eq!(answer["results"], json!([dropped, dropped, dropped]));
     assert_eq!(end(&api).await, 2);
     let metrics = api.get("/metrics").await.text();
     assert!(

@@ -170,7 +170,21 @@ impl Broker {
             return Ok(None);
         }
         let new = Load::of(batches);
+        // A message left out would be a gap in its producer's sequence, or be missing in its
+        // transaction.
+        let may_drop = |b: &NewBatch| {
+            let is_half = matches!(b.hold, Some(Hold::Transaction { .. }));
+            producer_of(&b.batch).is_none() && !is_half
+        };
+        let dropped = || BrokerError::Dropped {
+            topic: topic.name.clone(),
+            queue: number,
+        };
+        let drops = limits.on_full == OnFull::DropNewest && batches.iter().all(may_drop);
         if !new.within(limits) {
+            if drops {
+                return Err(dropped());
+            }
             return Err(BrokerError::InvalidRequest(format!(
                 "{} messages of {} bytes for one queue are more than the topic's backlog may ever \
                  hold; send fewer at a time",
@@ -198,18 +212,9 @@ impl Broker {
             if verdict == Verdict::InFlight && timeout_at(patience, released).await.is_ok() {
                 continue;
             }
-            // A message left out would be a gap in its producer's sequence, or be missing in its
-            // transaction.
-            let may_drop = |b: &NewBatch| {
-                let is_half = matches!(b.hold, Some(Hold::Transaction { .. }));
-                producer_of(&b.batch).is_none() && !is_half
-            };
-            return Err(match limits.on_full {
-                OnFull::DropNewest if batches.iter().all(may_drop) => BrokerError::Dropped {
-                    topic: topic.name.clone(),
-                    queue: number,
-                },
-                _ => BrokerError::BacklogFull(format!(
+            return Err(match drops {
+                true => dropped(),
+                false => BrokerError::BacklogFull(format!(
                     "queue {number} of topic {:?} holds as much as its consumers may leave \
                      unread; try again when they have consumed more",
                     topic.name
