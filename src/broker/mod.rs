@@ -19,7 +19,7 @@ pub(crate) mod exchanges;
 mod fetch;
 mod generate;
 pub mod groups;
-pub(crate) mod leases;
+pub mod leases;
 pub(crate) mod local;
 mod lost_tails;
 mod message_id;

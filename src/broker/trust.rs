@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
-use super::Broker;
+use super::{Broker, BrokerResult};
 use crate::catalog::CATALOG_GROUP;
 
 /// So long a proof is trusted: longer than an election of the catalog takes as a rule, since
@@ -86,5 +86,18 @@ impl Broker {
         let mut proved = self.trust.proved.subscribe();
         let proof = proved.wait_for(|at| is_within(*at, TRUSTED, now));
         timeout(PATIENCE, proof).await.ok();
+    }
+
+    /// For what would go wrong for ever: when this returns, there was a proof once since this node
+    /// started. Until then its copy may lack what had been acknowledged before, for as long as the
+    /// catalog has no leader.
+    pub(super) async fn catalog_once_proved(&self) -> BrokerResult<()> {
+        let known = self.trust.proved.borrow().is_some();
+        if !known {
+            let now = Instant::now();
+            self.catalog_barrier().await?;
+            self.trust.proved.send_replace(Some(now));
+        }
+        Ok(())
     }
 }

@@ -15,6 +15,7 @@ use crate::faults::{self, Cut, End, Fault, Planned};
 use crate::healing::{self, Progress};
 use crate::history::History;
 use crate::machine::{DiskSpeed, Machine};
+use crate::model::{self, Capability};
 use crate::node::{NodeSlot, Shape};
 use crate::oracle::{Oracle, Queue};
 use crate::replicas::Replicas;
@@ -31,6 +32,7 @@ const LOGS_EVERY: u32 = 50;
 struct Script {
     nodes: u64,
     clients: u64,
+    cover: Vec<Capability>,
     topics: Vec<(String, u32)>,
     work: Duration,
     shape: Shape,
@@ -38,15 +40,16 @@ struct Script {
 }
 
 impl Script {
-    fn of(rng: &mut StdRng) -> Self {
+    fn of(rng: &mut StdRng, seed: u64) -> Self {
         let nodes = if rng.random_bool(0.25) { 5 } else { 3 };
-        let work = Duration::from_secs(rng.random_range(8..20));
+        let work = Duration::from_secs(rng.random_range(6..14));
         let count = rng.random_range(1..3);
         let topics = (0..count).map(|n| (format!("t{n}"), rng.random_range(1..3)));
         let topics = topics.collect();
         Self {
             nodes,
-            clients: rng.random_range(2..6),
+            clients: rng.random_range(1..4),
+            cover: model::cover(seed),
             topics,
             work,
             shape: Shape {
@@ -84,7 +87,7 @@ struct Run<'a> {
 /// Runs one seed; the history says whether it failed.
 pub fn run(seed: u64) -> Arc<History> {
     let mut rng = StdRng::seed_from_u64(seed);
-    let script = Script::of(&mut rng);
+    let script = Script::of(&mut rng, seed);
     let history = Arc::new(History::default());
     history.note(format_args!("{script:?}"));
     let wires = Arc::new(Wires::default());
@@ -138,6 +141,7 @@ impl Run<'_> {
             progress: progress.clone(),
             topics: script.topics.clone(),
             clients: script.clients,
+            cover: script.cover.clone(),
             seed,
         };
         self.sim.client("clients", plan.run());

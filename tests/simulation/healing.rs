@@ -11,6 +11,7 @@ use quorate_raft::{Group, NodeId};
 use quorate_storage::LogId;
 use tokio::time::sleep;
 
+use crate::model::{Capability, Model};
 use crate::node::{Handles, NodeSlot};
 use crate::oracle::Queue;
 use crate::replicas::{Replicas, states};
@@ -47,12 +48,15 @@ pub struct Plan {
     pub progress: Arc<Progress>,
     pub topics: Vec<(String, u32)>,
     pub clients: u64,
+    pub cover: Vec<Capability>,
     pub seed: u64,
 }
 
 impl Plan {
     pub async fn run(self) -> turmoil::Result {
         self.make_topics().await;
+        let model = Model::new(self.stage.clone(), &self.cover, self.seed);
+        let mut model = model.await;
         self.progress.begun.store(true, Ordering::Relaxed);
         let watcher = tokio::spawn(watch_states(self.stage.clone(), self.replicas.clone()));
         let clients = (0..self.clients).map(|id| {
@@ -60,15 +64,19 @@ impl Plan {
             tokio::spawn(client.run())
         });
         let clients: Vec<_> = clients.collect();
+        model.start();
         for (id, client) in clients.into_iter().enumerate() {
             self.progress.waits_for(format!("client {id}"));
             client.await?;
         }
+        model.settle(|open| self.progress.waits_for(open)).await?;
         self.is_whole().await;
         self.take_writes().await;
         self.is_whole().await;
         watcher.abort();
         self.check_queues().await;
+        self.progress.waits_for("the message model");
+        model.judge().await;
         Ok(())
     }
 

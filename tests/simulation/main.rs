@@ -16,6 +16,7 @@ mod faults;
 mod healing;
 mod history;
 mod machine;
+mod model;
 mod node;
 mod oracle;
 mod replicas;

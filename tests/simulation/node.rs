@@ -200,6 +200,7 @@ impl NodeSlot {
                 max_batch_bytes: 4 << 10,
                 max_entry_bytes: 8 << 10,
                 pipeline_bytes: 2 << 10,
+                transaction_prepare: Duration::from_secs(6),
                 ..BrokerConfig::default()
             },
         }

@@ -21,7 +21,7 @@ const SEEDS: Range<u64> = 0..5;
 /// How often each of them is run, to compare the histories.
 const RUNS: u64 = 2;
 /// Seeds that have failed once, when the scripts were as they are now.
-const REGRESSIONS: &[u64] = &[23];
+const REGRESSIONS: &[u64] = &[20];
 /// Lines of a failed seed's history that are shown.
 const SHOWN: usize = 40;
 

@@ -34,7 +34,7 @@ pub struct Stage {
 }
 
 /// What became of a call that was to change something.
-enum Called<T> {
+pub enum Called<T> {
     Done(T),
     /// For certain without effect.
     Refused(BrokerError),
@@ -43,7 +43,7 @@ enum Called<T> {
 }
 
 impl Stage {
-    async fn call<T, F>(
+    pub async fn call<T, F>(
         &self,
         node: &NodeSlot,
         patience: Duration,

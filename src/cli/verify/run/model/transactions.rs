@@ -258,12 +258,15 @@ impl Transactions {
         let call = (Method::POST, &path[..]);
         let answer = api::send(&self.scene, actor.place(), call, Some(&body), None).await;
         let id = answer.ok()?["transaction_id"].as_str()?.to_owned();
-        let path = ["v1", "transactions", &id, "commit"];
+        // From here on nobody moves the offset. The transaction before may have, until now.
+        let moved = self.committed(actor.place()).await != Some(from);
+        let end = if moved { "rollback" } else { "commit" };
+        let path = ["v1", "transactions", &id, end];
         let call = (Method::POST, &path[..]);
         let body = json!({});
         let place = actor.place();
-        let committed = api::until_done(&self.scene, place, call, Some(&body), None).await;
-        if committed.is_ok() {
+        let ended = api::until_done(&self.scene, place, call, Some(&body), None).await;
+        if ended.is_ok() && !moved {
             self.ledger.lock().worked += 1;
         }
         Some(())
