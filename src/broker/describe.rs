@@ -65,6 +65,7 @@ impl Broker {
             purged_index: group.log().state().purged.map_or(0, |id| id.index),
             state_hash,
             leads: group.is_leader(),
+            wanted: group.replicas().len(),
         })
     }
 

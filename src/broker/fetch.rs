@@ -41,9 +41,15 @@ impl Broker {
         let scan_until = begun + Duration::from_millis(request.wait_ms).max(SCAN_AT_LEAST);
         let mut filtered = !request.selection.is_everything();
         let mut start = request.start;
+        let mut is_first = true;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let mut read = read_request(group, &request, start, left);
+            // What was acknowledged before the request came is proved to be here.
+            if !is_first && read.proof == Proof::All {
+                read.proof = Proof::End;
+            }
+            is_first = false;
             if filtered {
                 read.max_messages = SCAN_MESSAGES;
                 read.max_bytes = read.max_bytes.max(SCAN_BYTES);

@@ -6,6 +6,7 @@
 //! one has run out, beside their work: only the first one after a pause waits for it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -23,6 +24,8 @@ const RENEWED: Duration = Duration::from_millis(500);
 /// So long a request waits. Without a proof it goes on with what is known here: whatever it wants
 /// of a queue or a coordinator needs a majority of its own.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// The same while the last question was in vain.
+const LITTLE_PATIENCE: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
 pub(super) struct CatalogTrust {
@@ -30,6 +33,8 @@ pub(super) struct CatalogTrust {
     proved: watch::Sender<Option<Instant>>,
     /// When the last one began.
     asked: Mutex<Option<Instant>>,
+    /// The last question found nobody to answer it.
+    in_vain: AtomicBool,
 }
 
 impl Default for CatalogTrust {
@@ -37,6 +42,7 @@ impl Default for CatalogTrust {
         Self {
             proved: watch::Sender::new(None),
             asked: Mutex::default(),
+            in_vain: AtomicBool::new(false),
         }
     }
 }
@@ -44,6 +50,17 @@ impl Default for CatalogTrust {
 impl CatalogTrust {
     fn is_proved_within(&self, age: Duration, now: Instant) -> bool {
         is_within(*self.proved.borrow(), age, now)
+    }
+
+    fn note_proof(&self, began: Instant) {
+        self.in_vain.store(false, Ordering::Relaxed);
+        self.proved.send_if_modified(|proved| {
+            let newer = proved.is_none_or(|at| at < began);
+            if newer {
+                *proved = Some(began);
+            }
+            newer
+        });
     }
 
     /// Whether the caller is to ask: one does at a time.
@@ -75,28 +92,33 @@ impl Broker {
             let trust: Arc<CatalogTrust> = self.trust.clone();
             tokio::spawn(async move {
                 match catalog.read_barrier(PATIENCE).await {
-                    Ok(()) => drop(trust.proved.send_replace(Some(now))),
-                    Err(error) => tracing::debug!(%error, "the catalog may be an old one"),
+                    Ok(()) => trust.note_proof(now),
+                    Err(error) => {
+                        trust.in_vain.store(true, Ordering::Relaxed);
+                        tracing::debug!(%error, "the catalog may be an old one");
+                    }
                 }
             });
         }
         if self.trust.is_proved_within(TRUSTED, now) {
             return;
         }
+        let patience = match self.trust.in_vain.load(Ordering::Relaxed) {
+            true => LITTLE_PATIENCE,
+            false => PATIENCE,
+        };
         let mut proved = self.trust.proved.subscribe();
         let proof = proved.wait_for(|at| is_within(*at, TRUSTED, now));
-        timeout(PATIENCE, proof).await.ok();
+        timeout(patience, proof).await.ok();
     }
 
-    /// For what would go wrong for ever: when this returns, there was a proof once since this node
-    /// started. Until then its copy may lack what had been acknowledged before, for as long as the
-    /// catalog has no leader.
-    pub(super) async fn catalog_once_proved(&self) -> BrokerResult<()> {
-        let known = self.trust.proved.borrow().is_some();
-        if !known {
-            let now = Instant::now();
+    /// For what would go wrong for ever with an old copy: the same, or an error.
+    pub(super) async fn trusted_catalog(&self) -> BrokerResult<()> {
+        self.trust_catalog().await;
+        let now = Instant::now();
+        if !self.trust.is_proved_within(TRUSTED, now) {
             self.catalog_barrier().await?;
-            self.trust.proved.send_replace(Some(now));
+            self.trust.note_proof(now);
         }
         Ok(())
     }

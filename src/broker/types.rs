@@ -433,4 +433,6 @@ pub struct ReplicaDescription {
     /// Of the state after that entry: equal on replicas at the same index.
     pub state_hash: u64,
     pub leads: bool,
+    /// How many replicas its group should have.
+    pub wanted: usize,
 }

@@ -64,7 +64,7 @@ async fn compare(client: &Client, out: Output, args: ReplicasArgs) -> Result<(),
             out.line(&format!("DIFFERENT  {difference}"))?;
         }
         for group in &seen.apart {
-            out.line(&format!("not at one index  {group}"))?;
+            out.line(&format!("NOT YET    {group}"))?;
         }
         out.line(&format!(
             "{} in {} on {}: {}",
@@ -80,7 +80,7 @@ async fn compare(client: &Client, out: Output, args: ReplicasArgs) -> Result<(),
     match seen.is_same() {
         true => Ok(()),
         false => Err(CliError::Failed(format!(
-            "{} with different states, {} whose replicas were not at one index within {} s",
+            "{} with different states, {} whose replicas were not all at one index within {} s",
             count(seen.differing.len(), "group"),
             count(seen.apart.len(), "group"),
             args.wait_s,

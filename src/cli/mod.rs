@@ -115,7 +115,7 @@ pub fn main() -> ExitCode {
     let (json, done) = match Cli::try_parse() {
         Ok(cli) => (cli.connection.json, run(cli)),
         // With --json, whether it was understood or not.
-        Err(error) if error.use_stderr() && std::env::args().any(|a| a == "--json") => {
+        Err(error) if error.use_stderr() && std::env::args_os().any(|a| a == "--json") => {
             let text = error.to_string();
             (true, Err(CliError::Usage(text.trim_end().to_owned())))
         }

@@ -19,6 +19,7 @@ struct Replica {
     /// Raft group.
     group: u64,
     holds: String,
+    replicas_wanted: usize,
     node: u64,
     applied_index: u64,
     state_hash: String,
@@ -34,7 +35,7 @@ struct Answer {
 pub struct Comparison {
     pub groups: usize,
     pub replicas: usize,
-    /// Groups whose replicas have not come to one index.
+    /// Groups whose replicas have not come to one index, or are not all there.
     pub apart: Vec<String>,
     /// Replicas of one group at one index that do not hold the same. It must never happen.
     pub differing: Vec<String>,
@@ -63,6 +64,11 @@ impl Comparison {
                     .map(|r| format!("node {} at {}", r.node, r.applied_index));
                 let places: Vec<String> = places.collect();
                 let text = format!("{}: {}", name(), places.join(", "));
+                comparison.apart.push(text);
+            }
+            let (found, wanted) = (replicas.len(), replicas[0].replicas_wanted);
+            if found < wanted {
+                let text = format!("{}: {found} of {wanted} replicas", name());
                 comparison.apart.push(text);
             }
             for (index, replicas) in at {
@@ -120,6 +126,7 @@ mod tests {
         Replica {
             group,
             holds: format!("orders/{group}"),
+            replicas_wanted: 2,
             node,
             applied_index,
             state_hash: state_hash.to_owned(),
@@ -132,9 +139,16 @@ mod tests {
             replica(1, 1, 7, "a"),
             replica(2, 1, 7, "b"),
             replica(1, 2, 7, "a"),
+            replica(2, 2, 7, "b"),
         ]);
         assert!(seen.is_same());
-        assert_eq!((seen.groups, seen.replicas), (2, 3));
+        assert_eq!((seen.groups, seen.replicas), (2, 4));
+    }
+
+    #[test]
+    fn a_missing_replica_is_not_the_same() {
+        let seen = Comparison::of(vec![replica(1, 1, 7, "a")]);
+        assert_eq!(seen.apart, ["orders/1 (group 1): 1 of 2 replicas"]);
     }
 
     #[test]

@@ -674,3 +674,19 @@ async fn another_leader_counts_what_is_held() -> Result<()> {
     cluster.wait_ready().await?;
     cluster.replicas_agree()
 }
+
+#[tokio::test]
+async fn many_lines_that_do_not_fit_are_refused_together() -> Result<()> {
+    let api = Api::start().await?;
+    bounded(&api, json!({"max_messages": 2})).await;
+    let lines = "{\"value\":\"v\"}\n".repeat(1000);
+    let sending = api.post_as(PRODUCE, "application/x-ndjson", lines);
+    // Asked anew for each line whether there is room, they would take a minute.
+    let answer = tokio::time::timeout(Duration::from_secs(30), sending).await?;
+    let answers = answer.text();
+    let refused = |line: &&str| line.contains("backlog_full");
+    assert_eq!(answers.lines().filter(refused).count(), 998);
+    assert_eq!(answers.lines().count(), 1000);
+    assert_eq!(end(&api).await, 2);
+    Ok(())
+}

@@ -24,14 +24,16 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// A coordinator that does not answer for this long is taken as it was known before.
 const PATIENCE: Duration = Duration::from_millis(300);
 /// The same where a producer would be turned away without its answer.
-const PROOF_PATIENCE: Duration = Duration::from_secs(2);
+const PROOF_PATIENCE: Duration = Duration::from_secs(1);
 
 type Lowest = HashMap<(TopicId, u32), u64>;
 
 #[derive(Debug, Default)]
 pub(in crate::broker) struct Positions {
     known: RwLock<Known>,
+    /// One asks at a time; who only wants to know of late does not wait for who wants proof.
     asking: Mutex<()>,
+    proving: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +82,11 @@ impl Broker {
     }
 
     async fn ask_positions(&self, since: Instant, prove: bool) {
-        let _alone = self.positions.asking.lock().await;
+        let alone = match prove {
+            true => &self.positions.proving,
+            false => &self.positions.asking,
+        };
+        let _alone = alone.lock().await;
         let done = match prove {
             true => self.positions.proved_since(since),
             false => self.positions.asked_since(since),
@@ -110,6 +116,9 @@ impl Broker {
         });
         let answers = join_all(each).await;
         let mut known = self.positions.known.write();
+        if !prove && known.proved.is_some_and(|at| at > begun) {
+            return; // what was proved meanwhile is newer
+        }
         known.lowest.resize_with(answers.len(), Lowest::default);
         for (lowest, answer) in known.lowest.iter_mut().zip(answers) {
             let Some(answer) = answer else {
@@ -118,7 +127,7 @@ impl Broker {
             let each = answer.into_iter();
             *lowest = each.map(|o| ((o.topic, o.queue), o.offset)).collect();
         }
-        known.asked = Some(begun);
+        known.asked = known.asked.max(Some(begun));
         if prove {
             known.proved = Some(begun);
         }

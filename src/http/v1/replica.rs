@@ -67,6 +67,8 @@ struct HeldBody {
     group: u64,
     /// `catalog`, `coordinator N` or `topic/queue`, internal topics included.
     holds: String,
+    /// How many replicas the group should have, on all nodes together.
+    replicas_wanted: usize,
     #[serde(flatten)]
     replica: ReplicaBody,
 }
@@ -87,6 +89,7 @@ pub async fn list(State(state): State<HttpState>, params: Params) -> Result<Resp
     let replicas = replicas.iter().map(|(group, holds, replica)| HeldBody {
         group: *group,
         holds: holds.clone(),
+        replicas_wanted: replica.wanted,
         replica: ReplicaBody::from(replica),
     });
     let body = ReplicasBody {

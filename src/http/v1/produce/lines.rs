@@ -32,6 +32,9 @@ const MAX_GROUP: usize = 1_000;
 const MAX_KEYED_GROUP: usize = 100;
 const MAX_KEYED_BYTES: usize = 1 << 20;
 
+/// So many lines in a row that find no room stand for the rest of their group.
+const MOST_IN_VAIN: u32 = 16;
+
 /// Where the messages of the lines go and how retries are recognised.
 #[derive(Debug)]
 struct Target {
@@ -84,6 +87,8 @@ struct Lines {
     number: u64,
     /// A line that did not fit the group before it.
     kept: Option<(u64, Bytes)>,
+    /// Why the lines after those that were answered can't be read.
+    failed: Option<ApiError>,
     ended: bool,
     /// What the unanswered lines take of the budget.
     share: BudgetShare,
@@ -128,6 +133,7 @@ pub async fn produce_lines(
         },
         number: 0,
         kept: None,
+        failed: None,
         ended: false,
         share: BudgetShare::default(),
     };
@@ -202,6 +208,9 @@ impl Answered {
 impl Lines {
     /// The answers to the lines at hand, waiting for at least one; None after the last.
     async fn next_answers(&mut self) -> Result<Option<Answered>, ApiError> {
+        if let Some(error) = self.failed.take() {
+            return Err(error);
+        }
         let group = self.next_group().await?;
         if group.is_empty() {
             return Ok(None);
@@ -210,11 +219,9 @@ impl Lines {
         // What was answered is free again; the beginning of the next line is still held.
         drop(std::mem::take(&mut self.share));
         let kept = self.kept.as_ref().map_or(0, |(_, line)| line.len());
-        charge(
-            &self.budget,
-            &mut self.share,
-            kept + self.splitter.rest.len(),
-        )?;
+        let held = kept + self.splitter.rest.len();
+        // What is stored is answered; the lines after it are what can't be taken.
+        self.failed = charge(&self.budget, &mut self.share, held).err();
         Ok(Some(answered))
     }
 
@@ -295,6 +302,13 @@ fn is_shared(error: &BrokerError) -> bool {
     )
 }
 
+fn is_full(error: &BrokerError) -> bool {
+    matches!(
+        error,
+        BrokerError::BacklogFull(_) | BrokerError::Dropped { .. }
+    )
+}
+
 impl Target {
     async fn store(&self, group: Vec<(u64, Bytes)>) -> Answered {
         let mut errors = Vec::with_capacity(group.len());
@@ -340,8 +354,14 @@ impl Target {
         if messages.len() == 1 {
             return answered;
         }
+        let mut in_vain = 0;
+        let mut full = None;
         for (result, message) in answered.results.iter_mut().zip(messages) {
             if !result.as_ref().is_err_and(is_shared) {
+                continue;
+            }
+            if let Some(error) = &full {
+                *result = Err(BrokerError::clone(error));
                 continue;
             }
             *result = match self.produce(vec![message], None).await {
@@ -351,6 +371,14 @@ impl Target {
                 }
                 Err(error) => Err(error),
             };
+            in_vain = match result {
+                Err(error) if is_full(error) => in_vain + 1,
+                _ => 0,
+            };
+            // That there is no room is proved anew for each line, which takes its time.
+            if in_vain == MOST_IN_VAIN {
+                full = result.as_ref().err().cloned();
+            }
             // Without a leader, say, the others need not be tried: nothing of them is stored.
             if result
                 .as_ref()
