@@ -2,7 +2,7 @@
 //!
 //! The coordinator's leader serves a receive: it reads the queues, proposes what to lease, and apply
 //! decides. Acks and the like are commands that any node proposes. What must happen though nobody
-//! asks, expiry and the dead letters' way to their topic, is the [`duty`]'s.
+//! asks, expiry and the dead letters' way to their topic, is the `duty`'s.
 
 mod dead_letters;
 pub(super) mod duty;
