@@ -229,7 +229,7 @@ pub struct FromQueue {
 #[derive(Debug, ToSchema)]
 #[schema(as = FetchOffset)]
 #[serde(untagged)]
-#[allow(dead_code)]
+#[allow(dead_code)] // never made: the reference alone reads it
 enum StartOfBody {
     Number(u64),
     Word(String),
