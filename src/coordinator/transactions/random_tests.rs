@@ -188,23 +188,23 @@ proptest! {
             // What is forgotten, whosever turn it is, may live again in this test under the same id.
             decided.retain(|id, _| steady.get(id).is_some());
             if let Some(after) = steady.get(&id) {
-                    // Once decided, for ever, and only if all was prepared.
-                    if let Some(decision) = after.decision {
-                        let first = *decided.entry(id).or_insert(decision);
-                        prop_assert_eq!(first, decision);
-                        prop_assert!(!decision.is_commit() || after.is_prepared());
-                    }
-                    // What is due or done is in exactly one of the orders.
-                    let due = steady.machine.view().due_transactions(None, 10).unwrap();
-                    let mine: Vec<_> = due.iter().filter(|(_, i)| *i == id).map(|(at, _)| *at).collect();
-                    prop_assert_eq!(mine, after.due_ms().into_iter().collect::<Vec<_>>());
-                    if after.done_ms.is_some() {
-                        prop_assert!(after.unsettled_queues().is_empty());
-                        prop_assert!(after.unsettled_offsets().next().is_none());
-                    }
-                    if !after.decision.is_some_and(Decision::is_commit) {
-                        prop_assert!(after.parts.iter().all(|p| p.place.is_none()));
-                    }
+                // Once decided, for ever, and only if all was prepared.
+                if let Some(decision) = after.decision {
+                    let first = *decided.entry(id).or_insert(decision);
+                    prop_assert_eq!(first, decision);
+                    prop_assert!(!decision.is_commit() || after.is_prepared());
+                }
+                // What is due or done is in exactly one of the orders.
+                let due = steady.machine.view().due_transactions(None, 10).unwrap();
+                let mine: Vec<_> = due.iter().filter(|(_, i)| *i == id).map(|(at, _)| *at).collect();
+                prop_assert_eq!(mine, after.due_ms().into_iter().collect::<Vec<_>>());
+                if after.done_ms.is_some() {
+                    prop_assert!(after.unsettled_queues().is_empty());
+                    prop_assert!(after.unsettled_offsets().next().is_none());
+                }
+                if !after.decision.is_some_and(Decision::is_commit) {
+                    prop_assert!(after.parts.iter().all(|p| p.place.is_none()));
+                }
             }
             let filter = TransactionFilter { producer_group: None, state: None, limit: 100 };
             let listed = steady.machine.view().transactions(&filter).unwrap();
