@@ -170,3 +170,48 @@ async fn a_topic_without_a_leader_holds_up_only_itself() -> Result<()> {
     wait_for_all(&client, "lonely", &acked).await?;
     wait_for_all(&client, "a", &acked).await
 }
+
+/// A binding that was acknowledged counts for whoever publishes after that, also on a node that
+/// slept meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_slept_publishes_by_the_bindings_there_are() -> Result<()> {
+    let cluster = Cluster::start(3).await?;
+    let client = cluster.client();
+    client.create_topic("a", 1).await?;
+    client.create_topic("b", 1).await?;
+    fanout(&client, &["a"]).await?;
+    for sleeper in 0..3 {
+        cluster.nodes[sleeper].pause()?;
+        let awake = cluster.nodes.iter().filter(|n| n.id != sleeper as u64 + 1);
+        let others = Client::new(awake.map(|n| n.url.clone()).collect());
+        eventually("the other topic is bound", || {
+            put(&others, "/v1/exchanges/x/bindings/b", json!({}))
+        })
+        .await?;
+        // Longer than a node trusts what it knows of the catalog.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        cluster.nodes[sleeper].resume()?;
+        let woken = client.only(&cluster.nodes[sleeper].url);
+        eventually("it publishes", || async {
+            let body = json!({"messages": [{"value": "v", "routing_key": ""}]});
+            let path = "/v1/exchanges/x/messages";
+            let (status, answer) = woken.request(Method::POST, path, Some(&body)).await?;
+            if status.is_success() {
+                assert_eq!(answer["results"][0]["routed"], json!(["a", "b"]));
+                return Ok(());
+            }
+            bail!("{status} {answer}")
+        })
+        .await?;
+        let path = "/v1/exchanges/x/bindings/b";
+        eventually("it is bound no more", || async {
+            let (status, answer) = client.request(Method::DELETE, path, None).await?;
+            match status.is_success() || status.as_u16() == 404 {
+                true => Ok(()),
+                false => bail!("{status} {answer}"),
+            }
+        })
+        .await?;
+    }
+    Ok(())
+}
