@@ -2,7 +2,6 @@
 //! do, and the others go on.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,11 +13,11 @@ use quorate::broker::{BrokerConfig, BrokerError, NewMessage, ProduceRequest, Top
 use quorate::metrics::Metrics;
 use quorate::node::{Environment, Node, NodeConfig};
 use quorate_raft::HostConfig;
+use quorate_raft::link::ReservedPort;
 use quorate_storage::RaftGroupId;
 use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::derived::DerivedStore;
 use quorate_storage::vfs::fault::{FaultVfs, Operation};
-use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -28,18 +27,16 @@ const ILL: usize = 1;
 /// Three nodes in this process, over real sockets, each on a disk in memory.
 struct Bed {
     disks: Vec<FaultVfs>,
-    addresses: Vec<(u64, String)>,
+    ports: Vec<ReservedPort>,
     nodes: Vec<Node>,
     sent: u64,
 }
 
-async fn start(
-    disk: &FaultVfs,
-    place: usize,
-    addresses: &[(u64, String)],
-    listener: TcpListener,
-) -> Result<Node> {
-    let node_id = addresses[place].0;
+async fn start(disk: &FaultVfs, place: usize, ports: &[ReservedPort]) -> Result<Node> {
+    let node_id = place as u64 + 1;
+    let addresses = ports.iter().map(|port| port.address().to_string());
+    let addresses: Vec<(u64, String)> = (1..).zip(addresses).collect();
+    let listener = ports[place].listen().await?;
     let environment = Environment {
         vfs: Arc::new(disk.clone()),
         network: listener.into(),
@@ -52,7 +49,7 @@ async fn start(
     let config = NodeConfig {
         cluster_name: "test".to_owned(),
         node_id,
-        nodes: addresses.to_vec(),
+        nodes: addresses.clone(),
         url: format!("http://node-{node_id}"),
         data_dir: Path::new("/data").to_owned(),
         coordinators: 1,
@@ -61,7 +58,7 @@ async fn start(
             reserve_bytes: 1 << 20,
             ..CommitLogConfig::default()
         },
-        host: HostConfig::new("test", node_id, addresses.to_vec()),
+        host: HostConfig::new("test", node_id, addresses),
         queue_limits: QueueLimits::default(),
         checkpoint_every: 1000,
         broker: BrokerConfig::default(),
@@ -71,21 +68,16 @@ async fn start(
 
 impl Bed {
     async fn new() -> Result<Self> {
-        let mut addresses = Vec::new();
-        let mut held = Vec::new();
-        for id in 1..=3 {
-            let listener = TcpListener::bind("127.0.0.1:0").await?;
-            addresses.push((id, listener.local_addr()?.to_string()));
-            held.push(listener);
-        }
         let mut bed = Self {
             disks: (0..3).map(|_| FaultVfs::new()).collect(),
-            addresses,
+            ports: (0..3)
+                .map(|_| ReservedPort::new())
+                .collect::<io::Result<_>>()?,
             nodes: Vec::new(),
             sent: 0,
         };
-        for (place, listener) in held.into_iter().enumerate() {
-            let node = start(&bed.disks[place], place, &bed.addresses, listener).await?;
+        for place in 0..3 {
+            let node = start(&bed.disks[place], place, &bed.ports).await?;
             bed.nodes.push(node);
         }
         for place in 0..3 {
@@ -165,9 +157,7 @@ impl Bed {
         // The log is poisoned: it can't be closed any more.
         old.shutdown(Duration::from_secs(1)).await.ok();
         self.disks[ILL] = self.disks[ILL].kill();
-        let at: SocketAddr = self.addresses[ILL].1.parse()?;
-        let listener = TcpListener::bind(at).await?;
-        let node = start(&self.disks[ILL], ILL, &self.addresses, listener).await?;
+        let node = start(&self.disks[ILL], ILL, &self.ports).await?;
         self.nodes.insert(ILL, node);
         self.ready(ILL).await
     }

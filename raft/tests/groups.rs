@@ -10,7 +10,7 @@ use support::{GROUP, PANIC, PATIENCE, TestCluster, eventually, leader, propose};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_of_one_leads_itself_and_comes_back() {
-    let mut cluster = TestCluster::new(1).await;
+    let mut cluster = TestCluster::new(1);
     let node = cluster.start_all().await.remove(0);
     node.group.wait_leader(PATIENCE).await.unwrap();
     for i in 0..50 {
@@ -28,7 +28,7 @@ async fn a_group_of_one_leads_itself_and_comes_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_replica_applies_the_same() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     let first = leader(&nodes).await;
     let proposals = (0..200).map(|i| {
@@ -64,7 +64,7 @@ async fn every_replica_applies_the_same() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_hands_over_when_it_stops_and_gets_it_back() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let mut nodes = cluster.start_all().await;
     let first = leader(&nodes).await.id;
     propose(leader(&nodes).await, "before").await;
@@ -88,7 +88,7 @@ async fn a_leader_hands_over_when_it_stops_and_gets_it_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_transfer_to_a_replica_that_does_not_take_it_leaves_nobody_stuck() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     let first = leader(&nodes).await;
     propose(first, "before").await;
@@ -118,7 +118,7 @@ async fn a_transfer_to_a_replica_that_does_not_take_it_leaves_nobody_stuck() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_is_gone_from_a_living_node_is_replaced() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     let first = leader(&nodes).await;
     propose(first, "before").await;
@@ -133,7 +133,7 @@ async fn a_leader_that_is_gone_from_a_living_node_is_replaced() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_that_ends_by_itself_is_told() {
-    let mut cluster = TestCluster::new(1).await;
+    let mut cluster = TestCluster::new(1);
     let node = cluster.start_all().await.remove(0);
     node.group.wait_leader(PATIENCE).await.unwrap();
     let mut events = node.host.events();
@@ -153,7 +153,7 @@ async fn a_group_that_ends_by_itself_is_told() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_new_group_is_led_although_the_one_to_begin_is_gone() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let second = cluster.start(2, |_| {}).await;
     let third = cluster.start(3, |_| {}).await;
     let nodes = vec![second, third];
@@ -175,7 +175,7 @@ async fn a_snapshot_of_several_pieces_arrives_whole() {
 
 /// The third replica is away while the others apply so many commands of this size, and purge.
 async fn fill_by_snapshot(count: usize, bytes: usize) {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     cluster.retention = LogRetention::StateOnly;
     cluster.checkpoint_every = 100;
     let mut nodes = cluster.start_all().await;
@@ -206,7 +206,7 @@ async fn fill_by_snapshot(count: usize, bytes: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn suspect_tails_do_not_vote_until_caught_up() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     cluster.flush = Flush::Async;
     let nodes = cluster.start_all().await;
     for i in 0..10 {

@@ -8,7 +8,7 @@ use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn any_node_answers_anything() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     // One replica each: at most one node has the queue that is asked for.
     let (created, _) = nodes[0]
@@ -63,7 +63,7 @@ async fn any_node_answers_anything() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_acknowledged_message_is_seen_on_every_node_and_outlives_its_leader() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let mut nodes = cluster.start_all().await;
     let (created, _) = nodes[0]
         .broker
@@ -121,7 +121,7 @@ async fn an_acknowledged_message_is_seen_on_every_node_and_outlives_its_leader()
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_restarted_follower_of_a_quiet_queue_applies_its_log_unasked() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let mut nodes = cluster.start_all().await;
     let (created, _) = nodes[0]
         .broker
@@ -158,7 +158,7 @@ async fn a_restarted_follower_of_a_quiet_queue_applies_its_log_unasked() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn followers_show_the_last_message_of_a_queue_gone_quiet() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     nodes[0]
         .broker
@@ -178,7 +178,7 @@ async fn followers_show_the_last_message_of_a_queue_gone_quiet() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_is_in_every_answer_on_every_node() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     let topic = topic(1, 3);
     nodes[0].broker.create_topic("t", topic).await.unwrap();
@@ -198,7 +198,7 @@ async fn what_was_acknowledged_is_in_every_answer_on_every_node() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_leader_left_alone_shows_nothing_that_is_not_committed() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let mut nodes = cluster.start_all().await;
     let (created, _) = nodes[0]
         .broker

@@ -19,7 +19,7 @@ fn delayed(text: &str, ms: u64) -> NewMessage {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_leads_delivers_and_every_node_shows_it() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     let broker = &nodes[0].broker;
     let (created, _) = broker.create_topic("t", topic(1, 3)).await.unwrap();
@@ -57,7 +57,7 @@ async fn whoever_leads_delivers_and_every_node_shows_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancellation_finds_the_leader_from_any_node() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     nodes[0]
         .broker
@@ -84,7 +84,7 @@ async fn a_cancellation_finds_the_leader_from_any_node() {
 /// What a transaction's coordinator does with a queue.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn parts_of_a_transaction_are_shown_together_in_their_order() {
-    let mut cluster = TestCluster::new(1).await;
+    let mut cluster = TestCluster::new(1);
     let node = cluster.start_all().await.remove(0);
     let broker = &node.broker;
     broker.create_topic("t", topic(1, 1)).await.unwrap();

@@ -14,7 +14,7 @@ use super::testing::{TestCluster, TestNode, topic};
 use super::*;
 
 pub(super) async fn single() -> (TestCluster, TestNode) {
-    let mut cluster = TestCluster::new(1).await;
+    let mut cluster = TestCluster::new(1);
     let node = cluster.start_all().await.remove(0);
     (cluster, node)
 }

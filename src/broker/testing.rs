@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quorate_raft::link::ReservedPort;
 use quorate_raft::{
     Flush, GroupSpec, HostConfig, HostStorage, Identity, LogRetention, NodeId, RaftHost, Replica,
 };
@@ -38,48 +39,35 @@ pub(super) struct TestNode {
     log: CommitLog,
 }
 
-/// What outlives its nodes: disks and addresses.
+/// What outlives its nodes: disks and ports.
 pub(super) struct TestCluster {
     dirs: Vec<TempDir>,
-    addresses: Vec<(NodeId, String)>,
-    listeners: Vec<Option<TcpListener>>,
+    ports: Vec<ReservedPort>,
 }
 
 impl TestCluster {
-    pub async fn new(count: usize) -> Self {
-        let mut listeners = Vec::new();
-        let mut addresses = Vec::new();
-        for id in 1..=count as u64 {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            addresses.push((id, listener.local_addr().unwrap().to_string()));
-            listeners.push(Some(listener));
-        }
+    pub fn new(count: usize) -> Self {
         Self {
             dirs: (0..count).map(|_| tempfile::tempdir().unwrap()).collect(),
-            addresses,
-            listeners,
+            ports: (0..count).map(|_| ReservedPort::new().unwrap()).collect(),
         }
     }
 
     /// Starts a node. It is ready when the others that it needs are there.
     pub async fn start(&mut self, id: NodeId) -> TestNode {
         let place = id as usize - 1;
-        let listener = match self.listeners[place].take() {
-            Some(listener) => listener,
-            None => TcpListener::bind(&self.addresses[place].1).await.unwrap(),
-        };
-        start(
-            id,
-            self.dirs[place].path(),
-            self.addresses.clone(),
-            listener,
-        )
-        .await
+        let listener = self.ports[place].listen().await.unwrap();
+        start(id, self.dirs[place].path(), self.addresses(), listener).await
+    }
+
+    fn addresses(&self) -> Vec<(NodeId, String)> {
+        let addresses = self.ports.iter().map(|port| port.address().to_string());
+        (1..).zip(addresses).collect()
     }
 
     pub async fn start_all(&mut self) -> Vec<TestNode> {
         let mut nodes = Vec::new();
-        for id in 1..=self.addresses.len() as u64 {
+        for id in 1..=self.ports.len() as u64 {
             nodes.push(self.start(id).await);
         }
         for node in &nodes {

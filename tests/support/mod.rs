@@ -1,17 +1,17 @@
-//! Real clusters for tests: one `quorate server` process per node, on free loopback ports.
+//! Real clusters for tests: one `quorate server` process per node, on loopback ports of its own.
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod client;
 pub mod oracle;
 
 use std::fs::{self, File};
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use client::Client;
+use quorate_raft::link::ReservedPort;
 
 /// How long anything that must happen may take on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -20,6 +20,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Cluster {
     pub nodes: Vec<Node>,
     dir: tempfile::TempDir,
+    ports: Vec<ReservedPort>,
 }
 
 /// One process with its ports and its data.
@@ -29,17 +30,6 @@ pub struct Node {
     config: PathBuf,
     log: PathBuf,
     process: Option<Child>,
-}
-
-fn free_ports(count: usize) -> Result<Vec<u16>> {
-    // All are held until the last is known, so that no port comes twice.
-    let listeners = (0..count)
-        .map(|_| TcpListener::bind("127.0.0.1:0"))
-        .collect::<std::io::Result<Vec<_>>>()?;
-    listeners
-        .iter()
-        .map(|l| Ok(l.local_addr()?.port()))
-        .collect()
 }
 
 impl Cluster {
@@ -74,8 +64,10 @@ impl Cluster {
 
     fn prepare(count: usize, more: &str) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("quorate-test-").tempdir()?;
-        let ports = free_ports(count * 2)?;
-        let (http, peer) = ports.split_at(count);
+        let ports = (0..count * 2).map(|_| ReservedPort::new());
+        let ports = ports.collect::<std::io::Result<Vec<_>>>()?;
+        let numbers: Vec<u16> = ports.iter().map(ReservedPort::port).collect();
+        let (http, peer) = numbers.split_at(count);
         // A small log is scanned fast when a node starts again.
         let log = match more.contains("[log]") {
             true => "",
@@ -118,7 +110,7 @@ impl Cluster {
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        Ok(Self { nodes, dir })
+        Ok(Self { nodes, dir, ports })
     }
 
     pub fn node(&mut self, id: u64) -> &mut Node {

@@ -24,6 +24,7 @@
 //! | `table`, `peer` | all peers, and one peer's slot with its events |
 //! | `dial` | making and accepting connections |
 //! | `transport` | the sockets, real or simulated |
+//! | `reserved_port` | ports for nodes that are started by tests and by `verify` |
 
 mod config;
 mod connection;
@@ -34,6 +35,7 @@ mod peer;
 #[cfg(test)]
 pub(crate) mod raw_peer;
 mod reader;
+mod reserved_port;
 mod service;
 mod stream;
 mod table;
@@ -56,6 +58,7 @@ pub use config::{LinkConfig, LinkConfigError, PeerRegistry, TrustAll};
 pub use error::{
     CallError, DisconnectReason, NotSent, RefuseCode, RefuseReason, StreamEnd, StreamError,
 };
+pub use reserved_port::ReservedPort;
 pub use stream::LinkStream;
 pub use table::LinkTable;
 pub use transport::{Dialer, Listener, Network, Socket};

@@ -7,6 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use parking_lot::Mutex;
+use quorate_raft::link::ReservedPort;
 use quorate_raft::{
     Flush, Group, GroupSpec, HostConfig, HostStorage, Identity, LogRetention, NodeId, PeerService,
     RaftHost, Replica, StateMachine,
@@ -15,7 +16,6 @@ use quorate_storage::commit_log::{CommitLog, CommitLogConfig};
 use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::os::OsVfs;
 use quorate_storage::{LogId, RaftGroupId, StorageError};
-use tokio::net::TcpListener;
 use tokio::time::Instant;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -86,33 +86,29 @@ pub struct TestNode {
     pub group: Group,
 }
 
-/// What of a test survives its nodes: disks and addresses.
+/// What of a test survives its nodes: disks and ports.
 pub struct TestCluster {
     pub dirs: Vec<tempfile::TempDir>,
-    addresses: Vec<(NodeId, String)>,
-    listeners: Vec<Option<TcpListener>>,
+    ports: Vec<ReservedPort>,
     pub flush: Flush,
     pub retention: LogRetention,
     pub checkpoint_every: u64,
 }
 
 impl TestCluster {
-    pub async fn new(count: usize) -> Self {
-        let mut listeners = Vec::new();
-        let mut addresses = Vec::new();
-        for id in 1..=count as u64 {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            addresses.push((id, listener.local_addr().unwrap().to_string()));
-            listeners.push(Some(listener));
-        }
+    pub fn new(count: usize) -> Self {
         Self {
             dirs: (0..count).map(|_| tempfile::tempdir().unwrap()).collect(),
-            addresses,
-            listeners,
+            ports: (0..count).map(|_| ReservedPort::new().unwrap()).collect(),
             flush: Flush::Sync,
             retention: LogRetention::Messages,
             checkpoint_every: 1_000_000,
         }
+    }
+
+    fn addresses(&self) -> Vec<(NodeId, String)> {
+        let addresses = self.ports.iter().map(|port| port.address().to_string());
+        (1..).zip(addresses).collect()
     }
 
     pub async fn start_all(&mut self) -> Vec<TestNode> {
@@ -125,10 +121,7 @@ impl TestCluster {
 
     pub async fn start(&mut self, id: NodeId, change: impl FnOnce(&mut HostConfig)) -> TestNode {
         let index = id as usize - 1;
-        let listener = match self.listeners[index].take() {
-            Some(listener) => listener,
-            None => TcpListener::bind(&self.addresses[index].1).await.unwrap(),
-        };
+        let listener = self.ports[index].listen().await.unwrap();
         let dir = self.dirs[index].path();
         let vfs = Arc::new(OsVfs);
         let config = CommitLogConfig {
@@ -141,7 +134,7 @@ impl TestCluster {
             snapshots: Arc::new(SnapshotStore::open(vfs, &dir.join("snapshots")).unwrap()),
             identity: Arc::new(Identity::open(dir, id, "test").unwrap()),
         };
-        let mut config = HostConfig::new("test", id, self.addresses.clone());
+        let mut config = HostConfig::new("test", id, self.addresses());
         change(&mut config);
         let host = RaftHost::start(config, storage, listener, Arc::new(Echo))
             .await
@@ -162,12 +155,10 @@ impl TestCluster {
     }
 
     fn spec(&self) -> GroupSpec {
-        let replicas: Vec<Replica> = self
-            .addresses
-            .iter()
-            .map(|(node, _)| Replica {
+        let replicas: Vec<Replica> = (1..=self.ports.len() as u64)
+            .map(|node| Replica {
                 replica: node + 100,
-                node: *node,
+                node,
             })
             .collect();
         GroupSpec {

@@ -10,7 +10,7 @@ use crate::peer::PeerError;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_nobody_waits_for_is_not_leased() {
-    let mut cluster = TestCluster::new(1).await;
+    let mut cluster = TestCluster::new(1);
     let nodes = cluster.start_all().await;
     let broker = &nodes[0].broker;
     broker.create_topic("t", topic(1, 1)).await.unwrap();

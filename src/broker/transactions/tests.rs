@@ -304,7 +304,7 @@ async fn a_rollback_that_stops_anywhere_ends_right() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_node_finishes_what_the_coordinators_leader_had_decided() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let mut nodes = cluster.start_all().await;
     let broker = nodes[0].broker.clone();
     broker.create_topic("t", topic(2, 3)).await.unwrap();
@@ -411,7 +411,7 @@ async fn a_deleted_topic_does_not_keep_a_transaction_from_ending() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_node_lists_and_waits() {
-    let mut cluster = TestCluster::new(3).await;
+    let mut cluster = TestCluster::new(3);
     let nodes = cluster.start_all().await;
     let broker = &nodes[0].broker;
     broker.create_topic("t", topic(2, 3)).await.unwrap();

@@ -4,12 +4,12 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
-use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
+use quorate_raft::link::ReservedPort;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::{Instant, sleep};
 
@@ -21,8 +21,6 @@ use super::plan::Plan;
 pub const PATIENCE: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(25);
 const READY_TIMEOUT: Duration = Duration::from_secs(2);
-/// A port may be taken for a moment by somebody else's connection.
-const STARTS: u32 = 5;
 /// The environment beats a node's file. What tunes nodes may come from there, but not who they are.
 const NOT_INHERITED: [&str; 8] = [
     "QUORATE_NODE_ID",
@@ -46,6 +44,7 @@ const LAST_LINES: usize = 12;
 pub struct Cluster {
     pub nodes: Vec<Node>,
     home: Home,
+    _ports: Vec<Ports>,
 }
 
 /// One process with its ports and its data. Dropping it kills the process.
@@ -55,8 +54,6 @@ pub struct Node {
     pub url: String,
     home: PathBuf,
     process: Option<Child>,
-    /// Starts since it was last ready.
-    starts: u32,
 }
 
 /// The directory of all nodes.
@@ -75,27 +72,32 @@ impl Drop for Home {
     }
 }
 
-/// Ports nobody listens on.
-pub fn free_ports(count: u64) -> io::Result<Vec<u16>> {
-    // All are held until the last is known, so that no port comes twice.
-    let held = (0..count)
-        .map(|_| TcpListener::bind("127.0.0.1:0"))
-        .collect::<io::Result<Vec<_>>>()?;
-    held.iter().map(|l| Ok(l.local_addr()?.port())).collect()
+/// Where one node listens.
+#[derive(Debug)]
+pub struct Ports {
+    peer: ReservedPort,
+    http: ReservedPort,
 }
 
-/// Where one node listens.
-struct Ports {
-    peer: u16,
-    http: u16,
+impl Ports {
+    pub fn reserve() -> io::Result<Self> {
+        Ok(Self {
+            peer: ReservedPort::new()?,
+            http: ReservedPort::new()?,
+        })
+    }
+
+    pub fn peer(&self) -> u16 {
+        self.peer.port()
+    }
 }
 
 impl Cluster {
-    /// Writes the configurations. The nodes listen for each other on `peer_ports`, in the order
-    /// of their ids, and look for each other where `dial(from, to)` says.
+    /// Writes the configurations. The nodes listen on `ports`, in the order of their ids, and look
+    /// for each other where `dial(from, to)` says.
     pub fn prepare(
         plan: &Plan,
-        peer_ports: &[u16],
+        ports: Vec<Ports>,
         dial: impl Fn(u64, u64) -> String,
     ) -> Result<Self, CliError> {
         let path = match &plan.dir {
@@ -108,14 +110,6 @@ impl Cluster {
             let path = path.display();
             return Err(CliError::Usage(format!("{path} is not empty")));
         }
-        let http = free_ports(plan.nodes).map_err(failed)?;
-        let ports = peer_ports.iter().zip(&http);
-        let ports: Vec<Ports> = ports
-            .map(|(peer, http)| Ports {
-                peer: *peer,
-                http: *http,
-            })
-            .collect();
         let mut nodes = Vec::new();
         for (id, own) in (1..).zip(&ports) {
             let home = path.join(format!("node-{id}"));
@@ -124,17 +118,20 @@ impl Cluster {
             fs::write(home.join("quorate.toml"), text).map_err(failed)?;
             nodes.push(Node {
                 id,
-                url: format!("http://127.0.0.1:{}", own.http),
+                url: format!("http://127.0.0.1:{}", own.http.port()),
                 home,
                 process: None,
-                starts: 0,
             });
         }
         let home = Home {
             path,
             remove: false,
         };
-        Ok(Self { nodes, home })
+        Ok(Self {
+            nodes,
+            home,
+            _ports: ports,
+        })
     }
 
     pub fn start_all(&mut self) -> Result<(), CliError> {
@@ -237,15 +234,16 @@ fn configuration(
     text.push_str("[cluster]\nname = \"verify\"\nnodes = [\n");
     for (other, at) in (1..).zip(ports) {
         let peer = match other == id {
-            true => format!("127.0.0.1:{}", at.peer),
+            true => format!("127.0.0.1:{}", at.peer.port()),
             false => dial(id, other),
         };
-        let http = at.http;
+        let http = at.http.port();
         text.push_str(&format!(
             "  {{ id = {other}, peer = \"{peer}\", url = \"http://127.0.0.1:{http}\" }},\n"
         ));
     }
-    let Ports { peer, http } = ports[id as usize - 1];
+    let own = &ports[id as usize - 1];
+    let (peer, http) = (own.peer.port(), own.http.port());
     // Small segments and checkpoints soon: more of their edges in the same time.
     text.push_str(&format!(
         "]\n\n[http]\nlisten = \"127.0.0.1:{http}\"\nmax_request_bytes = 1048576\n\n[peer]\nlisten = \"127.0.0.1:{peer}\"\n\n\
@@ -279,7 +277,6 @@ impl Node {
             .spawn()
             .map_err(failed)?;
         self.process = Some(process);
-        self.starts += 1;
         Ok(())
     }
 
@@ -329,24 +326,20 @@ impl Node {
         self.process.as_mut()?.try_wait().ok().flatten()
     }
 
-    /// Waits until the node says that it is ready; starts it again where its port was taken.
+    /// Waits until the node says that it is ready.
     pub async fn wait_ready(&mut self, client: &Client) -> Result<(), CliError> {
         let node = client.only(&self.url)?;
         let deadline = Instant::now() + PATIENCE;
         loop {
             let ready = Request::get(&["health", "ready"]).timeout(READY_TIMEOUT);
             let Err(error) = node.call(ready).await else {
-                self.starts = 0;
                 return Ok(());
             };
             if let Some(status) = self.has_ended() {
-                if self.starts >= STARTS || !self.last_lines().contains("cannot listen on") {
-                    let (id, lines) = (self.id, self.last_lines());
-                    return Err(CliError::Failed(format!(
-                        "node {id} ended: {status}\n{lines}"
-                    )));
-                }
-                self.start()?;
+                let (id, lines) = (self.id, self.last_lines());
+                return Err(CliError::Failed(format!(
+                    "node {id} ended: {status}\n{lines}"
+                )));
             }
             if Instant::now() > deadline {
                 let (id, lines) = (self.id, self.last_lines());

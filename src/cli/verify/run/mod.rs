@@ -29,6 +29,7 @@ mod stage;
 mod testing;
 mod watch;
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,7 +40,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::super::client::{Client, Repeat, Request};
 use super::super::error::CliError;
 use super::super::out::Output;
-use cluster::{Cluster, free_ports};
+use cluster::{Cluster, Ports};
 use faults::{Done, Faults};
 use findings::Kind;
 use judge::judge;
@@ -146,9 +147,11 @@ async fn on_existing(client: &Client, out: Output, plan: &Plan) -> Result<(), Cl
 
 async fn on_own(out: Output, plan: &Plan) -> Result<(), CliError> {
     let failed = |error| CliError::io("listen on loopback", error);
-    let peer_ports = free_ports(plan.nodes).map_err(failed)?;
+    let ports = (0..plan.nodes).map(|_| Ports::reserve());
+    let ports = ports.collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    let peer_ports: Vec<u16> = ports.iter().map(Ports::peer).collect();
     let network = Network::start(&peer_ports).await.map_err(failed)?;
-    let mut cluster = Cluster::prepare(plan, &peer_ports, |from, to| network.address(from, to))?;
+    let mut cluster = Cluster::prepare(plan, ports, |from, to| network.address(from, to))?;
     out.note(&format!("nodes in {}", cluster.home().display()));
     let nodes: Vec<(u64, String)> = cluster
         .nodes
