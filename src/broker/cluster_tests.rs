@@ -87,11 +87,8 @@ async fn an_acknowledged_message_is_seen_on_every_node_and_outlives_its_leader()
         .map(|n| n.broker.node_id())
         .find(|n| *n != leader)
         .unwrap();
-    nodes[0]
-        .broker
-        .transfer_leader("t", 0, other)
-        .await
-        .unwrap();
+    // Whether it is over in time is the machine's affair.
+    nodes[0].broker.transfer_leader("t", 0, other).await.ok();
     eventually("the leader moved", || async {
         nodes[0].broker.topic("t").await.unwrap().queues[0].leader == Some(other)
     })

@@ -212,11 +212,14 @@ impl Bed {
     async fn change_the_catalog(&self) -> Result<()> {
         for n in 0..CATALOG_CHANGES {
             let change = json!({"retention": {"max_age_ms": 86_400_000 + n, "max_bytes": null}});
-            let patched = self
-                .client
-                .request(Method::PATCH, "/v1/topics/t", Some(&change));
-            let (status, answer) = patched.await?;
-            ensure!(status.is_success(), "{status} {answer}");
+            eventually("the topic is changed", || async {
+                let path = "/v1/topics/t";
+                let patched = self.client.request(Method::PATCH, path, Some(&change));
+                let (status, answer) = patched.await?;
+                ensure!(status.is_success(), "{status} {answer}");
+                Ok(())
+            })
+            .await?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Delayed messages: never early, in the order of their times, exactly once, and taken back.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::collections::BTreeSet;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use base64::Engine;
@@ -9,6 +10,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 
 use crate::api::{Answer, Api};
+use crate::support::PATIENCE;
 
 const HOUR_MS: u64 = 3_600_000;
 const YEAR_MS: u64 = 365 * 24 * HOUR_MS;
@@ -72,9 +74,9 @@ async fn they_come_in_the_order_of_their_times_never_early_and_keep_their_ids() 
     api.topic("t", 1).await;
     let begun = now_ms();
     let messages = json!([
-        {"value": "late", "delay_ms": 900, "queue": 0},
+        {"value": "late", "delay_ms": 5_000, "queue": 0},
         {"value": "a", "queue": 0},
-        {"value": "soon", "deliver_at_ms": begun + 500, "queue": 0},
+        {"value": "soon", "deliver_at_ms": begun + 3_000, "queue": 0},
         {"value": "b", "delay_ms": 0, "queue": 0},
         {"value": "past", "deliver_at_ms": begun - HOUR_MS, "queue": 0},
     ]);
@@ -82,8 +84,8 @@ async fn they_come_in_the_order_of_their_times_never_early_and_keep_their_ids() 
     let results = answer.expect(200)["results"].clone();
     let offsets: Vec<_> = (0..5).map(|n| results[n]["offset"].as_u64()).collect();
     assert_eq!(offsets, [None, Some(0), None, Some(1), Some(2)]);
-    assert_eq!(results[2]["deliver_at_ms"], begun + 500);
-    assert!(results[0]["deliver_at_ms"].as_u64() >= Some(begun + 900));
+    assert_eq!(results[2]["deliver_at_ms"], begun + 3_000);
+    assert!(results[0]["deliver_at_ms"].as_u64() >= Some(begun + 5_000));
     assert_eq!(results[1].get("deliver_at_ms"), None);
 
     let found = read(&api, "t", 5).await;
@@ -95,7 +97,7 @@ async fn they_come_in_the_order_of_their_times_never_early_and_keep_their_ids() 
         let visible = found[message]["timestamp_ms"].as_u64();
         assert!(visible >= due, "{visible:?} is before {due:?}");
         let late = visible.unwrap() - due.unwrap();
-        assert!(late < 5_000, "{late} ms late");
+        assert!(late < 30_000, "{late} ms late");
     }
     let offsets: Vec<_> = found.iter().map(|m| m["offset"].as_u64()).collect();
     assert_eq!(offsets, (0..5).map(Some).collect::<Vec<_>>());
@@ -108,7 +110,7 @@ async fn every_form_takes_a_delay_and_says_what_is_wrong_with_it() -> Result<()>
     api.topic("t", 1).await;
     let bytes = api
         .post_as(
-            "/v1/topics/t/messages?delay_ms=300&queue=0",
+            "/v1/topics/t/messages?delay_ms=3000&queue=0",
             "application/octet-stream",
             "bytes",
         )
@@ -148,9 +150,9 @@ async fn a_retry_gets_the_first_answer_before_and_after_the_delivery() -> Result
     let api = Api::start().await?;
     api.topic("t", 1).await;
     let body = json!({"messages": [
-        {"value": "k1", "delay_ms": 400, "queue": 0},
+        {"value": "k1", "delay_ms": 3_000, "queue": 0},
         {"value": "k2", "queue": 0},
-        {"value": "k3", "delay_ms": 500, "queue": 0},
+        {"value": "k3", "delay_ms": 4_000, "queue": 0},
     ]});
     let keyed = || async {
         let request = api.request(Method::POST, "/v1/topics/t/messages");
@@ -162,7 +164,7 @@ async fn a_retry_gets_the_first_answer_before_and_after_the_delivery() -> Result
         let producer = json!({"id": identity["id"], "epoch": identity["epoch"], "sequence": 0});
         let messages = json!([
             {"value": "p0", "queue": 0},
-            {"value": "p1", "delay_ms": 600, "queue": 0},
+            {"value": "p1", "delay_ms": 5_000, "queue": 0},
             {"value": "p2", "queue": 0},
         ]);
         let body = json!({"messages": messages, "producer": producer});
@@ -183,7 +185,7 @@ async fn a_retry_gets_the_first_answer_before_and_after_the_delivery() -> Result
     let found = values(&api, "t").await;
     assert_eq!(found, ["k2", "p0", "p2", "k1", "k3", "p1"]);
 
-    let other = json!({"messages": [{"value": "k1", "delay_ms": 401, "queue": 0}]});
+    let other = json!({"messages": [{"value": "k1", "delay_ms": 3_001, "queue": 0}]});
     let request = api.request(Method::POST, "/v1/topics/t/messages");
     let request = request.header("idempotency-key", "a").json(&other);
     api.send(request).await.problem(400, "invalid_request");
@@ -202,8 +204,8 @@ async fn a_cancelled_message_is_never_delivered_and_a_delivered_one_never_cancel
     let api = Api::start().await?;
     api.topic("t", 1).await;
     api.topic("other", 1).await;
-    let kept = produce_one(&api, "t", json!({"value": "kept", "delay_ms": 700})).await;
-    let gone = produce_one(&api, "t", json!({"value": "gone", "delay_ms": 600})).await;
+    let kept = produce_one(&api, "t", json!({"value": "kept", "delay_ms": 3_000})).await;
+    let gone = produce_one(&api, "t", json!({"value": "gone", "delay_ms": HOUR_MS})).await;
     let now = produce_one(&api, "t", json!({"value": "now"})).await;
     for _ in 0..2 {
         let answer = cancel(&api, "t", &gone["message_id"]).await;
@@ -240,25 +242,37 @@ async fn a_cancelled_message_is_never_delivered_and_a_delivered_one_never_cancel
 async fn cancelling_races_with_delivery_and_one_of_them_wins() -> Result<()> {
     let api = Api::start().await?;
     api.topic("t", 1).await;
-    let messages: Vec<_> = (0..60)
-        .map(|n| json!({"value": n.to_string(), "delay_ms": 100 + 5 * n, "queue": 0}))
-        .collect();
-    let answer = produce(&api, "t", json!({ "messages": messages })).await;
-    let results = answer.expect(200)["results"].clone();
-    let mut expected = Vec::new();
-    for (n, stored) in results.as_array().unwrap().iter().enumerate() {
-        let answer = cancel(&api, "t", &stored["message_id"]).await;
-        match answer.status.as_u16() {
-            204 => {}
-            409 => expected.push(n.to_string()),
-            other => panic!("{other}: {}", answer.text()),
+    let deadline = Instant::now() + PATIENCE;
+    let (mut cancelled, mut delivered) = (BTreeSet::new(), BTreeSet::new());
+    let mut round = 0;
+    // How far apart the delays must be depends on the machine.
+    while round < 6 || cancelled.is_empty() || delivered.is_empty() {
+        assert!(Instant::now() < deadline, "one side always wins");
+        let spread = 1 << (round % 6);
+        let name = |n: u64| format!("{round}-{n}");
+        let messages: Vec<_> = (0..60)
+            .map(|n| json!({"value": name(n), "delay_ms": 1 + spread * n, "queue": 0}))
+            .collect();
+        let answer = produce(&api, "t", json!({ "messages": messages })).await;
+        let results = answer.expect(200)["results"].clone();
+        // The last first: those that are due meanwhile are delivered.
+        for n in (0..60).rev() {
+            let answer = cancel(&api, "t", &results[n as usize]["message_id"]).await;
+            match answer.status.as_u16() {
+                204 => cancelled.insert(name(n)),
+                409 => delivered.insert(name(n)),
+                other => panic!("{other}: {}", answer.text()),
+            };
         }
+        round += 1;
     }
-    // What comes after all of them.
-    produce_one(&api, "t", json!({"value": "end", "delay_ms": 600})).await;
-    expected.push("end".to_owned());
-    read(&api, "t", expected.len()).await;
-    assert_eq!(values(&api, "t").await, expected);
+    produce_one(&api, "t", json!({"value": "end"})).await;
+    delivered.insert("end".to_owned());
+    let found = read(&api, "t", delivered.len()).await;
+    let found: Vec<_> = found.iter().map(|m| m["value"].as_str().unwrap()).collect();
+    let expected: BTreeSet<_> = delivered.iter().map(String::as_str).collect();
+    assert_eq!(found.iter().copied().collect::<BTreeSet<_>>(), expected);
+    assert_eq!(found.len(), expected.len(), "none twice");
     Ok(())
 }
 
@@ -266,7 +280,7 @@ async fn cancelling_races_with_delivery_and_one_of_them_wins() -> Result<()> {
 async fn a_queue_holds_so_many_and_refuses_more_until_some_are_delivered() -> Result<()> {
     let api = Api::start_with("[limits]\nheld_batches = 2\n").await?;
     api.topic("t", 1).await;
-    for delay_ms in [300, HOUR_MS] {
+    for delay_ms in [5_000, HOUR_MS] {
         produce_one(&api, "t", json!({"value": "x", "delay_ms": delay_ms})).await;
     }
     let held = api.get("/metrics").await.text();

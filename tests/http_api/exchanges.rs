@@ -533,7 +533,7 @@ async fn a_time_to_live_goes_on_in_the_topic() {
     api.topic("a", 1).await;
     exchange(&api, "x", "fanout").await;
     bind(&api, "x", "a", &json!({})).await.expect(201);
-    let messages = json!([{"value": "short", "ttl_ms": 1500}, {"value": "long"}]);
+    let messages = json!([{"value": "short", "ttl_ms": 8_000}, {"value": "long"}]);
     publish(&api, "x", messages).await.expect(200);
     let found = wait_for(&api, "a", 2).await;
     assert_eq!(values(&found), ["long", "short"]);

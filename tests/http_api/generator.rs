@@ -117,13 +117,7 @@ async fn it_goes_on_under_the_next_leader_without_a_burst() -> Result<()> {
     let mut cluster = Cluster::start(3).await?;
     let http = reqwest::Client::builder().no_proxy().build()?;
     let urls = cluster.urls();
-    let topic = json!({"name": "t", "queues": 1});
-    let made = http
-        .post(format!("{}/v1/topics", urls[0]))
-        .json(&topic)
-        .send()
-        .await?;
-    ensure!(made.status() == 201, "{}", made.text().await?);
+    cluster.client().create_topic("t", 1).await?;
     let begun = Instant::now();
     let body = json!({"rate_per_s": RATE, "value": "tick"});
     let set = http

@@ -199,7 +199,7 @@ async fn any_node_answers_also_without_a_replica() {
     let url = cluster.urls().remove(0);
     let api = Api { cluster, url, http };
     let topic = json!({"name": "t", "queues": 3, "replicas": 1});
-    api.post("/v1/topics", &topic).await.expect(201);
+    api.cluster.client().create_topic_with(topic).await.unwrap();
     let stored = filled(&api, 9, 3).await;
     let id = stored[4]["message_id"].as_str().unwrap();
     for url in api.cluster.urls() {
@@ -233,7 +233,7 @@ async fn any_node_answers_also_without_a_replica() {
 async fn a_delayed_message_is_found_by_its_id_once_it_is_visible() {
     let api = Api::start().await.unwrap();
     api.topic("t", 1).await;
-    let body = json!({"messages": [{"value": "late", "key": "k", "delay_ms": 1500}]});
+    let body = json!({"messages": [{"value": "late", "key": "k", "delay_ms": 5_000}]});
     let answer = api.post(PATH, &body).await.expect(200);
     let id = answer["results"][0]["message_id"]
         .as_str()

@@ -76,9 +76,7 @@ async fn without_a_majority() -> Api {
     let url = cluster.urls().remove(0);
     let http = reqwest::Client::builder().no_proxy().build().unwrap();
     let mut api = Api { cluster, url, http };
-    api.post("/v1/topics", &json!({"name": "t", "queues": 1}))
-        .await
-        .expect(201);
+    api.cluster.client().create_topic("t", 1).await.unwrap();
     api.store("t", 0, &["acknowledged"]).await;
     crate::support::eventually("node 1 has the message", || async {
         let answer = api

@@ -132,12 +132,7 @@ async fn the_nodes_of_a_cluster_together_never_give_more_than_the_quota() -> Res
     let http = reqwest::Client::builder().no_proxy().build()?;
     let urls = cluster.urls();
     let topic = json!({"name": "t", "queues": 3, "quota": {"messages_per_s": RATE}});
-    let made = http
-        .post(format!("{}/v1/topics", urls[0]))
-        .json(&topic)
-        .send()
-        .await?;
-    ensure!(made.status() == 201, "{}", made.text().await?);
+    cluster.client().create_topic_with(topic).await?;
     let begun = Instant::now();
     let until = begun + Duration::from_secs(3);
     let producers = (0..3).map(|n| {
@@ -149,6 +144,8 @@ async fn the_nodes_of_a_cluster_together_never_give_more_than_the_quota() -> Res
                 let answer = http.post(&url).json(&body).send().await?;
                 match answer.status().as_u16() {
                     200 => taken += 1,
+                    // A node that was held up costs an answer now and then.
+                    503 | 504 => {}
                     429 => tokio::time::sleep(Duration::from_millis(5)).await,
                     other => anyhow::bail!("{other}: {}", answer.text().await?),
                 }

@@ -151,10 +151,7 @@ async fn the_disk_gets_its_space_back_although_quiet_queues_keep_theirs() -> Res
     let many = vec![json!({"value": value, "queue": 0}); 10];
     for _ in 0..40 {
         let body = json!({ "messages": many });
-        let (status, answer) = client
-            .request(Method::POST, "/v1/topics/t/messages", Some(&body))
-            .await?;
-        ensure!(status == 200, "{answer}");
+        client.store("t", &body).await?;
     }
     let full = log_bytes(&cluster)?;
     ensure!(full > 20_000_000, "{full} bytes");
@@ -235,10 +232,7 @@ async fn store(client: &Client, from: u64, count: u64) -> Result<()> {
     for number in from..from + count {
         let value = format!("{number:0>1000}");
         let body = json!({"messages": [{"value": value, "queue": 0}]});
-        let (status, answer) = client
-            .request(Method::POST, "/v1/topics/t/messages", Some(&body))
-            .await?;
-        ensure!(status == 200, "{answer}");
+        client.store("t", &body).await?;
     }
     Ok(())
 }

@@ -4,8 +4,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::eventually;
 
 /// On a busy machine the leaders of a new topic's queues take their time.
 const CREATE_PATIENCE: Duration = Duration::from_secs(60);
@@ -34,6 +37,7 @@ impl Client {
         let http = reqwest::Client::builder()
             .timeout(Duration::from_secs(20))
             .connect_timeout(Duration::from_secs(2))
+            .no_proxy()
             .build()
             .expect("a client without TLS always builds");
         Self {
@@ -66,16 +70,7 @@ impl Client {
         if let Some(body) = body {
             request = request.json(body);
         }
-        let answer = request.send().await?;
-        let status = answer.status();
-        let bytes = answer.bytes().await?;
-        let value = if bytes.is_empty() {
-            Value::Null
-        } else {
-            serde_json::from_slice(&bytes)
-                .with_context(|| format!("{status} with a body that is not JSON"))?
-        };
-        Ok((status, value))
+        answered(request).await
     }
 
     pub async fn get(&self, path: &str) -> Result<Value> {
@@ -107,8 +102,16 @@ impl Client {
     }
 
     pub async fn produce(&self, topic: &str, body: &Value) -> Produced {
-        let path = format!("/v1/topics/{topic}/messages");
-        let (status, value) = match self.request(Method::POST, &path, Some(body)).await {
+        self.produce_with(topic, body, None).await
+    }
+
+    async fn produce_with(&self, topic: &str, body: &Value, key: Option<&str>) -> Produced {
+        let url = format!("{}/v1/topics/{topic}/messages", self.url());
+        let mut request = self.http.post(url).json(body);
+        if let Some(key) = key {
+            request = request.header("idempotency-key", key);
+        }
+        let (status, value) = match answered(request).await {
             Ok(answer) => answer,
             // Nothing left this process when not even a connection came about.
             Err(error) if is_connect(&error) => return Produced::Refused(format!("{error:#}")),
@@ -131,6 +134,19 @@ impl Client {
             Some("not_committed") => Produced::Refused(value.to_string()),
             _ => Produced::Unknown(format!("{status} {value}")),
         }
+    }
+
+    /// Stores the messages of one request exactly once, however often it has to be asked: a node that
+    /// a busy machine held up costs an answer now and then. Gives `(queue, offset)` of each.
+    pub async fn store(&self, topic: &str, body: &Value) -> Result<Vec<(u32, u64)>> {
+        let key = Uuid::new_v4().to_string();
+        eventually("the messages are stored", || async {
+            match self.produce_with(topic, body, Some(&key)).await {
+                Produced::Acked(places) => Ok(places),
+                other => bail!("not acknowledged: {other:?}"),
+            }
+        })
+        .await
     }
 
     /// Reads one replica's committed prefix, whoever leads.
@@ -176,12 +192,28 @@ impl Client {
         self.get(&format!("/v1/topics/{name}")).await
     }
 
+    /// Who leads a queue, once somebody does.
     pub async fn leader(&self, topic: &str, queue: u32) -> Result<u64> {
-        let topic = self.topic(topic).await?;
-        topic["queues"][queue as usize]["leader"]
-            .as_u64()
-            .context("the queue has no leader")
+        eventually("the queue has a leader", || async {
+            let topic = self.topic(topic).await?;
+            let leader = &topic["queues"][queue as usize]["leader"];
+            leader.as_u64().context("the queue has no leader")
+        })
+        .await
     }
+}
+
+async fn answered(request: RequestBuilder) -> Result<(StatusCode, Value)> {
+    let answer = request.send().await?;
+    let status = answer.status();
+    let bytes = answer.bytes().await?;
+    let value = if bytes.is_empty() {
+        Value::Null
+    } else {
+        serde_json::from_slice(&bytes)
+            .with_context(|| format!("{status} with a body that is not JSON"))?
+    };
+    Ok((status, value))
 }
 
 fn is_connect(error: &anyhow::Error) -> bool {

@@ -128,7 +128,7 @@ impl Cluster {
 
     /// Waits until every running node says that it is ready.
     pub async fn wait_ready(&self) -> Result<()> {
-        let http = reqwest::Client::new();
+        let http = reqwest::Client::builder().no_proxy().build()?;
         for node in self.nodes.iter().filter(|n| n.process.is_some()) {
             eventually(&format!("node {} is ready", node.id), || async {
                 let answer = http
@@ -180,7 +180,15 @@ fn binary() -> PathBuf {
 impl Node {
     pub fn spawn(&mut self) -> Result<()> {
         let log = File::options().create(true).append(true).open(&self.log)?;
-        let process = Command::new(binary())
+        let mut command = Command::new(binary());
+        // The environment beats the file, where it is said who the node is.
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("QUORATE_") && text != "QUORATE_MUTATION" {
+                command.env_remove(name);
+            }
+        }
+        let process = command
             .args(["server", "--config"])
             .arg(&self.config)
             .stdin(Stdio::null())

@@ -284,13 +284,20 @@ fn a_new_segment_is_in_its_directory_before_anything_in_it_is_promised() {
 #[test]
 fn a_disk_below_its_reserve_is_noticed_within_a_second() {
     let vfs = FaultVfs::new();
-    vfs.set_free_space(1000);
     let mut config = config(4096);
     config.reserve_bytes = 1000;
-    let (log, _driver) = open_driven(&vfs, config.clone());
-    assert!(!log.disk_has_room());
-    vfs.set_free_space(1001);
-    assert!(!log.disk_has_room(), "measured once a second");
+    loop {
+        vfs.set_free_space(1000);
+        let begun = Instant::now();
+        let (log, _driver) = open_driven(&vfs, config.clone());
+        assert!(!log.disk_has_room());
+        vfs.set_free_space(1001);
+        let has_room = log.disk_has_room();
+        if begun.elapsed() < Duration::from_secs(1) {
+            assert!(!has_room, "measured once a second");
+            break;
+        }
+    }
     let (log, _driver) = open_driven(&vfs, config);
     assert!(log.disk_has_room());
 }
