@@ -15,6 +15,8 @@ use crate::catalog::Topic;
 use crate::coordinator::{is_named, owner_of_producer};
 use crate::peer::NewBatch;
 
+const NO_PRODUCER: &str = "producer.id is not one that POST /v1/producers gave";
+
 /// Messages of one request for one queue that make one batch: those that are visible at once, or a
 /// delayed one.
 #[derive(Debug)]
@@ -34,21 +36,13 @@ pub(super) fn producer_stamp(
     let invalid = |text: &str| Err(BrokerError::InvalidRequest(text.to_owned()));
     let id: i64 = match mark.id.parse() {
         // Written as it was given: another spelling would be another producer to its owner.
-        Ok(id)
-            if id > 0
-                && (owner_of_producer(id) as usize) < coordinators
-                && id.to_string() == mark.id =>
-        {
-            id
-        }
-        _ => return invalid("producer.id is not one that POST /v1/producers gave"),
+        Ok(id) if i64::to_string(&id) == mark.id => id,
+        _ => return invalid(NO_PRODUCER),
     };
     let Ok(epoch) = i16::try_from(mark.epoch) else {
         return invalid("producer.epoch is not one that POST /v1/producers gave");
     };
-    if epoch > 0 && !is_named(id) {
-        return invalid("producer.epoch must be 0 for a producer without a name");
-    }
+    check_producer(id, epoch, coordinators)?;
     let Ok(base_sequence) = i32::try_from(mark.sequence) else {
         return invalid("producer.sequence goes from 0 to 2147483647, then begins again at 0");
     };
@@ -57,6 +51,18 @@ pub(super) fn producer_stamp(
         epoch,
         base_sequence,
     })
+}
+
+/// Checks what a producer's batches carry, as far as that can be told here.
+pub(super) fn check_producer(id: i64, epoch: i16, coordinators: usize) -> BrokerResult<()> {
+    let invalid = |text: &str| Err(BrokerError::InvalidRequest(text.to_owned()));
+    if id <= 0 || owner_of_producer(id) as usize >= coordinators {
+        return invalid(NO_PRODUCER);
+    }
+    if epoch > 0 && !is_named(id) {
+        return invalid("producer.epoch must be 0 for a producer without a name");
+    }
+    Ok(())
 }
 
 /// The hash under which an idempotency key is remembered. `part` tells apart several batches of one
@@ -266,20 +272,25 @@ fn encode_batch(
             let text = format!("a message has at most {} headers", MAX_RECORD_HEADERS - 2);
             return Err(BrokerError::InvalidRequest(text));
         }
-        let headers = message.headers.iter();
-        let record = MessageRecord {
-            key: message.key.clone(),
-            value: message.value.clone(),
-            tag: message.tag.clone(),
-            ttl_ms: message.ttl_ms,
-            headers: headers
-                .map(|(name, value)| (name.clone(), Bytes::copy_from_slice(value.as_bytes())))
-                .collect(),
-        };
+        let record = record_of(message);
         let encoded = record.encode(&mut builder);
         encoded.map_err(|e| BrokerError::InvalidRequest(e.to_string()))?;
     }
     Ok(builder.finish())
+}
+
+/// The message as it is stored.
+pub(super) fn record_of(message: &NewMessage) -> MessageRecord {
+    let headers = message.headers.iter();
+    MessageRecord {
+        key: message.key.clone(),
+        value: message.value.clone(),
+        tag: message.tag.clone(),
+        ttl_ms: message.ttl_ms,
+        headers: headers
+            .map(|(name, value)| (name.clone(), Bytes::copy_from_slice(value.as_bytes())))
+            .collect(),
+    }
 }
 
 /// The number of records that a batch says it has.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use quorate_storage::LogId;
-use quorate_storage::batch::BatchView;
+use quorate_storage::batch::{BatchBuilder, BatchView, RecordInput};
 use quorate_storage::key_index::KeyEntry;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -276,6 +276,42 @@ async fn raw_batches_go_in_and_come_out_as_they_are() {
         .produce_batches("t", 0, Bytes::from_static(b"rubbish"), None)
         .await;
     assert!(matches!(rubbish, Err(BrokerError::InvalidRequest(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn raw_batches_of_a_producer_keep_to_what_is_remembered() {
+    let (_cluster, node) = single().await;
+    let broker = &node.broker;
+    broker.create_topic("t", topic(1, 0)).await.unwrap();
+    let id = broker.register_producer(None).await.unwrap().id;
+    let id: i64 = id.parse().unwrap();
+    let batches = |id: i64, sequences: std::ops::Range<i32>| -> Bytes {
+        let each = sequences.map(|sequence| {
+            let mut batch = BatchBuilder::new().producer(id, 0, sequence);
+            batch.push(RecordInput::default());
+            batch.finish()
+        });
+        each.collect::<Vec<_>>().concat().into()
+    };
+    let store = |body| broker.produce_batches("t", 0, body, None);
+    let refused = store(batches(id, 0..6)).await;
+    assert!(matches!(refused, Err(BrokerError::InvalidRequest(_))));
+    let offsets = |answer: ProduceAnswer| -> Vec<_> {
+        let each = answer.results.into_iter();
+        each.map(|stored| stored.unwrap().offset.unwrap()).collect()
+    };
+    let first = store(batches(id, 0..5)).await.unwrap();
+    assert_eq!(offsets(first), [0, 1, 2, 3, 4]);
+    let again = store(batches(id, 0..5)).await.unwrap();
+    assert_eq!(offsets(again), [0, 1, 2, 3, 4]);
+    // No coordinator has such a number, so none can have given these.
+    for id in [0, i64::MAX] {
+        let refused = store(batches(id, 0..1)).await;
+        assert!(
+            matches!(refused, Err(BrokerError::InvalidRequest(_))),
+            "{id}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,5 +1,6 @@
 //! Storing messages: encode, find the leader, wait for the majority, say where they are.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,10 +13,11 @@ use quorate_storage::batch::{
 
 use super::batcher::{SubmitError, submit};
 use super::encode::{
-    Part, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in, stamp_at,
+    Part, check_producer, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in,
+    stamp_at,
 };
-use super::queue::BatchOutcome;
 use super::queue::entry::{Hold, MAX_BATCHES, Mark};
+use super::queue::{BatchOutcome, REMEMBERED_BATCHES};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::topics::check_own_name;
 use super::{
@@ -213,6 +215,7 @@ impl Broker {
             return Err(BrokerError::InvalidRequest(text));
         }
         let producers: Vec<_> = views.iter().map(BatchView::producer).collect();
+        self.check_producers(producers.iter().flatten())?;
         let outcomes = self.store(&topic, queue, new, &producers).await?;
         let each = outcomes.into_iter().zip(&views);
         let results = each
@@ -222,6 +225,28 @@ impl Broker {
             })
             .collect();
         Ok(answer(&topic, results))
+    }
+
+    /// Checks the producers of a request's batches, one for each batch that has one.
+    fn check_producers<'a>(
+        &self,
+        each: impl Iterator<Item = &'a ProducerStamp>,
+    ) -> BrokerResult<()> {
+        let coordinators = self.catalog().coordinators.len();
+        let mut batches: BTreeMap<i64, usize> = BTreeMap::new();
+        for producer in each {
+            check_producer(producer.id, producer.epoch, coordinators)?;
+            let own = batches.entry(producer.id).or_default();
+            *own += 1;
+            if *own > REMEMBERED_BATCHES {
+                // Of more, a retry of the first ones would not be recognised.
+                return Err(BrokerError::InvalidRequest(format!(
+                    "a request may have at most {REMEMBERED_BATCHES} batches of one producer; send \
+                     fewer at a time"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn check_batch(
