@@ -77,7 +77,7 @@ decide-again                    quorate          lib         coordinator::transa
 commit-unprepared               quorate          lib         coordinator::transactions::random_tests::decisions_stand_and_replicas_agree
 show-rolled-back                quorate          lib         broker::transactions::tests::a_rollback_that_stops_anywhere_ends_right
 leave-offsets-behind            quorate          lib         broker::transactions::tests::a_commit_that_stops_anywhere_ends_right
-skip-refused                    quorate          http_api    exchanges::a_full_topic_gets_the_rest_when_it_has_room_and_holds_up_only_itself
+skip-refused                    quorate          http_api    exchange_flow::a_full_topic_gets_the_rest_when_it_has_room_and_holds_up_only_itself
 trim-beyond-end                 quorate          lib         broker::queue::state::tests::a_trim_moves_the_beginning_forward_only_and_not_beyond_the_end
 purge-under-late                quorate          lib         broker::queue::held_tests::what_is_still_needed_of_the_log_counts_what_was_delivered_late
 open-without-boundary           quorate-raft     lib         machine::tests::a_log_that_was_purged_is_not_opened_without_its_boundary

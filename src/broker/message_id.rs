@@ -9,6 +9,9 @@ use super::queue::Place;
 
 const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
+/// The length of the longest id: that of three numbers of 64 bits, one of 16 and one of 32.
+pub(super) const MAX_MESSAGE_ID_LEN: usize = 51;
+
 /// What an id names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MessagePlace {
@@ -131,6 +134,19 @@ mod tests {
             assert_eq!(base64(plain.as_bytes()), coded);
         }
         assert_eq!(base64(&[0xff, 0xef, 0xfe]), "_-_-");
+    }
+
+    #[test]
+    fn no_id_is_longer_than_the_longest() {
+        let place = Place {
+            base_offset: 0,
+            count: 1,
+            term: u64::MAX,
+            index: u64::MAX,
+            batch: u16::MAX,
+        };
+        let longest = message_id(u64::MAX, &place, u32::MAX);
+        assert_eq!(longest.len(), MAX_MESSAGE_ID_LEN);
     }
 
     #[test]

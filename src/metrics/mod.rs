@@ -259,7 +259,7 @@ impl Metrics {
         );
         r.register(
             "exchange_skipped_messages",
-            "Copies not brought anywhere, since their topic was deleted or they were removed before",
+            "Copies not brought anywhere: their topic was deleted, drops them or can never hold them, or they were removed before",
             self.forward_skipped_messages.clone(),
         );
         r.register(

@@ -9,14 +9,14 @@ use serde_json::{Value, json};
 use crate::api::{Answer, Api};
 use crate::support::eventually;
 
-async fn exchange(api: &Api, name: &str, kind: &str) {
+pub async fn exchange(api: &Api, name: &str, kind: &str) {
     let path = format!("/v1/exchanges/{name}");
     api.call(Method::PUT, &path, &json!({"kind": kind}))
         .await
         .expect(201);
 }
 
-async fn bind(api: &Api, exchange: &str, topic: &str, binding: &Value) -> Answer {
+pub async fn bind(api: &Api, exchange: &str, topic: &str, binding: &Value) -> Answer {
     let path = format!("/v1/exchanges/{exchange}/bindings/{topic}");
     api.call(Method::PUT, &path, binding).await
 }
@@ -25,7 +25,7 @@ async fn delete(api: &Api, path: &str) -> Answer {
     api.send(api.request(Method::DELETE, path)).await
 }
 
-async fn publish(api: &Api, exchange: &str, messages: Value) -> Answer {
+pub async fn publish(api: &Api, exchange: &str, messages: Value) -> Answer {
     let path = format!("/v1/exchanges/{exchange}/messages");
     api.post(&path, &json!({"messages": messages})).await
 }
@@ -44,7 +44,7 @@ async fn routed(api: &Api, exchange: &str, message: Value) -> Vec<String> {
 }
 
 /// All messages of a topic, queue by queue.
-async fn content(api: &Api, topic: &str) -> Vec<Value> {
+pub async fn content(api: &Api, topic: &str) -> Vec<Value> {
     let queues = api.get(&format!("/v1/topics/{topic}")).await.expect(200)["queues"]
         .as_array()
         .unwrap()
@@ -59,7 +59,7 @@ async fn content(api: &Api, topic: &str) -> Vec<Value> {
 }
 
 /// Waits until a topic has so many messages.
-async fn wait_for(api: &Api, topic: &str, count: usize) -> Vec<Value> {
+pub async fn wait_for(api: &Api, topic: &str, count: usize) -> Vec<Value> {
     eventually(&format!("{topic} has {count} messages"), || async {
         let found = content(api, topic).await;
         match found.len() == count {
@@ -491,40 +491,6 @@ async fn what_was_for_a_deleted_topic_goes_nowhere() {
     assert_eq!(answer["results"][0]["routed"], json!(["a"]));
     wait_for(&api, "a", 2).await;
     assert_eq!(content(&api, "b").await.len(), 0);
-}
-
-#[tokio::test]
-async fn a_full_topic_gets_the_rest_when_it_has_room_and_holds_up_only_itself() {
-    let api = Api::start().await.unwrap();
-    let small = json!({"name": "small", "queues": 1, "backlog": {"max_messages": 10}});
-    api.post("/v1/topics", &small).await.expect(201);
-    api.topic("a", 2).await;
-    exchange(&api, "x", "fanout").await;
-    for topic in ["small", "a"] {
-        bind(&api, "x", topic, &json!({})).await.expect(201);
-    }
-    let first = json!({"offsets": [{"topic": "small", "queue": 0, "offset": 0}]});
-    api.call(Method::PUT, "/v1/groups/g/offsets", &first)
-        .await
-        .expect(200);
-    let expected: Vec<String> = (100..125).map(|n| n.to_string()).collect();
-    let messages: Vec<Value> = expected
-        .iter()
-        .map(|n| json!({"value": n, "key": "k"}))
-        .collect();
-    publish(&api, "x", messages.into()).await.expect(200);
-    wait_for(&api, "a", 25).await;
-    wait_for(&api, "small", 10).await;
-    for consumed in [4, 14, 20] {
-        let so_far = json!({"offsets": [{"topic": "small", "queue": 0, "offset": consumed}]});
-        api.call(Method::PUT, "/v1/groups/g/offsets", &so_far)
-            .await
-            .expect(200);
-        wait_for(&api, "small", (consumed + 10).min(25)).await;
-    }
-    let found = content(&api, "small").await;
-    let found: Vec<_> = found.iter().map(|m| m["value"].as_str().unwrap()).collect();
-    assert_eq!(found, expected, "in order");
 }
 
 #[tokio::test]

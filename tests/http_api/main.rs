@@ -12,6 +12,7 @@ mod dead_letters;
 mod delayed;
 mod delayed_faults;
 mod exchanges;
+mod exchange_flow;
 mod filters;
 mod generator;
 mod groups;

@@ -3,17 +3,21 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use futures_util::future::join_all;
-use quorate_storage::batch::{BatchView, MessageRecord};
+use quorate_storage::batch::{BatchBuilder, BatchView, MessageRecord};
 
-use super::super::encode::{Part, encode, producer_stamp};
+use super::super::encode::{Part, encode, producer_stamp, record_of};
+use super::super::message_id::MAX_MESSAGE_ID_LEN;
 use super::super::partition::queue_of_key;
 use super::super::produce::{check_key, explain};
 use super::super::queue::{BatchOutcome, Place};
 use super::super::route::UNKNOWN;
-use super::routes::{self, EXCHANGE_HEADER, ROUTES_HEADER, ROUTING_KEY_HEADER, Route};
+use super::routes::{
+    self, EXCHANGE_HEADER, MESSAGE_ID_HEADER, ROUTES_HEADER, ROUTING_KEY_HEADER, Route,
+};
 use crate::broker::{
-    Broker, BrokerError, BrokerResult, Durability, NewMessage, Outcome, ProduceRequest,
+    Broker, BrokerError, BrokerResult, Durability, NewMessage, OnFull, Outcome, ProduceRequest,
     ProducerMark, StartAt,
 };
 use crate::catalog::{CatalogState, Topic, TopicId};
@@ -80,7 +84,8 @@ impl Broker {
                 .collect();
             let refused = match topics.as_slice() {
                 [] => Some(unroutable(&exchange, &routing_key, marked)),
-                topics => too_large(&message, topics),
+                topics => too_large(&message, topics)
+                    .or_else(|| never_fits(&message, &exchange.name, &routing_key, topics)),
             };
             match refused {
                 // Taken or refused as a whole, so that a retry is the same request.
@@ -312,6 +317,45 @@ fn too_large(message: &NewMessage, topics: &[&Arc<Topic>]) -> Option<BrokerError
     let limits = topics.iter().map(|topic| topic.config.max_message_bytes);
     let max_bytes = limits.min().unwrap_or(u64::MAX);
     (bytes > max_bytes).then_some(BrokerError::MessageTooLarge { bytes, max_bytes })
+}
+
+/// What a topic could never hold would be brought to it for ever. One that drops the newest drops
+/// it, too.
+fn never_fits(
+    message: &NewMessage,
+    exchange: &str,
+    routing_key: &str,
+    topics: &[&Arc<Topic>],
+) -> Option<BrokerError> {
+    let bounded = topics.iter().filter_map(|topic| {
+        let backlog = &topic.config.backlog;
+        let max_bytes = backlog
+            .max_bytes
+            .filter(|_| backlog.on_full == OnFull::Reject);
+        Some((max_bytes?, topic))
+    });
+    let (max_bytes, topic) = bounded.min_by_key(|(max_bytes, _)| *max_bytes)?;
+    let id = "i".repeat(MAX_MESSAGE_ID_LEN);
+    let mut record = record_of(message);
+    let more = [
+        (EXCHANGE_HEADER, exchange),
+        (ROUTING_KEY_HEADER, routing_key),
+        (MESSAGE_ID_HEADER, &id),
+    ];
+    let more = more.map(|(name, text)| (name.to_owned(), Bytes::copy_from_slice(text.as_bytes())));
+    record.headers.extend(more);
+    let mut batch = BatchBuilder::new();
+    // What can't be encoded is refused where it is to be stored.
+    record.encode(&mut batch).ok()?;
+    let bytes = batch.size_bytes() as u64;
+    let text = || {
+        format!(
+            "topic {:?} can never hold the message: it takes up to {bytes} bytes there, and the \
+             topic's backlog is bounded to {max_bytes}",
+            topic.name
+        )
+    };
+    (bytes > max_bytes).then(|| BrokerError::InvalidRequest(text()))
 }
 
 /// Where bindings were taken away, the first of several same requests may have had routes.

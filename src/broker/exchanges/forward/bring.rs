@@ -14,6 +14,11 @@ use crate::broker::{Broker, BrokerError, BrokerResult};
 use crate::catalog::Topic;
 use crate::peer::NewBatch;
 
+/// Where a queue does not take so many messages, the next attempt is with this part of them.
+const FEWER: usize = 8;
+/// So many messages in a row that are dropped one by one stand for the rest of their run.
+const MOST_IN_VAIN: u32 = 4;
+
 /// By this a queue knows what comes from the one of this Raft group.
 fn mark_of(group: u64) -> [u8; 16] {
     let mut source = *b"exchange\0\0\0\0\0\0\0\0";
@@ -66,22 +71,38 @@ async fn bring_to_queue(
     mut batches: &[NewBatch],
     next: &mut Option<u64>,
 ) -> BrokerResult<()> {
-    let mut at_once = batches.len().min(MAX_BATCHES);
+    let mut at_once = MAX_BATCHES;
+    let mut in_vain = 0;
     while !batches.is_empty() {
-        let (now, later) = batches.split_at(at_once.min(batches.len()));
+        let (mut now, mut later) = batches.split_at(at_once.min(batches.len()));
         match broker.store(topic, queue, now.to_vec(), &[]).await {
             Ok(outcomes) => {
                 for outcome in outcomes {
                     accepted(outcome)?;
                 }
                 broker.metrics.count_forwarded(now.len() as u64);
+                at_once = MAX_BATCHES.min(now.len() * 2);
+                in_vain = 0;
             }
             Err(error) if now.len() > 1 && is_about_size(&error) => {
-                at_once = now.len() / 2;
+                at_once = (now.len() / FEWER).max(1);
                 continue;
             }
             // What the topic's owner wants of a full one.
-            Err(BrokerError::Dropped { .. }) => broker.metrics.count_forward_skipped(1),
+            Err(BrokerError::Dropped { .. }) => {
+                in_vain += 1;
+                // That there is no room is proved anew for each one, which takes its time.
+                if in_vain == MOST_IN_VAIN {
+                    (now, later) = (batches, &[]);
+                }
+                broker.metrics.count_forward_skipped(now.len() as u64);
+            }
+            // Larger than what the topic may ever hold, since its owner made that smaller.
+            Err(BrokerError::InvalidRequest(reason)) => {
+                let topic = &topic.name;
+                tracing::warn!(%topic, queue, %reason, "a published message is left out of a topic");
+                broker.metrics.count_forward_skipped(1);
+            }
             Err(error) => return Err(error),
         }
         if let Some(Mark::Forwarded { sequence, .. }) = now.last().map(|batch| batch.mark) {

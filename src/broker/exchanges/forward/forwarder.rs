@@ -124,6 +124,7 @@ impl Forwarder {
             if self.queue.shared.is_closed() {
                 return;
             }
+            self.lanes.leave_the_slow(Instant::now());
             self.scan_on().await;
             for step in self.next_steps() {
                 steps.push(step);
@@ -205,7 +206,7 @@ impl Forwarder {
             }
             match catalog.topics.get(&topic) {
                 Some(known) => {
-                    self.lanes.begin(topic);
+                    self.lanes.begin(topic, now);
                     steps.push(self.bring(known.clone(), at));
                 }
                 None if catalog.knew_topic(topic) => self.forget(topic),
@@ -229,6 +230,7 @@ impl Forwarder {
         let retries = waiting.filter_map(|(topic, ..)| Some(self.retries.get(&topic)?.due));
         let save = self.save_at.filter(|_| !self.saving);
         let others = self.rescan.into_iter().chain(save).chain(self.trim_at);
+        let others = others.chain(self.lanes.patience_ends());
         retries.chain(others).min()
     }
 

@@ -9,12 +9,19 @@
 //!     done for all        done for the others      not looked at
 //! ```
 //!
-//! A topic that can't take its messages goes on alone when it can ([`Lane::apart`]); the others
-//! keep up with the scan together and share what was read.
+//! A topic that can't take its messages, or not at once, goes on alone when it can
+//! ([`Lane::apart`]); the others keep up with the scan together and share what was read.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::catalog::TopicId;
+
+/// The others wait for a topic's step for so long: one that is full and drops, or has no leader,
+/// takes far longer.
+const PATIENCE: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Default)]
 pub(super) struct Lanes {
@@ -26,9 +33,9 @@ pub(super) struct Lanes {
 pub(super) struct Lane {
     /// The first offset not done; none while it is level with the scan.
     pub behind: Option<u64>,
-    /// A step is under way.
-    pub busy: bool,
-    /// It failed and has not come back to the scan since.
+    /// Since when a step is under way.
+    pub busy: Option<Instant>,
+    /// It failed, or took too long, and has not come back to the scan since.
     pub apart: bool,
     /// One after the other.
     pub failures: u32,
@@ -88,7 +95,7 @@ impl Lanes {
 
     /// The lanes with something to do and nothing under way.
     pub fn waiting(&self) -> impl Iterator<Item = (TopicId, u64, Lane)> + '_ {
-        let lanes = self.lanes.iter().filter(|(_, lane)| !lane.busy);
+        let lanes = self.lanes.iter().filter(|(_, lane)| lane.busy.is_none());
         lanes.filter_map(|(topic, lane)| Some((*topic, lane.behind?, *lane)))
     }
 
@@ -97,10 +104,25 @@ impl Lanes {
         lanes.map(|(topic, lane)| (*topic, lane.behind.unwrap_or(self.scan)))
     }
 
-    pub fn begin(&mut self, topic: TopicId) {
+    pub fn begin(&mut self, topic: TopicId, now: Instant) {
         if let Some(lane) = self.lanes.get_mut(&topic) {
-            lane.busy = true;
+            lane.busy = Some(now);
         }
+    }
+
+    /// The others go on without those whose step takes too long.
+    pub fn leave_the_slow(&mut self, now: Instant) {
+        for lane in self.lanes.values_mut() {
+            lane.apart |= lane.busy.is_some_and(|since| since + PATIENCE <= now);
+        }
+    }
+
+    /// When the others have waited for long enough for one of them.
+    pub fn patience_ends(&self) -> Option<Instant> {
+        let together = self.lanes.values().filter(|lane| !lane.apart);
+        together
+            .filter_map(|lane| Some(lane.busy? + PATIENCE))
+            .min()
     }
 
     /// The topic has everything before `next`.
@@ -121,7 +143,7 @@ impl Lanes {
         let Some(lane) = self.lanes.get_mut(&topic) else {
             return 0;
         };
-        lane.busy = false;
+        lane.busy = None;
         lane.apart = true;
         lane.failures = lane.failures.saturating_add(1);
         lane.failures
@@ -151,7 +173,7 @@ mod tests {
         assert_eq!(waiting(&lanes), [(3, 0), (5, 0)]);
         assert!(!lanes.may_scan());
         for topic in [3, 5] {
-            lanes.begin(topic);
+            lanes.begin(topic, Instant::now());
         }
         assert_eq!(waiting(&lanes), []);
         lanes.advance(3, 10);
@@ -166,8 +188,8 @@ mod tests {
     fn a_topic_that_fails_holds_up_only_itself() {
         let mut lanes = Lanes::default();
         lanes.scanned(10, [3, 5]);
-        lanes.begin(3);
-        lanes.begin(5);
+        lanes.begin(3, Instant::now());
+        lanes.begin(5, Instant::now());
         assert_eq!(lanes.fail(3), 1);
         lanes.advance(5, 10);
         assert!(lanes.may_scan());
@@ -178,11 +200,38 @@ mod tests {
         assert_eq!(lanes.done(), 0);
         // It comes back chunk by chunk, and still holds up nobody.
         assert_eq!(waiting(&lanes), [(3, 0)]);
-        lanes.begin(3);
+        lanes.begin(3, Instant::now());
         lanes.advance(3, 10);
         assert!(lanes.may_scan());
         assert_eq!(lanes.done(), 10);
-        lanes.begin(3);
+        lanes.begin(3, Instant::now());
+        lanes.advance(3, 20);
+        lanes.scanned(30, [3]);
+        assert!(!lanes.may_scan(), "and is one of the others again");
+    }
+
+    #[test]
+    fn a_topic_that_takes_long_holds_up_only_itself() {
+        let mut lanes = Lanes::default();
+        let now = Instant::now();
+        lanes.scanned(10, [3, 5]);
+        lanes.begin(3, now);
+        lanes.begin(5, now);
+        lanes.advance(5, 10);
+        assert_eq!(lanes.patience_ends(), Some(now + PATIENCE));
+        lanes.leave_the_slow(now + PATIENCE - Duration::from_millis(1));
+        assert!(!lanes.may_scan());
+        lanes.leave_the_slow(now + PATIENCE);
+        assert!(lanes.may_scan());
+        assert_eq!(lanes.patience_ends(), None, "it is left already");
+        lanes.scanned(20, [3, 5]);
+        assert_eq!(waiting(&lanes), [(5, 10)], "its step is still under way");
+        lanes.advance(5, 20);
+        // When it is done there is more to do, and still nobody waits.
+        lanes.advance(3, 10);
+        assert_eq!(waiting(&lanes), [(3, 10)]);
+        assert!(lanes.may_scan());
+        lanes.begin(3, now);
         lanes.advance(3, 20);
         lanes.scanned(30, [3]);
         assert!(!lanes.may_scan(), "and is one of the others again");
@@ -193,7 +242,7 @@ mod tests {
         let mut lanes = Lanes::default();
         lanes.scanned(10, [3, 5]);
         lanes.advance(5, 10);
-        lanes.begin(3);
+        lanes.begin(3, Instant::now());
         lanes.fail(3);
         lanes.scanned(20, []);
         let saved = lanes.to_save();
@@ -209,7 +258,7 @@ mod tests {
     fn a_deleted_topic_holds_up_nothing() {
         let mut lanes = Lanes::default();
         lanes.scanned(10, [3]);
-        lanes.begin(3);
+        lanes.begin(3, Instant::now());
         lanes.fail(3);
         assert_eq!(lanes.done(), 0);
         lanes.forget(3);
