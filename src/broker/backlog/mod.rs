@@ -246,6 +246,7 @@ impl Broker {
             return Ok(Load::ANY);
         }
         self.positions_of_late().await;
+        self.know_all_stored(queue).await?;
         match self.room_as_known(queue, limits, topic.id, number).await? {
             Load { messages: 0, .. } => {
                 self.prove_positions(Instant::now()).await;

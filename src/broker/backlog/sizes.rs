@@ -83,6 +83,10 @@ impl Sizes {
             }
             // More may have become visible behind the end meanwhile.
             let within = batches.partition_point(|b| b.place.base_offset < end);
+            // Trimmed up to the end and beyond it meanwhile: nothing of it counts.
+            if within == 0 {
+                break;
+            }
             self.extend(&batches[..within], max_bytes);
         }
         Ok(self.bytes)
@@ -125,8 +129,13 @@ pub(super) async fn catch_up(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
-    use crate::broker::queue::Place;
+    use crate::broker::batcher::now_ms;
+    use crate::broker::queue::{Place, entry};
+    use crate::broker::testing::{TestCluster, topic};
+    use crate::broker::{NewMessage, ProduceRequest};
 
     fn stored(base_offset: u64, count: u32, bytes: usize) -> StoredBatch {
         StoredBatch {
@@ -160,6 +169,35 @@ mod tests {
         assert_eq!(sizes.bytes, 300);
         sizes.begin_at(0);
         assert_eq!((sizes.bytes, sizes.until), (0, 0));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn what_was_trimmed_beyond_the_end_counts_for_nothing() {
+        let mut cluster = TestCluster::new(1);
+        let node = cluster.start_all().await.remove(0);
+        let broker = &node.broker;
+        broker.create_topic("t", topic(1, 0)).await.unwrap();
+        for _ in 0..5 {
+            let request = ProduceRequest {
+                topic: "t".to_owned(),
+                messages: vec![NewMessage::default()],
+                producer: None,
+                idempotency_key: None,
+            };
+            broker.produce(request).await.unwrap();
+        }
+        let queue = broker.local.queues().remove(0);
+        let (group, timeout) = (queue.group.id().0, broker.config.write_timeout);
+        let trimmed = broker.propose_here(group, entry::trim(now_ms(), 4), timeout);
+        trimmed.await.unwrap();
+        // As read before the trim.
+        let (measured, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let bytes = Sizes::default().measure(&queue, 0, 3, 1 << 20);
+            measured.send(bytes).ok();
+        });
+        let bytes = told.recv_timeout(Duration::from_secs(20));
+        assert_eq!(bytes.expect("it ends").unwrap(), 0);
     }
 
     #[test]
