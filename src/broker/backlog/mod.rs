@@ -27,7 +27,7 @@ use tokio::time::{Instant, timeout_at};
 use super::batcher::{now_ms, producer_of};
 use super::encode::records_in;
 use super::local::LocalQueue;
-use super::queue::entry::Hold;
+use super::queue::entry::{Hold, Mark};
 use super::read::unreadable;
 use super::{Backlog, Broker, BrokerError, BrokerResult, OnFull};
 use crate::catalog::{GroupOwner, Topic, TopicId};
@@ -171,10 +171,11 @@ impl Broker {
         }
         let new = Load::of(batches);
         // A message left out would be a gap in its producer's sequence, or be missing in its
-        // transaction.
+        // transaction. One that is known by its key may be stored already.
         let may_drop = |b: &NewBatch| {
             let is_half = matches!(b.hold, Some(Hold::Transaction { .. }));
-            producer_of(&b.batch).is_none() && !is_half
+            let is_keyed = matches!(b.mark, Mark::Key { .. });
+            producer_of(&b.batch).is_none() && !is_half && !is_keyed
         };
         let dropped = || BrokerError::Dropped {
             topic: topic.name.clone(),
@@ -245,8 +246,8 @@ impl Broker {
         if !limits.is_bounded() {
             return Ok(Load::ANY);
         }
-        self.positions_of_late().await;
         self.know_all_stored(queue).await?;
+        self.positions_of_late().await;
         match self.room_as_known(queue, limits, topic.id, number).await? {
             Load { messages: 0, .. } => {
                 self.prove_positions(Instant::now()).await;
