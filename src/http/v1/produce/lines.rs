@@ -355,12 +355,13 @@ impl Target {
             return answered;
         }
         let mut in_vain = 0;
-        let mut full = None;
+        // What the lines that are left need not be tried for.
+        let mut for_all = None;
         for (result, message) in answered.results.iter_mut().zip(messages) {
             if !result.as_ref().is_err_and(is_shared) {
                 continue;
             }
-            if let Some(error) = &full {
+            if let Some(error) = &for_all {
                 *result = Err(BrokerError::clone(error));
                 continue;
             }
@@ -375,17 +376,12 @@ impl Target {
                 Err(error) if is_full(error) => in_vain + 1,
                 _ => 0,
             };
-            // That there is no room is proved anew for each line, which takes its time.
-            if in_vain == MOST_IN_VAIN {
-                full = result.as_ref().err().cloned();
-            }
-            // Without a leader, say, the others need not be tried: nothing of them is stored.
-            if result
-                .as_ref()
-                .is_err_and(|error| error.retryable() && !is_shared(error))
-            {
-                break;
-            }
+            // Without a leader, say, nothing of the others is stored. That there is no room is proved
+            // anew for each line, which takes its time.
+            let is_hopeless = |error: &&BrokerError| {
+                in_vain == MOST_IN_VAIN || error.retryable() && !is_shared(error)
+            };
+            for_all = result.as_ref().err().filter(is_hopeless).cloned();
         }
         answered
     }
