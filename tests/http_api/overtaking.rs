@@ -93,6 +93,30 @@ async fn five_requests_under_way_are_stored_in_order_whichever_comes_first() -> 
 }
 
 #[tokio::test]
+async fn a_request_follows_one_of_several_batches() -> Result<()> {
+    let api = Api::start().await?;
+    api.topic("t", 1).await;
+    // A slow machine may wait for too long with the first, so there are several attempts.
+    for _ in 0..10 {
+        let id = producer(&api).await;
+        let mut first = part(&id, 0, 3);
+        first["messages"][1]["delay_ms"] = 1.into();
+        let (api, next) = (&api, part(&id, 3, 1));
+        let late = async {
+            tokio::time::sleep(Duration::from_millis(30)).await;
+            api.post(PRODUCE, &first).await
+        };
+        let (next, first) = tokio::join!(api.post(PRODUCE, &next), late);
+        first.expect(200);
+        if next.status == 200 {
+            return Ok(());
+        }
+        next.problem(409, "out_of_order_sequence");
+    }
+    anyhow::bail!("whoever comes too early stays so");
+}
+
+#[tokio::test]
 async fn a_gap_that_nobody_fills_is_told_soon() -> Result<()> {
     let api = Api::start().await?;
     api.topic("t", 1).await;

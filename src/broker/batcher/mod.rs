@@ -28,7 +28,7 @@ use super::backlog::Admission;
 use super::config::BrokerConfig;
 use super::encode::records_in;
 use super::local::{LocalGroups, LocalQueue};
-use super::queue::BatchOutcome;
+use super::queue::{BatchOutcome, advance};
 use crate::metrics::Metrics;
 use crate::peer::NewBatch;
 
@@ -67,15 +67,17 @@ impl Claim {
     }
 }
 
-/// A single batch of an idempotent producer.
-#[derive(Debug, Clone, Copy)]
+/// Batches of one idempotent producer that follow each other.
+#[derive(Debug)]
 struct Sequenced {
+    /// Of the first.
     stamp: ProducerStamp,
+    /// Messages of all of them.
     count: u32,
-    /// Until when it may be held for those before it; from the first time that it is.
+    /// Until when they may be held for those before them; from the first time that they are.
     until: Option<Instant>,
-    /// What apply said of it the last time it was too early.
-    verdict: Option<BatchOutcome>,
+    /// What apply said of them the last time they were too early.
+    verdict: Option<Vec<BatchOutcome>>,
 }
 
 /// One request's batches for one queue; they go into the same entry.
@@ -100,12 +102,21 @@ impl Submission {
 }
 
 fn sequenced(batches: &[NewBatch]) -> Option<Sequenced> {
-    let [only] = batches else {
-        return None;
-    };
+    let stamp = producer_of(&batches.first()?.batch)?;
+    let mut count = 0;
+    for new in batches {
+        let follows = ProducerStamp {
+            base_sequence: advance(stamp.base_sequence, count),
+            ..stamp
+        };
+        if producer_of(&new.batch)? != follows {
+            return None;
+        }
+        count += records_in(&new.batch);
+    }
     Some(Sequenced {
-        stamp: producer_of(&only.batch)?,
-        count: records_in(&only.batch),
+        stamp,
+        count,
         until: None,
         verdict: None,
     })
@@ -221,7 +232,40 @@ pub(super) fn now_ms() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use quorate_storage::batch::{BatchBuilder, RecordInput};
+
     use super::*;
+    use crate::broker::queue::entry::Mark;
+
+    fn batch(id: i64, base_sequence: i32, messages: u32) -> NewBatch {
+        let mut builder = BatchBuilder::new().producer(id, 0, base_sequence);
+        for _ in 0..messages {
+            builder.push(RecordInput::default());
+        }
+        NewBatch {
+            mark: Mark::None,
+            hold: None,
+            batch: builder.finish(),
+        }
+    }
+
+    #[test]
+    fn batches_of_a_producer_are_one_run_where_they_follow_each_other() {
+        let run = |batches: &[NewBatch]| {
+            let found = sequenced(batches)?;
+            Some((found.stamp.base_sequence, found.count))
+        };
+        assert_eq!(run(&[batch(7, 5, 2)]), Some((5, 2)));
+        let three = [batch(7, 5, 2), batch(7, 7, 1), batch(7, 8, 3)];
+        assert_eq!(run(&three), Some((5, 6)));
+        let wraps = [batch(7, i32::MAX, 1), batch(7, 0, 1)];
+        assert_eq!(run(&wraps), Some((i32::MAX, 2)));
+        assert_eq!(run(&[batch(7, 5, 2), batch(7, 8, 1)]), None);
+        assert_eq!(run(&[batch(7, 5, 2), batch(8, 7, 1)]), None);
+        assert_eq!(run(&[batch(7, 5, 2), batch(-1, -1, 1)]), None);
+        assert_eq!(run(&[batch(-1, -1, 1)]), None);
+        assert_eq!(run(&[]), None);
+    }
 
     #[test]
     fn a_submission_is_either_taken_or_withdrawn() {

@@ -48,6 +48,30 @@ struct Proposed {
     expected: usize,
 }
 
+/// What became of all batches of a producer's request.
+enum Verdict {
+    Stored,
+    /// None of them is stored.
+    OutOfOrder {
+        expected: i32,
+    },
+    Other,
+}
+
+fn verdict_on(outcomes: &[BatchOutcome]) -> Verdict {
+    let is_stored = |o: &BatchOutcome| matches!(o, BatchOutcome::Stored(_) | BatchOutcome::Held(_));
+    let is_early = |o: &BatchOutcome| matches!(o, BatchOutcome::OutOfOrder { .. });
+    match outcomes.first() {
+        Some(_) if outcomes.iter().all(is_stored) => Verdict::Stored,
+        Some(BatchOutcome::OutOfOrder { expected }) if outcomes.iter().all(is_early) => {
+            Verdict::OutOfOrder {
+                expected: *expected,
+            }
+        }
+        _ => Verdict::Other,
+    }
+}
+
 type Proposal = Pin<Box<dyn Future<Output = Done> + Send>>;
 
 impl Batcher {
@@ -155,10 +179,10 @@ impl Batcher {
 
     /// What has been early for too long is answered, or put to apply if that has not judged it yet.
     fn give_up_waiting(&mut self) {
-        for submission in self.early.overdue(Instant::now()) {
-            let verdict = submission.sequenced.and_then(|s| s.verdict);
-            match verdict {
-                Some(verdict) => submission.answer(Ok(vec![verdict])),
+        for mut submission in self.early.overdue(Instant::now()) {
+            let sequenced = submission.sequenced.as_mut();
+            match sequenced.and_then(|s| s.verdict.take()) {
+                Some(verdict) => submission.answer(Ok(verdict)),
                 None => self.receive(submission),
             }
         }
@@ -186,8 +210,8 @@ impl Batcher {
             if !submission.claim.settle(TAKEN) {
                 continue;
             }
-            if let Some(Sequenced { stamp, count, .. }) = submission.sequenced
-                && let Some(follows) = self.early.proposing(stamp, count)
+            if let Some(Sequenced { stamp, count, .. }) = &submission.sequenced
+                && let Some(follows) = self.early.proposing(*stamp, *count)
             {
                 self.receive_first(follows);
             }
@@ -271,13 +295,13 @@ impl Batcher {
                 continue;
             };
             let stamp = sequenced.stamp;
-            match own.first().copied() {
-                Some(BatchOutcome::Stored(_) | BatchOutcome::Held(_)) => {
+            match verdict_on(own) {
+                Verdict::Stored => {
                     let follows = self.early.stored(stamp, sequenced.count);
                     again.extend(follows);
                 }
-                Some(verdict @ BatchOutcome::OutOfOrder { expected }) => {
-                    sequenced.verdict = Some(verdict);
+                Verdict::OutOfOrder { expected } => {
+                    sequenced.verdict = Some(own.to_vec());
                     if self.early.out_of_order(stamp, expected) {
                         submission.claim.reopen();
                         match self.hold(submission) {
@@ -286,7 +310,7 @@ impl Batcher {
                         }
                     }
                 }
-                _ => again.extend(self.early.forget(stamp)),
+                Verdict::Other => again.extend(self.early.forget(stamp)),
             }
             submission.answer(Ok(own.to_vec()));
         }
@@ -297,7 +321,7 @@ impl Batcher {
 
     fn fail(&mut self, entry: Vec<Proposed>, error: &SubmitError) {
         for Proposed { submission, .. } in entry {
-            if let Some(sequenced) = submission.sequenced {
+            if let Some(sequenced) = &submission.sequenced {
                 for follows in self.early.forget(sequenced.stamp) {
                     self.receive(follows);
                 }
