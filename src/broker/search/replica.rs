@@ -5,6 +5,7 @@ use std::sync::Arc;
 use quorate_storage::batch::{BatchView, RecordView};
 use quorate_storage::key_index::{BLOCK_OFFSETS, block_of};
 use quorate_storage::mutation::{self, Mutation};
+use quorate_storage::queue_index::IndexRecord;
 use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -126,31 +127,48 @@ impl<'a> Search<'a> {
         Ok((start.max(bounds.earliest), end.min(bounds.end)))
     }
 
-    /// Time and offset of a message; none if it was trimmed just now.
+    /// Time and offset of a message. Of one that was trimmed just now, those of the place before the
+    /// first that is left; none if none is.
     fn place(&self, offset: u64) -> BrokerResult<Option<(u64, u64)>> {
-        let time = self.queue.shared.index().timestamp_of(offset);
-        let time = time.map_err(|error| unreadable(self.queue, error))?;
-        Ok(time.map(|ms| (ms, offset)))
+        let found = self.queue.shared.index().find_from(offset, 1);
+        let found = found.map_err(|error| unreadable(self.queue, error))?;
+        let place = |record: &IndexRecord| {
+            let before = record.base_offset.saturating_sub(1);
+            (record.timestamp_ms, offset.max(before))
+        };
+        Ok(found.first().map(place))
     }
 
-    /// Looks at the messages that the key index names. Gives `until`; none when the answer is full.
+    /// Looks at the messages that the key index names, as many as there is time for and at least one.
+    /// Gives how far it came; none when the answer is full.
     fn take_listed(&mut self, listed: &[u64], from: u64, until: u64) -> BrokerResult<Option<u64>> {
+        let mut done = from;
         for offset in listed.iter().filter(|o| (from..until).contains(o)) {
+            // Its batch had another one before it.
+            if *offset < done {
+                continue;
+            }
             let Some(batches) = self.read(*offset, 1, 1)? else {
                 continue;
             };
+            done = offset + 1;
             for batch in &batches {
-                if self.take(batch, *offset, *offset + 1)? == Next::Full {
+                if self.take(batch, *offset, until)? == Next::Full {
                     return Ok(None);
                 }
+                done = done.max(batch.place.base_offset + u64::from(batch.place.count));
+            }
+            if Instant::now() >= self.until {
+                return Ok(Some(done.min(until)));
             }
         }
         Ok(Some(until))
     }
 
-    /// Looks at one piece of messages after the other; gives how far it came.
+    /// Looks at one piece of messages after the other, as many as there is time for and at least one;
+    /// gives how far it came.
     fn take_from(&mut self, mut offset: u64, until: u64) -> BrokerResult<Option<u64>> {
-        while offset < until && Instant::now() < self.until {
+        while offset < until {
             let Some(batches) = self.read(offset, LOOK_MESSAGES, LOOK_BYTES)? else {
                 offset = self.queue.shared.bounds().earliest;
                 continue;
@@ -163,6 +181,9 @@ impl<'a> Search<'a> {
                 }
             }
             offset = next;
+            if Instant::now() >= self.until {
+                break;
+            }
         }
         Ok(Some(offset.min(until)))
     }
@@ -219,5 +240,110 @@ impl<'a> Search<'a> {
         let is_believed =
             mutation::on(Mutation::BelieveKeyIndex) && self.queue.keys.has(block_of(seen.offset));
         (is_believed || wanted.is_none_or(has_key)) && self.request.selection.takes(record, seen)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quorate_storage::key_index::KeyEntry;
+
+    use super::*;
+    use crate::broker::queue::entry;
+    use crate::broker::testing::{TestCluster, TestNode, topic};
+    use crate::broker::{NewMessage, ProduceRequest};
+
+    /// A node with a topic of one queue that has five messages with the key "k", each in a batch of
+    /// its own.
+    async fn five() -> (TestCluster, TestNode, Arc<LocalQueue>) {
+        let mut cluster = TestCluster::new(1);
+        let node = cluster.start_all().await.remove(0);
+        let broker = &node.broker;
+        broker.create_topic("t", topic(1, 0)).await.unwrap();
+        for _ in 0..5 {
+            let message = NewMessage {
+                key: Some("k".to_owned()),
+                ..NewMessage::default()
+            };
+            let request = ProduceRequest {
+                topic: "t".to_owned(),
+                messages: vec![message],
+                producer: None,
+                idempotency_key: None,
+            };
+            broker.produce(request).await.unwrap().results[0]
+                .as_ref()
+                .unwrap();
+        }
+        let queue = broker.local.queues().remove(0);
+        (cluster, node, queue)
+    }
+
+    fn request(queue: &LocalQueue, start: u64) -> SearchRequest {
+        SearchRequest {
+            group: queue.group.id().0,
+            queue: 0,
+            key: Some("k".to_owned()),
+            selection: Default::default(),
+            start: StartAt::Offset(start),
+            to_timestamp_ms: None,
+            max_messages: 10,
+            max_bytes: 1 << 20,
+            ttl_ms: None,
+        }
+    }
+
+    fn offsets(found: &Found) -> Vec<u64> {
+        found
+            .messages
+            .iter()
+            .map(|message| message.offset)
+            .collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_search_without_time_goes_on_later_and_leaves_nothing_out() {
+        let (_cluster, _node, queue) = five().await;
+        let out_of_time = |request: &SearchRequest| {
+            let mut search = Search::new(&queue, request);
+            search.until = Instant::now();
+            search.run().unwrap()
+        };
+        let all = request(&queue, 0);
+        // Message by message: one piece is looked at, which is all there is.
+        let found = out_of_time(&all);
+        assert_eq!(
+            (offsets(&found), found.reached),
+            (vec![0, 1, 2, 3, 4], None)
+        );
+        let hash = hash_of_key(b"k");
+        let entries = (0..5).map(|offset| KeyEntry { hash, offset });
+        let applied = queue.group.applied().unwrap();
+        queue.keys.build(0, applied, entries.collect()).unwrap();
+        let mut seen = Vec::new();
+        let mut next = Some(0);
+        while let Some(start) = next {
+            let found = out_of_time(&request(&queue, start));
+            assert_eq!(offsets(&found), [start], "one at least, and not all");
+            seen.extend(offsets(&found));
+            next = found.reached.map(|(_, offset)| offset + 1);
+        }
+        assert_eq!(seen, [0, 1, 2, 3, 4]);
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn the_place_of_what_was_trimmed_leads_to_what_is_left() {
+        let (_cluster, node, queue) = five().await;
+        let request = request(&queue, 0);
+        let search = Search::new(&queue, &request);
+        let (time, _) = search.place(3).unwrap().unwrap();
+        let trim = |to| entry::trim(now_ms(), to);
+        let (group, timeout) = (request.group, node.broker.config.write_timeout);
+        let trimmed = node.broker.propose_here(group, trim(3), timeout);
+        trimmed.await.unwrap();
+        assert_eq!(search.place(0).unwrap(), Some((time, 2)));
+        assert_eq!(search.place(3).unwrap(), Some((time, 3)));
+        let trimmed = node.broker.propose_here(group, trim(5), timeout);
+        trimmed.await.unwrap();
+        assert_eq!(search.place(0).unwrap(), None);
     }
 }
