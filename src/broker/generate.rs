@@ -80,6 +80,23 @@ impl Schedule {
             full: Arc::default(),
         }
     }
+
+    /// How many messages are to be made now. While others are being stored none are: those that come
+    /// due meanwhile are made after them.
+    fn due(&mut self, now: Instant) -> u64 {
+        if self.busy.load(Ordering::Acquire) {
+            self.next = now + STEP;
+            return 0;
+        }
+        let passed = now.saturating_duration_since(self.until);
+        let (count, rest) = self.generator.owed(passed);
+        self.until = now.checked_sub(rest).unwrap_or(now);
+        self.next = (self.until + self.generator.interval()).max(now + STEP);
+        if self.full.load(Ordering::Relaxed) {
+            self.next = self.next.max(now + LOOK_AGAIN);
+        }
+        count
+    }
 }
 
 pub(super) fn start(broker: &Arc<Broker>) {
@@ -181,16 +198,12 @@ impl Broker {
         queue: &Arc<LocalQueue>,
         now: Instant,
     ) {
-        let generator = schedule.generator.clone();
-        let (count, rest) = generator.owed(now.saturating_duration_since(schedule.until));
-        schedule.until = now.checked_sub(rest).unwrap_or(now);
-        schedule.next = (schedule.until + generator.interval()).max(now + STEP);
-        if schedule.full.load(Ordering::Relaxed) {
-            schedule.next = schedule.next.max(now + LOOK_AGAIN);
-        }
-        if count == 0 || schedule.busy.swap(true, Ordering::AcqRel) {
+        let count = schedule.due(now);
+        if count == 0 {
             return;
         }
+        schedule.busy.store(true, Ordering::Release);
+        let generator = schedule.generator.clone();
         let (busy, full) = (schedule.busy.clone(), schedule.full.clone());
         let (broker, topic, queue) = (self.clone(), topic.clone(), queue.clone());
         tokio::spawn(async move {
@@ -292,6 +305,23 @@ mod tests {
             }
             assert_eq!(made, expected, "{per_1000_s}");
         }
+    }
+
+    #[test]
+    fn what_comes_due_while_others_are_stored_is_made_after_them() {
+        let begun = Instant::now();
+        let mut schedule = Schedule {
+            generator: generator(100_000),
+            until: begun,
+            next: begun,
+            busy: Arc::default(),
+            full: Arc::default(),
+        };
+        assert_eq!(schedule.due(begun + ms(50)), 5);
+        schedule.busy.store(true, Ordering::Relaxed);
+        assert_eq!(schedule.due(begun + ms(100)), 0);
+        schedule.busy.store(false, Ordering::Relaxed);
+        assert_eq!(schedule.due(begun + ms(150)), 10);
     }
 
     #[test]
