@@ -1,11 +1,8 @@
-//! Fetching: stored batches become messages, filters are applied, many queues are asked at once.
+//! Fetching: stored batches become messages, filters are applied.
 
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures_util::StreamExt;
-use futures_util::future::join_all;
-use futures_util::stream::FuturesUnordered;
 use quorate_storage::batch::{self, BatchView, MessageRecord, RecordView};
 use tokio::time::Instant;
 
@@ -14,7 +11,7 @@ use super::selection::Seen;
 use super::ttl::is_expired;
 use super::{
     Broker, BrokerError, BrokerResult, Consistency, FetchAnswer, FetchRequest, Message,
-    MultiFetchRequest, ProducerMark, QueueFetch, RawFetchAnswer, StartAt, message_id,
+    ProducerMark, RawFetchAnswer, StartAt, message_id,
 };
 use crate::peer::{PeerRequest, Proof, ReadRequest, Slice, StoredBatch};
 
@@ -114,71 +111,6 @@ impl Broker {
         })
     }
 
-    /// Many queues at once: whatever they have now, or else the first that has something in time.
-    pub async fn fetch_many(
-        &self,
-        request: MultiFetchRequest,
-    ) -> BrokerResult<Vec<BrokerResult<FetchAnswer>>> {
-        if request.queues.is_empty() {
-            let text = "queues must name at least one queue".to_owned();
-            return Err(BrokerError::InvalidRequest(text));
-        }
-        let mut request = request;
-        let now = join_all((0..request.queues.len()).map(|n| self.fetch_one(&request, n, 0))).await;
-        let mut answers = share(now, request.max_messages, request.max_bytes);
-        // Where it waits it goes on from here: the latest is not somewhere else by then.
-        for (from, answer) in request.queues.iter_mut().zip(&answers) {
-            if let Ok(answer) = answer {
-                from.start = StartAt::Offset(answer.next_offset);
-            }
-        }
-        let has_some = |a: &BrokerResult<FetchAnswer>| !matches!(a, Ok(a) if a.messages.is_empty());
-        if request.wait_ms == 0 || answers.iter().any(has_some) {
-            return Ok(answers);
-        }
-        let mut waiting: FuturesUnordered<_> = (0..request.queues.len())
-            .map(|n| {
-                let fetch = self.fetch_one(&request, n, request.wait_ms);
-                async move { (n, fetch.await) }
-            })
-            .collect();
-        while let Some((n, answer)) = waiting.next().await {
-            let found = has_some(&answer);
-            if let Some(slot) = answers.get_mut(n) {
-                *slot = answer;
-            }
-            if found {
-                break;
-            }
-        }
-        Ok(answers)
-    }
-
-    async fn fetch_one(
-        &self,
-        request: &MultiFetchRequest,
-        place: usize,
-        wait_ms: u64,
-    ) -> BrokerResult<FetchAnswer> {
-        let QueueFetch {
-            topic,
-            queue,
-            start,
-            selection,
-        } = request.queues[place].clone();
-        let one = FetchRequest {
-            topic,
-            queue,
-            start,
-            max_messages: request.max_messages,
-            max_bytes: request.max_bytes,
-            wait_ms,
-            selection,
-            consistency: request.consistency,
-        };
-        self.fetch(one).await
-    }
-
     /// The offset of the first message at or after a time; the end if there is none.
     pub async fn offset_at(&self, topic: &str, queue: u32, timestamp_ms: u64) -> BrokerResult<u64> {
         let (_, group) = self.find_queue(topic, queue).await?;
@@ -209,37 +141,6 @@ fn read_request(group: u64, request: &FetchRequest, start: StartAt, wait: Durati
             Consistency::Stale => Proof::None,
         },
     }
-}
-
-/// Keeps the bounds of a request over many queues: every queue was read as if it were alone.
-fn share(
-    answers: Vec<BrokerResult<FetchAnswer>>,
-    max_messages: usize,
-    max_bytes: usize,
-) -> Vec<BrokerResult<FetchAnswer>> {
-    let (mut messages, mut bytes) = (0, 0);
-    let cut = |answer: FetchAnswer| {
-        let mut answer = answer;
-        let mut keep = 0;
-        for message in &answer.messages {
-            let size = size_of_message(message);
-            let first = messages == 0;
-            if !first && (messages >= max_messages || bytes + size > max_bytes) {
-                break;
-            }
-            (messages, bytes, keep) = (messages + 1, bytes + size, keep + 1);
-        }
-        if let Some(dropped) = answer.messages.get(keep) {
-            answer.next_offset = dropped.offset;
-            answer.messages.truncate(keep);
-        }
-        answer
-    };
-    let mut cut = cut;
-    answers
-        .into_iter()
-        .map(|answer| answer.map(&mut cut))
-        .collect()
 }
 
 pub(super) fn size_of_message(message: &Message) -> usize {

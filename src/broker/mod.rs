@@ -17,6 +17,7 @@ mod error;
 mod events;
 pub(crate) mod exchanges;
 mod fetch;
+mod fetch_many;
 mod generate;
 pub mod groups;
 pub mod leases;

@@ -402,6 +402,91 @@ async fn a_fetch_over_many_queues_waits_for_any_of_them() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fetch_over_many_queues_ends_when_it_is_full_and_says_where_the_others_stand() {
+    let (_cluster, node) = single().await;
+    let broker = &node.broker;
+    let queues = 20;
+    broker.create_topic("t", topic(queues, 0)).await.unwrap();
+    for queue in 0..queues {
+        let three = vec![
+            message("x", queue),
+            message("x", queue),
+            message("x", queue),
+        ];
+        broker.produce(request("t", three)).await.unwrap();
+    }
+    let from = |queue: u32| QueueFetch {
+        topic: "t".to_owned(),
+        queue,
+        start: match queue {
+            19 => StartAt::Latest,
+            _ => StartAt::Earliest,
+        },
+        selection: Selection::default(),
+    };
+    let asked = MultiFetchRequest {
+        queues: (0..queues).map(from).collect(),
+        max_messages: 5,
+        max_bytes: 1 << 20,
+        wait_ms: 0,
+        consistency: Consistency::Linearizable,
+    };
+    let found = broker.fetch_many(asked).await.unwrap();
+    let found: Vec<_> = found.into_iter().map(Result::unwrap).collect();
+    let counts: Vec<_> = found.iter().map(|a| a.messages.len()).collect();
+    assert_eq!(counts[..3], [3, 2, 0]);
+    assert_eq!(counts.iter().sum::<usize>(), 5);
+    for (queue, answer) in (0..).zip(&found) {
+        let goes_on = match queue {
+            0 | 19 => 3,
+            1 => 2,
+            _ => 0,
+        };
+        assert_eq!(answer.next_offset, goes_on, "{queue}");
+        assert_eq!((answer.queue, answer.end_offset), (queue, 3));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fetch_over_many_queues_waits_for_what_its_filters_take() {
+    let (_cluster, node) = single().await;
+    let broker: Arc<Broker> = node.broker.clone();
+    broker.create_topic("t", topic(2, 0)).await.unwrap();
+    let from = |queue| QueueFetch {
+        topic: "t".to_owned(),
+        queue,
+        start: StartAt::Latest,
+        selection: Selection::parse(Some("wanted"), None).unwrap(),
+    };
+    let asked = MultiFetchRequest {
+        queues: vec![from(0), from(1)],
+        max_messages: 10,
+        max_bytes: 1 << 20,
+        wait_ms: 30_000,
+        consistency: Consistency::Linearizable,
+    };
+    let poll = tokio::spawn({
+        let broker = broker.clone();
+        async move { broker.fetch_many(asked).await.unwrap() }
+    });
+    let tagged = |text: &str, tag: &str, queue| NewMessage {
+        tag: Some(tag.to_owned()),
+        ..message(text, queue)
+    };
+    // Whenever the waiting begins, something comes after it.
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !poll.is_finished() {
+        assert!(tokio::time::Instant::now() < deadline, "it never ends");
+        for message in [tagged("no", "other", 0), tagged("yes", "wanted", 1)] {
+            broker.produce(request("t", vec![message])).await.unwrap();
+        }
+    }
+    let found = poll.await.unwrap();
+    assert_eq!(found[0].as_ref().unwrap().messages.len(), 0);
+    assert_eq!(texts(found[1].as_ref().unwrap())[0], "yes");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_purged_before_its_trim_is_applied_here_breaks_no_replica() {
     let (_cluster, node) = single().await;
     let broker = &node.broker;
