@@ -8,6 +8,10 @@
 //!      └──────── agreed dead, or suspect for `down_after` ──────────────┴──┼──┘
 //! ```
 //!
+//! A process that was held for dead and spoke again soon was slow and not stopped: from then on its
+//! silence counts later, until it has been up for a while. Else a machine that is short of time would
+//! lose and regain its leaderships every few seconds.
+//!
 //! Invariant: silence counts only while this process was awake to hear. When [`Detector::run`]
 //! was not called for half of `silence_timeout`, all clocks of silence start anew.
 
@@ -16,6 +20,9 @@ use std::time::{Duration, Instant};
 
 use crate::NodeId;
 use crate::link::PeerView;
+
+/// A process is given twice the silence so many times at most.
+const STRIKES_MAX: u32 = 2;
 
 /// What this node thinks of another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +49,8 @@ pub struct LivenessConfig {
     pub tick: Duration,
     /// Bound on asking the others about a death.
     pub agree_timeout: Duration,
+    /// Up for so long, a peer that was falsely held for dead is given less silence again.
+    pub calm_after: Duration,
 }
 
 impl Default for LivenessConfig {
@@ -59,6 +68,7 @@ impl LivenessConfig {
             down_after: silence_timeout * 10 / 3,
             tick: silence_timeout / 12,
             agree_timeout: silence_timeout / 2,
+            calm_after: silence_timeout * 100,
         }
     }
 }
@@ -103,6 +113,10 @@ struct Life {
     suspect_since: Instant,
     /// The owner was told of this incarnation's death.
     dead: bool,
+    /// How often that was too early, as far as it still counts.
+    strikes: u32,
+    /// When that last became more or less.
+    struck_at: Instant,
 }
 
 impl Detector {
@@ -156,7 +170,7 @@ impl Detector {
             changes.push(Change::Up { node, incarnation });
             *life = Life::born(incarnation, now);
         }
-        let silent = silent(&self.config, self.awake_since, now, view);
+        let silent = silent(&self.config, life.strikes, self.awake_since, now, view);
         match life.state {
             PeerState::Up if refused => {
                 life.state = PeerState::Down;
@@ -171,11 +185,10 @@ impl Detector {
                 life.suspect_since = now;
                 changes.push(Change::Suspect { node, incarnation });
             }
-            PeerState::Up => {}
+            PeerState::Up => life.calm_down(now, &self.config),
             // Being awake again is no sign of the peer's life: only a byte is.
             PeerState::Suspect | PeerState::Down if not_heard <= self.config.silence_timeout => {
-                life.state = PeerState::Up;
-                life.dead = false;
+                life.returns(now, &self.config);
                 changes.push(Change::Up { node, incarnation });
             }
             PeerState::Suspect => {
@@ -202,7 +215,10 @@ impl Detector {
             } if other != incarnation => true,
             PeerView::Lost { .. } | PeerView::Never { refused: true, .. } => true,
             PeerView::Connected { .. } | PeerView::Never { .. } => {
-                !self.overslept(now) && silent(&self.config, self.awake_since, now, view)
+                let mut lives = self.lives.values();
+                let life = lives.find(|life| life.incarnation == incarnation);
+                let strikes = life.map_or(0, |life| life.strikes);
+                !self.overslept(now) && silent(&self.config, strikes, self.awake_since, now, view)
             }
         }
     }
@@ -249,14 +265,42 @@ impl Life {
             state: PeerState::Up,
             suspect_since: now,
             dead: false,
+            strikes: 0,
+            struck_at: now,
+        }
+    }
+
+    /// It is heard again.
+    fn returns(&mut self, now: Instant, config: &LivenessConfig) {
+        // Who was away for longer was stopped, or cut off, and will be missed as soon as any other.
+        let soon = now.saturating_duration_since(self.suspect_since) <= config.down_after;
+        if self.dead && soon {
+            self.strikes = (self.strikes + 1).min(STRIKES_MAX);
+        }
+        self.struck_at = now;
+        self.state = PeerState::Up;
+        self.dead = false;
+    }
+
+    fn calm_down(&mut self, now: Instant, config: &LivenessConfig) {
+        let calm = now.saturating_duration_since(self.struck_at) >= config.calm_after;
+        if self.strikes > 0 && calm {
+            self.strikes -= 1;
+            self.struck_at = now;
         }
     }
 }
 
 /// Whether nothing was heard for too long, of what this process was awake for.
-fn silent(config: &LivenessConfig, awake_since: Instant, now: Instant, view: &PeerView) -> bool {
+fn silent(
+    config: &LivenessConfig,
+    strikes: u32,
+    awake_since: Instant,
+    now: Instant,
+    view: &PeerView,
+) -> bool {
     let (since, patience) = match *view {
-        PeerView::Connected { heard, .. } => (heard, config.silence_timeout),
+        PeerView::Connected { heard, .. } => (heard, config.silence_timeout * (1 << strikes)),
         PeerView::Lost { since, .. } => (since, config.reconnect_grace),
         PeerView::Never { since, .. } => (since, config.silence_timeout),
     };

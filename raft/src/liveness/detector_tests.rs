@@ -297,6 +297,57 @@ fn what_a_witness_says() {
     ));
 }
 
+impl Stage {
+    /// The peer says nothing for so long after it became suspect; before that it is agreed dead.
+    /// Then it is heard. After how many milliseconds of silence was it suspect?
+    fn held_for_dead(&mut self, for_ms: u64) -> u64 {
+        let view = self.connected(0);
+        let (changes, silence) = self.until_change(view, 9000).expect("suspect");
+        assert_eq!(changes, [SUSPECT]);
+        assert!(self.detector.agreed_dead(NODE, OLD));
+        let suspect_at = self.now;
+        while self.now - suspect_at < ms(for_ms) {
+            self.now += ms(50);
+            self.look(view);
+        }
+        let heard = self.connected(0);
+        assert_eq!(self.look(heard), [UP]);
+        silence
+    }
+
+    /// Heard all the time.
+    fn stays(&mut self, for_ms: u64) {
+        for _ in 0..for_ms / 50 {
+            self.now += ms(50);
+            let view = self.connected(0);
+            assert_eq!(self.look(view), []);
+        }
+    }
+}
+
+#[test]
+fn who_was_only_slow_is_given_more_silence_for_a_while() {
+    let mut stage = Stage::up();
+    let silences = [(); 4].map(|()| stage.held_for_dead(500));
+    assert_eq!(silences, [650, 1250, 2450, 2450]);
+    let silent = stage.connected(2400);
+    assert!(
+        !stage.detector.not_alive(stage.now, OLD, &silent),
+        "a witness is as patient"
+    );
+    stage.stays(60_000);
+    assert_eq!(stage.held_for_dead(3000), 1250, "calm for a minute");
+    stage.stays(60_000);
+    assert_eq!(stage.held_for_dead(3000), 650, "and for another");
+}
+
+#[test]
+fn who_was_stopped_is_missed_as_soon_the_next_time() {
+    let mut stage = Stage::up();
+    let silences = [(); 3].map(|()| stage.held_for_dead(2050));
+    assert_eq!(silences, [650; 3]);
+}
+
 #[test]
 fn a_removed_peer_is_forgotten() {
     let mut stage = Stage::up();
