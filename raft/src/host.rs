@@ -198,6 +198,7 @@ impl RaftHost {
         link_config.registry = storage.identity.clone();
         link_config.ping_interval = config.ping_interval;
         link_config.silence_timeout = config.silence_timeout;
+        link_config.urgent_classes = class::URGENT;
         link_config
             .validate()
             .map_err(|e| OpenGroupError::Raft(e.to_string()))?;

@@ -30,6 +30,10 @@ pub(crate) mod class {
     pub(crate) const SNAPSHOT_PIECE: u8 = 11;
     pub(crate) const SNAPSHOT_END: u8 = 12;
     pub(crate) const BROKER: u8 = 100;
+
+    /// What leadership hangs on. A transfer is not among them: it must not overtake the entries that
+    /// the next leader needs.
+    pub(crate) const URGENT: &[u8] = &[VOTE, PRE_VOTE, READ_INDEX, FAILOVER, APPEND, TAIL, LEADS];
 }
 
 #[derive(Debug, thiserror::Error)]

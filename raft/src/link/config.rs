@@ -41,6 +41,8 @@ pub struct LinkConfig {
     pub max_frame_bytes: usize,
     /// Bound on the bytes of calls that wait to be written to one peer.
     pub max_queued_call_bytes: usize,
+    /// Calls of these classes, if they are small, and the answers to them go ahead of all others.
+    pub urgent_classes: &'static [u8],
     /// What a stream's sender may send before this node's reader has consumed it.
     pub stream_window_bytes: usize,
     /// Bound on the streams of one connection.
@@ -78,6 +80,7 @@ impl LinkConfig {
             backoff_max: Duration::from_secs(1),
             max_frame_bytes: 64 << 20,
             max_queued_call_bytes: 64 << 20,
+            urgent_classes: &[],
             stream_window_bytes: 8 << 20,
             max_streams: 100_000,
             max_calls_in_service: 4096,

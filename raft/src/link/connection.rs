@@ -23,7 +23,7 @@ use super::hello::Greeting;
 use super::service::{InService, ServiceSlot};
 use super::wire::{Body, HEADER_BYTES, Header, Kind};
 use super::writer::{Outgoing, Queues, Ticket};
-use super::{LinkConfig, PeerStats};
+use super::{LinkConfig, PeerStats, RESERVED_CLASSES};
 use crate::NodeId;
 use calls::{Pending, PendingCall};
 use streams::Streams;
@@ -31,6 +31,9 @@ use streams::Streams;
 /// Answers that may be dropped (refusals, reserved classes) never fill memory: beyond so many
 /// queued ones they are dropped, and the caller runs into its timeout.
 const DROPPABLE_QUEUED_MAX: usize = 1024;
+
+/// Larger frames are bulk whatever they are about.
+const URGENT_BYTES_MAX: usize = 1 << 10;
 
 /// What is let go when the writer has handed a frame to the operating system.
 #[derive(Debug)]
@@ -69,6 +72,7 @@ pub(crate) struct Connection {
     max_streams: usize,
     recv_window_bytes: usize,
     queued_call_bytes_max: usize,
+    urgent_classes: &'static [u8],
     queues: Queues,
     call_budget: Arc<Semaphore>,
     droppable: Arc<AtomicUsize>,
@@ -117,6 +121,7 @@ impl Connection {
             max_streams: config.max_streams,
             recv_window_bytes: config.stream_window_bytes,
             queued_call_bytes_max: config.max_queued_call_bytes,
+            urgent_classes: config.urgent_classes,
             queues: Queues { urgent, ordinary },
             call_budget: Arc::new(Semaphore::new(config.max_queued_call_bytes)),
             droppable: Arc::default(),
@@ -168,15 +173,28 @@ impl Connection {
 
     /// Queues a frame behind the others; false when the connection is over.
     pub(crate) fn push(&self, header: Header, body: Body, hold: Hold) -> bool {
-        self.queues
-            .ordinary
+        let ticket = None;
+        self.queue(false)
             .send(Outgoing {
                 header,
                 body,
-                ticket: None,
+                ticket,
                 hold,
             })
             .is_ok()
+    }
+
+    fn queue(&self, urgent: bool) -> &mpsc::UnboundedSender<Outgoing> {
+        match urgent {
+            true => &self.queues.urgent,
+            false => &self.queues.ordinary,
+        }
+    }
+
+    /// Whether a call, or the answer to one, must not wait behind bulk.
+    fn is_urgent(&self, class: u8, body_bytes: usize) -> bool {
+        let urgent = self.urgent_classes.contains(&class) && body_bytes <= URGENT_BYTES_MAX;
+        urgent || class >= RESERVED_CLASSES
     }
 
     /// Queues a frame ahead of the ordinary ones, unless too many such frames wait already.

@@ -51,6 +51,12 @@ impl InService {
     }
 }
 
+impl ServiceSlot {
+    pub(crate) fn class(&self) -> u8 {
+        self.class
+    }
+}
+
 impl Drop for ServiceSlot {
     fn drop(&mut self) {
         let load = &self.load.classes[usize::from(self.class)];

@@ -9,7 +9,6 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
 use super::{Connection, Hold};
-use crate::link::RESERVED_CLASSES;
 use crate::link::error::{CallError, DisconnectReason, NotSent};
 use crate::link::service::ServiceSlot;
 use crate::link::wire::{AnswerStatus, Body, HEADER_BYTES, Header, Kind};
@@ -43,9 +42,9 @@ impl Connection {
         if !self.fits(body_bytes) {
             return Err(CallError::NotSent(NotSent::TooLarge));
         }
-        // Reserved classes are small, few, and must not wait behind bulk.
-        let reserved = class >= RESERVED_CLASSES;
-        let hold = if reserved {
+        // These are small and few, and the budget is what bulk waits for.
+        let urgent = self.is_urgent(class, body_bytes);
+        let hold = if urgent {
             Hold::None
         } else {
             self.budget(body_bytes, deadline).await?
@@ -67,12 +66,7 @@ impl Connection {
             ticket: Some(ticket.clone()),
             hold,
         };
-        let queue = if reserved {
-            &self.queues.urgent
-        } else {
-            &self.queues.ordinary
-        };
-        if queue.send(outgoing).is_err() {
+        if self.queue(urgent).send(outgoing).is_err() {
             return Err(CallError::NotSent(NotSent::ConnectionLost));
         }
         match timeout_at(deadline, answer).await {
@@ -133,7 +127,14 @@ impl Connection {
             ..Header::of(Kind::Answer)
         };
         let body = Body::One(body.unwrap_or_default());
-        self.push(header, body, Hold::Service { _slot: slot });
+        let queue = self.queue(self.is_urgent(slot.class(), body.len()));
+        // A closed connection has no use for the frame.
+        let _ = queue.send(Outgoing {
+            header,
+            body,
+            ticket: None,
+            hold: Hold::Service { _slot: slot },
+        });
     }
 
     /// Answers from memory, ahead of the queue; dropped rather than heaped up.

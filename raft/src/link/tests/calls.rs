@@ -65,6 +65,28 @@ async fn big_frames_do_not_starve_small_ones() {
 }
 
 #[tokio::test]
+async fn an_urgent_call_and_its_answer_pass_all_that_waits() {
+    const BULK: usize = 256 << 10;
+    let nodes = cluster(2, |config| config.max_queued_call_bytes = 2 * BULK).await;
+    let done = AtomicUsize::new(0);
+    let bulk = join_all((0..64).map(|fill| {
+        let echo = nodes[0].echo(2, body(fill, BULK));
+        async {
+            echo.await.expect("answered");
+            done.fetch_add(1, Ordering::SeqCst);
+        }
+    }));
+    let urgent = async {
+        let answer = nodes[0].table.call(2, URGENT, 0, body(7, 100), DEADLINE);
+        assert_eq!(answer.await, Ok(body(7, 100)));
+        done.load(Ordering::SeqCst)
+    };
+    // The bulk is asked for first.
+    let (_, done_before) = within(async { tokio::join!(biased; bulk, urgent) }).await;
+    assert!(done_before < 32, "{done_before} of 64 were answered before");
+}
+
+#[tokio::test]
 async fn an_unknown_or_absent_node_is_not_connected() {
     let bound = listener().await;
     let node = Node::start(config(1, vec![(2, "127.0.0.1:1".to_owned())]), bound);

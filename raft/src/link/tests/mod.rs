@@ -27,6 +27,8 @@ pub(crate) const ECHO: u8 = 1;
 /// Answered when the test releases it.
 pub(crate) const HELD: u8 = 2;
 pub(crate) const PANIC: u8 = 3;
+/// Echoed as well, and a class that `config` calls urgent.
+pub(crate) const URGENT: u8 = 4;
 
 pub(crate) struct IncomingStream {
     pub from: NodeId,
@@ -47,7 +49,7 @@ impl LinkHandler for TestHandler {
         let (release, held) = (self.release.clone(), self.held.clone());
         async move {
             match class {
-                ECHO => body,
+                ECHO | URGENT => body,
                 HELD => {
                     held.fetch_add(1, Ordering::SeqCst);
                     release.acquire().await.expect("never closed").forget();
@@ -156,7 +158,9 @@ pub(crate) fn addr(listener: &TcpListener) -> String {
 }
 
 pub(crate) fn config(node: NodeId, peers: Vec<(NodeId, String)>) -> LinkConfig {
-    LinkConfig::new("test", node, Uuid::from_u128(node.into()), peers)
+    let mut config = LinkConfig::new("test", node, Uuid::from_u128(node.into()), peers);
+    config.urgent_classes = &[URGENT];
+    config
 }
 
 /// Nodes 1..=count, each knowing all the others, all connected.
