@@ -413,8 +413,17 @@ impl RaftHost {
             .collect()
     }
 
+    /// A receiver that lags loses events: what failed is then to be asked of [`Self::failures`].
     pub fn events(&self) -> broadcast::Receiver<RaftEvent> {
         self.events.subscribe()
+    }
+
+    /// The groups that ended here by themselves, and why.
+    pub fn failures(&self) -> Vec<(RaftGroupId, String)> {
+        let groups = self.groups().into_iter();
+        groups
+            .filter_map(|group| Some((group.id(), group.failure()?)))
+            .collect()
     }
 
     /// Hands every leadership over, then stops all groups and closes the links.

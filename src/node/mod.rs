@@ -160,7 +160,7 @@ impl Node {
         service.connect(&broker);
         let stop = CancellationToken::new();
         let reconcile: Arc<Notify> = Arc::default();
-        watch_failures(host.events(), quarantine.clone(), fatal_tx.clone());
+        watch_failures(&host, quarantine.clone(), fatal_tx.clone());
         let replicas = Replicas {
             config: config.clone(),
             vfs,
@@ -308,26 +308,35 @@ fn refuse_lost_log(identity: &Identity, vfs: &dyn Vfs, log_dir: &Path) -> Result
 }
 
 fn watch_failures(
-    mut events: broadcast::Receiver<RaftEvent>,
+    host: &Arc<RaftHost>,
     quarantine: Arc<Quarantine>,
     fatal: mpsc::UnboundedSender<String>,
 ) {
+    let mut events = host.events();
+    let host = Arc::downgrade(host);
     tokio::spawn(async move {
         loop {
-            match events.recv().await {
+            let failed = match events.recv().await {
                 Ok(RaftEvent::Refused { node, reason }) => {
-                    fatal
-                        .send(format!("node {node} refuses this node: {reason}"))
-                        .ok();
+                    let reason = format!("node {node} refuses this node: {reason}");
+                    fatal.send(reason).ok();
+                    continue;
                 }
+                Ok(RaftEvent::Failed { group, reason }) => vec![(group, reason)],
+                Ok(_) => continue,
+                // A failure is told once, and may be among the events that were missed.
+                Err(broadcast::error::RecvError::Lagged(_)) => match host.upgrade() {
+                    Some(host) => host.failures(),
+                    None => return,
+                },
+                Err(broadcast::error::RecvError::Closed) => return,
+            };
+            for (group, reason) in failed {
                 // A read found damage: that replica is given up, and not the node.
-                Ok(RaftEvent::Failed { group, .. }) if quarantine.is_noted(group) => {}
-                Ok(RaftEvent::Failed { group, reason }) => {
+                if !quarantine.is_noted(group) {
                     let reason = format!("the replica of {group} failed: {reason}");
                     fatal.send(reason).ok();
                 }
-                Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                Err(broadcast::error::RecvError::Closed) => return,
             }
         }
     });
