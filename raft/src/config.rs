@@ -16,8 +16,8 @@ pub struct HostConfig {
     pub node_uuid: Uuid,
     /// Every node of the cluster with the address of its peer listener, this node included.
     pub nodes: Vec<(NodeId, String)>,
-    /// How long a follower's promise not to elect another leader lasts. Ten times the worst fsync
-    /// seen is a sound lower bound.
+    /// Half of the time for which a follower's promise not to elect another leader lasts, and the
+    /// bound of one heartbeat. Ten times the worst fsync seen is a sound lower bound.
     pub lease: Duration,
     /// The bound of one replication round trip.
     pub replication_timeout: Duration,

@@ -7,9 +7,10 @@
 //!   promises its replicas gave to leaders there, tells the others the ends of its logs, and stands
 //!   in the groups in which its own log is the longest.
 //! - **A group without a leader**, whatever the reason: candidates are tried in turn, the preferred
-//!   one first, each a little later than the one before.
+//!   one first, each a little later than the one before, and with more time each where time was
+//!   short (`turns`).
 //! - **A better place.** A leader hands over to the preferred node once that node has been up for a
-//!   while and holds the log.
+//!   while (`uptime`), holds the log and answers quickly.
 //!
 //! All of it is about speed and never about safety: votes still need a majority and a log that is
 //! up to date, and no read trusts a lease.
@@ -33,11 +34,15 @@ use crate::link::{PeerEvent, RefuseCode};
 use crate::liveness::{LivenessEvent, PeerState};
 use crate::serve::Groups;
 use crate::tail_guard::{TailReport, TailVerdict, judge};
+use crate::turns::{Sight, Turns, growth};
 use crate::types::NodeId;
+use crate::uptime::Uptime;
 use crate::wire::{Answer, ToReplica, class, decode, encode};
 
 /// How often groups are looked over. Deaths do not wait for it.
 const SWEEP: Duration = Duration::from_millis(50);
+/// How long the others may take to say whether they lead, unless they proved slow.
+pub(crate) const ASK_PATIENCE: Duration = Duration::from_millis(200);
 /// Elections started at the same time after a death.
 const ELECTIONS_AT_ONCE: usize = 256;
 /// How long a survivor waits for the others' log ends before it goes by what it has.
@@ -103,7 +108,7 @@ async fn greet(host: Arc<RaftHost>, node: NodeId) {
             if group.is_leader() {
                 group.reset_backoff(node).await;
             } else if group.leader().is_none() {
-                group.ask_who_leads().await;
+                group.ask_who_leads(ASK_PATIENCE).await;
             }
         })
         .await;
@@ -224,8 +229,10 @@ pub(crate) async fn answer_failover(groups: &dyn Groups, body: Bytes) -> Bytes {
 #[derive(Debug, Default)]
 struct Watch {
     leader: Option<(NodeId, u64)>,
+    turns: Turns,
+    /// Of a replica whose tail is in doubt: it is judged and does not stand.
     leaderless_since: Option<Instant>,
-    attempts: u32,
+    judged: u32,
     failed: bool,
     /// The attempt to give away a leadership that is of no use.
     stuck: Option<JoinHandle<()>>,
@@ -235,7 +242,7 @@ async fn sweep(host: Arc<RaftHost>) {
     let mut ticks = interval(SWEEP);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut watches: HashMap<RaftGroupId, Watch> = HashMap::new();
-    let mut up_since: HashMap<NodeId, Instant> = HashMap::new();
+    let mut uptimes: HashMap<NodeId, Uptime> = HashMap::new();
     let mut rebalance_at = Instant::now() + host.config.rebalance_after;
     loop {
         tokio::select! {
@@ -255,29 +262,33 @@ async fn sweep(host: Arc<RaftHost>) {
                     watch.stuck = Some(tokio::spawn(async move { group.give_away().await }));
                 }
             } else if watch.leader.is_some() {
+                watch.turns.end();
                 watch.leaderless_since = None;
-                watch.attempts = 0;
+                watch.judged = 0;
             } else if group.tail().is_suspect() {
                 let since = *watch.leaderless_since.get_or_insert(now);
-                if now >= since + host.config.election_retry * (watch.attempts + 1) {
-                    watch.attempts += 1;
+                if now >= since + host.config.election_retry * (watch.judged + 1) {
+                    watch.judged += 1;
                     tokio::spawn(judge_tail(host.clone(), group.clone(), now - since));
                 }
-            } else if is_my_turn(&host, group, watch, now) {
-                watch.attempts += 1;
+            } else if watch.turns.has_come(sight(&host, group, now)) {
                 tokio::spawn(attempt(host.clone(), group.clone()));
             }
         }
         for (node, _) in &host.config.nodes {
-            if host.peers.liveness().state(*node) == PeerState::Up {
-                up_since.entry(*node).or_insert(now);
-            } else {
-                up_since.remove(node);
-            }
+            let liveness = host.peers.liveness();
+            let up = liveness.state(*node) == PeerState::Up;
+            let uptime = uptimes.entry(*node);
+            let uptime = uptime.or_insert_with(|| Uptime::new(host.config.rebalance_after));
+            uptime.note(up, liveness.incarnation(*node), now);
         }
         if now >= rebalance_at {
             rebalance_at = now + Duration::from_secs(1);
-            rebalance(&host, &groups, &up_since, now);
+            rebalance(&host, &groups, |node| {
+                uptimes
+                    .get(&node)
+                    .is_some_and(|uptime| uptime.is_settled(now))
+            });
         }
     }
 }
@@ -316,26 +327,32 @@ fn note_leader(host: &RaftHost, group: &Group, watch: &mut Watch) {
     host.events.send(event).ok();
 }
 
-/// Candidates stand one after the other: the preferred node first, then the others by id. Each
-/// waits `election_retry` longer than the one before, and all of them again after each round.
-fn is_my_turn(host: &RaftHost, group: &Group, watch: &mut Watch, now: Instant) -> bool {
-    let since = *watch.leaderless_since.get_or_insert(now);
+/// What this replica's turn depends on. The first candidate waits, too, if only for a sweep: a leader
+/// elsewhere may just not be known here yet.
+fn sight(host: &RaftHost, group: &Group, now: Instant) -> Sight {
     let preferred = group.spec().preferred;
     let mut order: Vec<NodeId> = group.replicas().iter().map(|r| r.node).collect();
     order.retain(|node| *node == host.config.node_id || host.peers.may_be_alive(*node));
     order.sort_by_key(|node| (*node != preferred, *node));
-    let rank = order
-        .iter()
-        .position(|node| *node == host.config.node_id)
-        .unwrap_or(0) as u32;
-    // The first one waits too, if only a sweep: a leader elsewhere may just not be known here yet.
-    let round = watch.attempts * order.len() as u32;
-    now >= since + host.config.election_retry * (rank + round)
+    let own = order.iter().position(|node| *node == host.config.node_id);
+    Sight {
+        now,
+        term: group.term(),
+        turn: host.config.election_retry * grown(group),
+        rank: own.unwrap_or(0) as u32,
+        candidates: order.len() as u32,
+    }
+}
+
+fn grown(group: &Group) -> u32 {
+    growth(group.term(), group.last_log().map_or(0, |id| id.term))
 }
 
 async fn attempt(host: Arc<RaftHost>, group: Group) {
-    let led = group.ask_who_leads().await;
-    if led.is_some_and(|term| term >= group.term()) || group.leader().is_some() {
+    let term = group.term();
+    let led = group.ask_who_leads(ASK_PATIENCE * grown(&group)).await;
+    // A new term is another candidate's turn.
+    if led.is_some_and(|led| led >= term) || group.leader().is_some() || group.term() != term {
         return;
     }
     if let Some(dead) = group.last_known_leader()
@@ -380,11 +397,13 @@ async fn judge_tail(host: Arc<RaftHost>, group: Group, waited: Duration) {
 }
 
 /// A new group's followers open their replicas at about the same time as its first leader, so its
-/// first votes may find nobody at home. Asking again costs a pre-vote, which nobody has to store.
+/// first votes may find nobody at home. Asking again costs a pre-vote, which nobody has to store, and
+/// is of no use once there is a candidate: what then goes wrong is the sweep's.
 pub(crate) async fn win_first_election(host: Arc<RaftHost>, group: Group) {
+    let term = group.term();
     for _ in 0..FIRST_ELECTION_TRIES {
         let elected = group.wait_leader(FIRST_ELECTION_RETRY).await.is_some();
-        if elected || host.stop.is_cancelled() {
+        if elected || host.stop.is_cancelled() || group.term() != term {
             return;
         }
         group.stand_for_election().await;
@@ -392,22 +411,16 @@ pub(crate) async fn win_first_election(host: Arc<RaftHost>, group: Group) {
 }
 
 /// Hands leaderships to the nodes that should have them, slowly, and only to nodes that have been
-/// up for a while: a node that comes and goes is not given back what it cannot keep.
-fn rebalance(
-    host: &Arc<RaftHost>,
-    groups: &[Group],
-    up_since: &HashMap<NodeId, Instant>,
-    now: Instant,
-) {
+/// up for a while: a node that comes and goes is not given back what it cannot keep. Nor to one that
+/// answers late, since nobody can write while leadership is on its way.
+fn rebalance(host: &Arc<RaftHost>, groups: &[Group], is_settled: impl Fn(NodeId) -> bool) {
     let misplaced = groups.iter().filter(|group| {
         let preferred = group.spec().preferred;
-        let settled = up_since
-            .get(&preferred)
-            .is_some_and(|since| now - *since >= host.config.rebalance_after);
         preferred != host.config.node_id
-            && settled
+            && is_settled(preferred)
             && group.is_leader()
             && holds_log(group, preferred)
+            && host.peers.answers_quickly(preferred)
     });
     for group in misplaced.take(REBALANCE_PER_SECOND) {
         let group = group.clone();

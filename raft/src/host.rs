@@ -16,7 +16,7 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{GroupSpec, HostConfig, LogRetention};
-use crate::elections;
+use crate::elections::{self, ASK_PATIENCE};
 use crate::error::{CallError, OpenGroupError};
 use crate::group::{Group, Raft};
 use crate::identity::Identity;
@@ -94,6 +94,7 @@ pub(crate) struct Peers {
     link: Arc<LinkTable>,
     liveness: Arc<Liveness>,
     timeout: Duration,
+    lease: Duration,
 }
 
 impl Peers {
@@ -111,6 +112,16 @@ impl Peers {
 
     pub(crate) fn timeout(&self) -> Duration {
         self.timeout
+    }
+
+    pub(crate) fn lease(&self) -> Duration {
+        self.lease
+    }
+
+    /// Whether the several messages of a handover fit well into the time of one request.
+    pub(crate) fn answers_quickly(&self, node: NodeId) -> bool {
+        let stats = self.link.stats(node);
+        stats.is_some_and(|stats| stats.round_trip <= self.timeout / 8)
     }
 
     /// False once this node believes the other to be gone.
@@ -211,6 +222,7 @@ impl RaftHost {
                 link,
                 liveness,
                 timeout: config.replication_timeout,
+                lease: config.lease,
             }),
             config,
             storage,
@@ -279,7 +291,7 @@ impl RaftHost {
         if !pristine || !founder {
             // Its leader may be waiting out a long backoff.
             let group = group.clone();
-            tokio::spawn(async move { group.ask_who_leads().await });
+            tokio::spawn(async move { group.ask_who_leads(ASK_PATIENCE).await });
         } else if group.spec().preferred == self.config.node_id {
             tokio::spawn(elections::win_first_election(self.clone(), group.clone()));
         }
@@ -301,13 +313,16 @@ impl RaftHost {
     }
 
     fn raft_config(&self, spec: &GroupSpec) -> Result<Arc<Config>, OpenGroupError> {
-        let lease = self.config.lease.as_millis() as u64;
+        let lease = (self.config.lease.as_millis() as u64).max(2);
         let config = Config {
             cluster_name: spec.group.to_string(),
-            heartbeat_interval: (lease / 3).max(1),
-            election_timeout_min: lease,
+            // Liveness and elections are the host's, see `elections`. So the first two are nothing
+            // but bounds: of a heartbeat and of the request for a vote. An answer that comes later
+            // is thrown away, so they are as long as they may be. The last one is how long a
+            // follower's promise to its leader lasts.
+            heartbeat_interval: lease,
+            election_timeout_min: lease * 2 - 1,
             election_timeout_max: lease * 2,
-            // Liveness and elections are the host's, see `elections`.
             enable_tick: false,
             enable_heartbeat: false,
             enable_elect: false,

@@ -32,7 +32,9 @@ mod pieces;
 mod serve;
 mod state_machine;
 mod tail_guard;
+mod turns;
 mod types;
+mod uptime;
 mod wire;
 
 pub use boot::{Run, this_boot};

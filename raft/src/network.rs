@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -36,6 +36,9 @@ type RpcResult<T> = Result<T, RPCError<TypeConfig>>;
 
 /// Append requests on their way to one replica without an answer yet.
 const APPENDS_IN_FLIGHT_MAX: usize = 64;
+
+/// The time for an answer to an append is doubled so many times at most.
+const DOUBLED_MAX: u32 = 2;
 
 /// The least time that a snapshot, or a piece of one, gets to be taken in.
 const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(10);
@@ -88,6 +91,7 @@ impl NetworkFactory {
             node: node.node,
             target,
             timeout: self.timeout,
+            doubled: AtomicU32::new(0),
             pipelined,
             acknowledged: self.acknowledged.clone(),
         }
@@ -114,6 +118,9 @@ pub(crate) struct Network {
     node: NodeId,
     target: ReplicaId,
     timeout: Duration,
+    /// How often the time for an answer to an append was doubled: what is sent anew is answered no
+    /// sooner by a replica that is slow.
+    doubled: AtomicU32,
     /// Heartbeats are single requests; opening a stream for each would cost two frames more.
     pipelined: bool,
     acknowledged: Arc<Acknowledged>,
@@ -124,12 +131,17 @@ fn unreachable(reason: impl ToString) -> RPCError<TypeConfig> {
 }
 
 impl Network {
-    async fn call<T: Serialize, R: DeserializeOwned>(&self, class: u8, body: T) -> RpcResult<R> {
+    async fn call<T: Serialize, R: DeserializeOwned>(
+        &self,
+        class: u8,
+        body: T,
+        timeout: Duration,
+    ) -> RpcResult<R> {
         let request = encode(&ToReplica {
             target: self.target,
             body,
         });
-        self.call_raw(class, request, self.timeout).await
+        self.call_raw(class, request, timeout).await
     }
 
     async fn call_raw<R: DeserializeOwned>(
@@ -170,6 +182,10 @@ impl Network {
         let body = (vote, snapshot.meta, transfer, state.len() as u64);
         let request = encode(&ToReplica { target, body });
         self.call_raw(class::SNAPSHOT_END, request, timeout).await
+    }
+
+    fn append_patience(&self) -> Duration {
+        self.timeout * (1 << self.doubled.load(Ordering::Relaxed))
     }
 
     /// Keeps an answer from openraft that contradicts an earlier one of the same replica.
@@ -260,7 +276,7 @@ impl RaftNetworkV2<TypeConfig> for Network {
     async fn append_entries(
         &mut self,
         rpc: AppendEntriesRequest<TypeConfig>,
-        _option: RPCOption,
+        option: RPCOption,
     ) -> RpcResult<AppendEntriesResponse<TypeConfig>> {
         let mut request = encode(&self.target).to_vec();
         let (vote, prev) = (rpc.vote, rpc.prev_log_id.map(|id| id.index));
@@ -268,7 +284,8 @@ impl RaftNetworkV2<TypeConfig> for Network {
             request.extend_from_slice(&part);
         }
         let request = Bytes::from(request);
-        let answer = self.call_raw(class::APPEND, request, self.timeout).await?;
+        let timeout = option.hard_ttl();
+        let answer = self.call_raw(class::APPEND, request, timeout).await?;
         if let (AppendEntriesResponse::Conflict, Some(prev)) = (&answer, prev) {
             self.check_conflict(vote, prev)?;
         }
@@ -320,7 +337,6 @@ impl RaftNetworkV2<TypeConfig> for Network {
             let sending =
                 tokio::spawn(async move { done.run_until_cancelled_owned(sending).await });
             let state = Some((receiver, sending, flight, guard));
-            let timeout = self.timeout;
             let this = &*self;
             let answers = stream::unfold(state, move |state| async move {
                 let (receiver, mut sending, flight, guard) = state?;
@@ -335,7 +351,9 @@ impl RaftNetworkV2<TypeConfig> for Network {
                         answer = receiver.recv() => break answer,
                         _ = &mut sending, if !finished => {}
                         () = flight.sent.notified(), if !unanswered => {}
-                        () = tokio::time::sleep(timeout), if unanswered => {
+                        () = tokio::time::sleep(this.append_patience()), if unanswered => {
+                            let doubled = this.doubled.load(Ordering::Relaxed) + 1;
+                            this.doubled.store(doubled.min(DOUBLED_MAX), Ordering::Relaxed);
                             return Some((Err(unreachable("no answer to an append in time")), None));
                         }
                     }
@@ -360,17 +378,17 @@ impl RaftNetworkV2<TypeConfig> for Network {
     async fn vote(
         &mut self,
         rpc: VoteRequest<TypeConfig>,
-        _option: RPCOption,
+        option: RPCOption,
     ) -> RpcResult<VoteResponse<TypeConfig>> {
-        self.call(class::VOTE, rpc).await
+        self.call(class::VOTE, rpc, option.hard_ttl()).await
     }
 
     async fn pre_vote(
         &mut self,
         rpc: VoteRequest<TypeConfig>,
-        _option: RPCOption,
+        option: RPCOption,
     ) -> RpcResult<VoteResponse<TypeConfig>> {
-        self.call(class::PRE_VOTE, rpc).await
+        self.call(class::PRE_VOTE, rpc, option.hard_ttl()).await
     }
 
     async fn full_snapshot(
@@ -392,7 +410,7 @@ impl RaftNetworkV2<TypeConfig> for Network {
         req: TransferLeaderRequest<TypeConfig>,
         _option: RPCOption,
     ) -> RpcResult<TransferLeaderResponse<TypeConfig>> {
-        self.call(class::TRANSFER_LEADER, req).await
+        self.call(class::TRANSFER_LEADER, req, self.timeout).await
     }
 
     fn backoff(&self) -> Option<Backoff> {

@@ -111,10 +111,7 @@ async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes
             let request: TransferLeaderRequest<TypeConfig> = open(group, &body)?;
             answer(raft.handle_transfer_leader(request).await)
         }
-        class::READ_INDEX => {
-            let read = raft.get_read_log_id(ReadPolicy::ReadIndex).await;
-            answer(read.map(|(read, _applied)| read.index()))
-        }
+        class::READ_INDEX => answer(group.read_index().await),
         class::LEADS => {
             let asker: ReplicaId = open(group, &body)?;
             let leads = group.is_leader() && !group.is_stuck();

@@ -82,7 +82,7 @@ section! {
 section! {
     /// Elections, liveness and checkpoints.
     RaftConfig, RaftKeys, "raft" {
-        /// A follower that has heard its leader elects no other for this long, unless a majority agrees that the leader's node is gone.
+        /// Half of the time for which a follower that has heard its leader elects no other, unless a majority agrees that the leader's node is gone.
         lease_ms: u64 = 1_500, "raft-lease-ms", "QUORATE_RAFT_LEASE_MS";
         /// Pause between two candidates of a queue without a leader.
         election_retry_ms: u64 = 250, "raft-election-retry-ms", "QUORATE_RAFT_ELECTION_RETRY_MS";

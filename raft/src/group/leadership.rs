@@ -1,25 +1,47 @@
 //! Who leads the group: what this node believes, how it finds out, and handing over.
 
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use openraft::ReadPolicy;
 use openraft::async_runtime::WatchReceiver;
+use openraft::errors::{LinearizableReadError, RaftError};
 use openraft::raft::TransferLeaderRequest;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{Group, NO_TERM, RETRY};
+use crate::elections::ASK_PATIENCE;
 use crate::error::TransferError;
+use crate::link::CallError;
 use crate::liveness::PeerState;
-use crate::types::{NodeId, ReplicaId};
+use crate::types::{NodeId, ReplicaId, TypeConfig};
 use crate::wire::{Answer, ToReplica, class, decode, encode};
 
-/// How long another replica may take to say whether it leads.
-const ASK_PATIENCE: Duration = Duration::from_millis(200);
+type ReadIndexError = RaftError<TypeConfig, LinearizableReadError<TypeConfig>>;
+
+/// Between two heartbeats of one proof.
+const PROOF_RETRY: Duration = Duration::from_millis(250);
 
 /// Who is more entries behind could not take over in time.
 const TRANSFER_LAG_MAX: u64 = 10_000;
+
+/// What came of asking a replica whether it leads.
+enum LeadsAnswer {
+    Leads { term: u64 },
+    LeadsNot,
+    Silence,
+}
+
+impl LeadsAnswer {
+    fn term(self) -> Option<u64> {
+        match self {
+            Self::Leads { term } => Some(term),
+            Self::LeadsNot | Self::Silence => None,
+        }
+    }
+}
 
 impl Group {
     /// The leader of this replica's term, dead or alive. A leader of an earlier life of this very
@@ -63,39 +85,64 @@ impl Group {
 
     /// Asks the other replicas which of them leads. The one that does also says what is committed.
     /// Returns the highest term in which one does.
-    pub(crate) async fn ask_who_leads(&self) -> Option<u64> {
-        let peers = &self.inner.peers;
-        let replicas = self.replicas();
-        let others = replicas.iter().filter(|r| r.node != peers.node());
-        let answers = others.map(|r| {
-            let request = encode(&ToReplica {
-                target: r.replica,
-                body: self.inner.replica,
-            });
-            async move {
-                let link = peers.link();
-                let call = link.call(r.node, class::LEADS, self.id().0, request, ASK_PATIENCE);
-                let answer: Answer<Option<u64>> = decode(&call.await.ok()?).ok()?;
-                answer.ok().flatten()
-            }
-        });
-        let term = join_all(answers).await.into_iter().flatten().max()?;
+    pub(crate) async fn ask_who_leads(&self, patience: Duration) -> Option<u64> {
+        let (own, replicas) = (self.inner.peers.node(), self.replicas());
+        let others = replicas.iter().filter(|r| r.node != own);
+        let answers = others.map(|r| self.ask_whether_leads(r.node, r.replica, patience));
+        let terms = join_all(answers).await.into_iter();
+        let term = terms.filter_map(LeadsAnswer::term).max()?;
         self.heard(term);
         Some(term)
     }
 
-    /// To be called when the believed leader did not act as one. If nobody says that it leads this
-    /// replica's term, the group counts as leaderless, and the host's sweep elects.
+    async fn ask_whether_leads(
+        &self,
+        node: NodeId,
+        target: ReplicaId,
+        patience: Duration,
+    ) -> LeadsAnswer {
+        let body = self.inner.replica;
+        let request = encode(&ToReplica { target, body });
+        let link = self.inner.peers.link();
+        let answer = link.call(node, class::LEADS, self.id().0, request, patience);
+        match answer.await {
+            Ok(answer) => match decode::<Answer<Option<u64>>>(&answer) {
+                Ok(Ok(Some(term))) => LeadsAnswer::Leads { term },
+                // It does not lead, or is not open there any more.
+                Ok(Ok(None) | Err(_)) => LeadsAnswer::LeadsNot,
+                Err(_) => LeadsAnswer::Silence,
+            },
+            Err(CallError::NotConnected) => LeadsAnswer::LeadsNot,
+            Err(_) => LeadsAnswer::Silence,
+        }
+    }
+
+    /// To be called when the believed leader did not act as one. If it cannot be reached or says that
+    /// it does not lead, and nobody else says that it leads this replica's term, the group counts as
+    /// leaderless, and the host's sweep elects. Silence says nothing: a leader that is slow is worth
+    /// more than an election, and a dead one is noticed by the host.
     pub async fn check_leader(&self) {
         let term = self.term();
-        if self.is_leader() || self.leader().is_none() {
+        let Some(node) = self.leader().filter(|_| !self.is_leader()) else {
             return;
-        }
+        };
         // Many requests come to the same suspicion at once.
         let Ok(_alone) = self.inner.checking.try_lock() else {
             return;
         };
-        let led = self.ask_who_leads().await;
+        let Some(believed) = self.inner.metrics.borrow_watched().current_leader else {
+            return;
+        };
+        // An earlier replica of this very node leads no more.
+        if node != self.inner.peers.node() {
+            let patience = self.inner.peers.timeout();
+            match self.ask_whether_leads(node, believed, patience).await {
+                LeadsAnswer::Leads { term: led } if led >= term => return self.heard(led),
+                LeadsAnswer::Silence => return,
+                LeadsAnswer::Leads { .. } | LeadsAnswer::LeadsNot => {}
+            }
+        }
+        let led = self.ask_who_leads(ASK_PATIENCE).await;
         if led.is_none_or(|led| led < term) && self.term() == term {
             self.inner.deposed_term.store(term, Ordering::Relaxed);
         }
@@ -121,11 +168,20 @@ impl Group {
     }
 
     pub(super) async fn prove_leadership(&self) -> bool {
-        self.inner
-            .raft
-            .get_read_log_id(ReadPolicy::ReadIndex)
-            .await
-            .is_ok()
+        self.read_index().await.is_ok()
+    }
+
+    /// ReadIndex on this replica: what is committed, with the proof that it still leads. openraft
+    /// sends one heartbeat for it and waits; one that gets lost is followed by others here.
+    pub(crate) async fn read_index(&self) -> Result<u64, ReadIndexError> {
+        let raft = &self.inner.raft;
+        let mut proof = pin!(raft.get_read_log_id(ReadPolicy::ReadIndex));
+        loop {
+            if let Ok(proved) = timeout(PROOF_RETRY, &mut proof).await {
+                return proved.map(|(read, _)| read.index());
+            }
+            raft.trigger().heartbeat().await.ok();
+        }
     }
 
     /// Hands over from this replica, which must lead.
@@ -180,7 +236,7 @@ impl Group {
         let moved = metrics.wait_until(|m| {
             m.current_term > term && m.current_leader.is_some_and(|leader| leader != own)
         });
-        let moved = timeout(self.inner.peers.timeout(), moved).await;
+        let moved = timeout(self.inner.peers.lease(), moved).await;
         Ok(moved.is_ok_and(|r| r.is_ok()))
     }
 

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use openraft::ReadPolicy;
 use openraft::errors::{LinearizableReadError, RaftError};
 use tokio::time::{sleep, timeout};
 
@@ -39,8 +38,8 @@ impl Group {
     /// One proof of leadership, asked of whoever leads.
     async fn round(&self) -> Result<(), ReadError> {
         let index = if self.is_leader() {
-            match self.inner.raft.get_read_log_id(ReadPolicy::ReadIndex).await {
-                Ok((read, _)) => read.index(),
+            match self.read_index().await {
+                Ok(index) => index,
                 Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(_))) => {
                     return Err(ReadError::NoLeader);
                 }
@@ -64,15 +63,11 @@ impl Group {
         let target = self.replica_of(leader).ok_or(ReadError::NoLeader)?;
         let request = encode(&ToReplica { target, body: () });
         let peers = &self.inner.peers;
+        // The leader's own round is one of three ways.
+        let patience = peers.timeout() * 3;
         let answer = peers
             .link()
-            .call(
-                leader,
-                class::READ_INDEX,
-                self.id().0,
-                request,
-                peers.timeout(),
-            )
+            .call(leader, class::READ_INDEX, self.id().0, request, patience)
             .await
             .map_err(|e| ReadError::Unreachable(e.to_string()))?;
         let answer: Answer<u64> =

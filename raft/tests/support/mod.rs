@@ -1,6 +1,8 @@
 //! Hosts in one process, each with its own disk and its own listener.
 #![allow(dead_code)] // each test binary uses its part
 
+mod slow_wire;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,6 +19,8 @@ use quorate_storage::snapshot::SnapshotStore;
 use quorate_storage::vfs::os::OsVfs;
 use quorate_storage::{LogId, RaftGroupId, StorageError};
 use tokio::time::Instant;
+
+use slow_wire::Delay;
 
 pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const GROUP: RaftGroupId = RaftGroupId(1024);
@@ -93,6 +97,8 @@ pub struct TestCluster {
     pub flush: Flush,
     pub retention: LogRetention,
     pub checkpoint_every: u64,
+    /// Of all that the nodes say to each other.
+    pub delay: Delay,
 }
 
 impl TestCluster {
@@ -103,6 +109,7 @@ impl TestCluster {
             flush: Flush::Sync,
             retention: LogRetention::Messages,
             checkpoint_every: 1_000_000,
+            delay: Delay::default(),
         }
     }
 
@@ -136,7 +143,8 @@ impl TestCluster {
         };
         let mut config = HostConfig::new("test", id, self.addresses());
         change(&mut config);
-        let host = RaftHost::start(config, storage, listener, Arc::new(Echo))
+        let network = self.delay.network(listener);
+        let host = RaftHost::start(config, storage, network, Arc::new(Echo))
             .await
             .unwrap();
         let recorder = Recorder::default();
