@@ -24,6 +24,8 @@ use crate::workload::Stage;
 
 /// Simulated time for the cluster to begin, and to be whole again after the last fault.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// What a wire takes that was slow.
+const GOOD_WIRE: Duration = Duration::from_millis(2);
 const LEADERS_EVERY: u32 = 5;
 const LOGS_EVERY: u32 = 50;
 
@@ -57,7 +59,7 @@ impl Script {
                 checkpoint_every: [8, 32, 1000][rng.random_range(0..3)],
                 tail_cache_bytes: [0, 4 << 10, 1 << 20][rng.random_range(0..3)],
             },
-            faults: faults::plan(rng, nodes, work),
+            faults: faults::plan(rng, seed, nodes, work),
         }
     }
 }
@@ -70,6 +72,7 @@ enum Action {
     Start(NodeId),
     Mend(Vec<NodeId>, Vec<NodeId>, Cut),
     Quicken(NodeId),
+    QuickenWires,
 }
 
 struct Run<'a> {
@@ -206,6 +209,7 @@ impl Run<'_> {
             Action::Start(node) => self.start(node),
             Action::Mend(from, to, cut) => self.mend(&from, &to, cut),
             Action::Quicken(node) => self.slot(node).machine.set_speed(DiskSpeed::GOOD),
+            Action::QuickenWires => self.set_wires(GOOD_WIRE),
         }
     }
 
@@ -236,6 +240,10 @@ impl Run<'_> {
             Fault::SlowDisk { node, speed } => {
                 self.slot(node).machine.set_speed(speed);
                 self.at(now + lasts, Action::Quicken(node));
+            }
+            Fault::SlowWires { latency } => {
+                self.set_wires(latency);
+                self.at(now + lasts, Action::QuickenWires);
             }
             Fault::FailedSync { node, nth } => {
                 let machine = &self.slot(node).machine;
@@ -305,6 +313,14 @@ impl Run<'_> {
                 }
             }
             self.wires.cut(a, b);
+        }
+    }
+
+    fn set_wires(&self, latency: Duration) {
+        let all: Vec<_> = self.stage.nodes.iter().map(|slot| slot.id()).collect();
+        for (a, b) in pairs(&all, &all).into_iter().filter(|(a, b)| a < b) {
+            self.sim
+                .set_link_latency(host_name(a), host_name(b), latency);
         }
     }
 

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use quorate_raft::NodeId;
-use rand::Rng;
 use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
+use rand::{Rng, SeedableRng};
 
 use crate::machine::DiskSpeed;
 
@@ -48,6 +48,10 @@ pub enum Fault {
         node: NodeId,
         speed: DiskSpeed,
     },
+    /// All of them, as between machines that are short of time.
+    SlowWires {
+        latency: Duration,
+    },
     /// One of the next fsyncs fails; the node must stop. Then its machine goes down or it does not.
     FailedSync {
         node: NodeId,
@@ -64,7 +68,7 @@ pub struct Planned {
 }
 
 /// Faults within `[0, span]`.
-pub fn plan(rng: &mut StdRng, nodes: u64, span: Duration) -> Vec<Planned> {
+pub fn plan(rng: &mut StdRng, seed: u64, nodes: u64, span: Duration) -> Vec<Planned> {
     let count = rng.random_range(2..8);
     let mut all: Vec<Planned> = (0..count)
         .map(|_| Planned {
@@ -73,8 +77,22 @@ pub fn plan(rng: &mut StdRng, nodes: u64, span: Duration) -> Vec<Planned> {
             fault: fault(rng, nodes),
         })
         .collect();
+    all.extend(slow_wires(seed, span));
     all.sort_by_key(|planned| planned.at);
     all
+}
+
+/// On one seed of six. Drawn apart, so that the other faults of a seed are what they were without.
+fn slow_wires(seed: u64, span: Duration) -> Option<Planned> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let planned = Planned {
+        at: span.mul_f64(rng.random_range(0.0..0.5)),
+        lasts: span.mul_f64(rng.random_range(0.2..0.5)),
+        fault: Fault::SlowWires {
+            latency: Duration::from_millis(rng.random_range(100..400)),
+        },
+    };
+    (seed % 6 == 4).then_some(planned)
 }
 
 fn fault(rng: &mut StdRng, nodes: u64) -> Fault {
