@@ -18,7 +18,7 @@ use crate::broker::queue::entry::{Hold, Mark};
 use crate::broker::{Broker, BrokerError, MessagePlace, SearchRequest, StartAt, TransactionQuery};
 use crate::coordinator::QueueOffset;
 
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 
 /// One batch on its way to the leader of its queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -117,7 +117,7 @@ async fn parts_of_a_transaction_are_shown_together_in_their_order() {
 
     let settle = || async {
         let reply = broker
-            .propose(group, entry::settle(now_ms(), &id, true))
+            .propose(group, entry::settle(now_ms(), &id, true, &[]))
             .await;
         decode_settled(&reply.unwrap()).unwrap()
     };

@@ -200,7 +200,7 @@ fn entries() {
     keep("entry", "retention-trim", &trim(510, 2));
     keep("entry", "6-cancel", &cancel(510, LogId::new(1, 5), 0));
     keep("entry", "7-deliver", &deliver(650, 10));
-    keep("entry", "8-settle", &settle(660, &id, true));
+    keep("entry", "8-settle", &settle(660, &id, true, &[2]));
 }
 
 fn catalog() {
@@ -391,12 +391,18 @@ fn transactions() -> impl Iterator<Item = (&'static str, TransactionCommand)> {
         queues: vec![(77, vec![(0, place)]), (78, vec![(1, place)])],
         offset_groups: vec![group()],
     };
+    let give_up = TransactionCommand::GiveUp {
+        id,
+        first: 1,
+        count: 1,
+    };
     let commands = [
         ("t1-begin", TransactionCommand::Begin { id, new }),
         ("t2-extend", extend),
         ("t3-hold", hold),
         ("t4-prepared", TransactionCommand::Prepared { id, parts }),
         ("t5-due", TransactionCommand::Due { id }),
+        ("t5-give-up", give_up),
         ("t6-commit", TransactionCommand::Decide { id, decision }),
         ("t7-settle", settle),
         ("t8-settled", settled),

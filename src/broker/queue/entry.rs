@@ -4,7 +4,7 @@
 //!
 //! | bytes | field |
 //! |---|---|
-//! | 0 | version = 2 |
+//! | 0 | version = 3 |
 //! | 1 | kind: 1 append, 2 fence a producer, 3 deliver, 4 settle a transaction, 5 cancel, 7 trim |
 //! | 2..10 | stamp, ms: max(the leader's clock, its last stamp) |
 //!
@@ -24,8 +24,9 @@
 //!
 //! A fence goes on with the producer id (8) and the epoch (2) below which it is refused; a delivery
 //! of what is due at the stamp with the most batches it may take (2); a settlement with the
-//! transaction id (16) and 1 = commit or 0 = rollback (1); a cancellation with term (8), index (8)
-//! and batch (2) of what is held; a trim with the offset (8) below which messages are gone.
+//! transaction id (16), 1 = commit or 0 = rollback (1), how many parts are given up all the same (2)
+//! and their numbers (4 each); a cancellation with term (8), index (8) and batch (2) of what is held;
+//! a trim with the offset (8) below which messages are gone.
 //!
 //! Invariant: nothing here trusts a length or a count; hostile bytes give an [`EntryError`].
 
@@ -33,7 +34,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use quorate_storage::{LogId, batch};
 use serde::{Deserialize, Serialize};
 
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 const KIND_APPEND: u8 = 1;
 const KIND_FENCE: u8 = 2;
 const KIND_DELIVER: u8 = 3;
@@ -118,6 +119,8 @@ pub enum EntryBody {
     Settle {
         id: TransactionId,
         commit: bool,
+        /// Parts that are never seen, whatever the end is.
+        given_up: Vec<u32>,
     },
     /// A batch that is held until a time is to stay unseen for ever.
     Cancel {
@@ -215,12 +218,15 @@ pub fn deliver(stamp_ms: u64, max_batches: u16) -> Bytes {
     buffer.freeze()
 }
 
-/// The entry that ends a transaction in this queue.
-pub fn settle(stamp_ms: u64, id: &TransactionId, commit: bool) -> Bytes {
-    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 17);
+/// The entry that ends a transaction in this queue. Parts that were given up are never seen.
+pub fn settle(stamp_ms: u64, id: &TransactionId, commit: bool, given_up: &[u32]) -> Bytes {
+    let mut buffer = BytesMut::with_capacity(HEADER_BYTES + 19 + 4 * given_up.len());
     put_header(&mut buffer, KIND_SETTLE, stamp_ms);
     buffer.put_slice(id);
     buffer.put_u8(commit.into());
+    // A transaction has far fewer parts than 2^16.
+    buffer.put_u16(given_up.len() as u16);
+    given_up.iter().for_each(|part| buffer.put_u32(*part));
     buffer.freeze()
 }
 
@@ -315,6 +321,7 @@ pub fn decode(body: &Bytes) -> Result<Entry, EntryError> {
                 1 => true,
                 other => return Err(EntryError::End(other)),
             },
+            given_up: decode_numbers(&mut rest)?,
         },
         KIND_CANCEL => {
             let mut fields = take(&mut rest, 18)?;
@@ -353,6 +360,12 @@ fn decode_append(rest: &mut Bytes) -> Result<Vec<EntryBatch>, EntryError> {
         batches.push(EntryBatch { mark, hold, batch });
     }
     Ok(batches)
+}
+
+fn decode_numbers(rest: &mut Bytes) -> Result<Vec<u32>, EntryError> {
+    let count = take(rest, 2)?.get_u16();
+    let mut numbers = take(rest, 4 * usize::from(count))?;
+    Ok((0..count).map(|_| numbers.get_u32()).collect())
 }
 
 fn take(rest: &mut Bytes, bytes: usize) -> Result<Bytes, EntryError> {
@@ -502,10 +515,21 @@ mod tests {
         let (term, index, batch) = (3, 1 << 40, 9);
         for (body, expected) in [
             (deliver(5, 77), EntryBody::Deliver { max_batches: 77 }),
-            (settle(5, &id, true), EntryBody::Settle { id, commit: true }),
             (
-                settle(5, &id, false),
-                EntryBody::Settle { id, commit: false },
+                settle(5, &id, true, &[]),
+                EntryBody::Settle {
+                    id,
+                    commit: true,
+                    given_up: Vec::new(),
+                },
+            ),
+            (
+                settle(5, &id, false, &[1, 1 << 20]),
+                EntryBody::Settle {
+                    id,
+                    commit: false,
+                    given_up: vec![1, 1 << 20],
+                },
             ),
             (
                 cancel(5, LogId::new(term, index), batch),
@@ -536,7 +560,7 @@ mod tests {
         for body in [
             append(&[&b"a"[..]; 9]),
             deliver(5, 77),
-            settle(5, &[7; 16], true),
+            settle(5, &[7; 16], true, &[3]),
             cancel(5, LogId::new(3, 4), 1),
         ] {
             for len in 0..body.len() {

@@ -65,7 +65,7 @@ fn all_messages(replica: &Replica) -> u64 {
 }
 
 fn settle(replica: &mut Replica, stamp_ms: u64, id: u8, commit: bool) -> Settled {
-    match replica.reply(&entry::settle(stamp_ms, &[id; 16], commit)) {
+    match replica.reply(&entry::settle(stamp_ms, &[id; 16], commit, &[])) {
         QueueReply::Settled(settled) => settled,
         other => panic!("{other:?}"),
     }
@@ -160,6 +160,30 @@ fn a_transaction_becomes_visible_in_the_order_of_its_parts() {
 }
 
 #[test]
+fn parts_that_were_given_up_are_never_seen() {
+    let mut replica = Replica::new();
+    replica.apply(&append(1, &[part(7, 0), part(7, 1), part(7, 2)]));
+    let (last, state) = replica.take_checkpoint();
+    let settle = entry::settle(3, &[7; 16], true, &[1, 5]);
+    for again in 0..2 {
+        if again == 1 {
+            replica.reopen();
+            replica.machine.restore(Some(last), Some(&state)).unwrap();
+            replica.applied = last.index;
+        }
+        let QueueReply::Settled(settled) = replica.reply(&settle) else {
+            panic!("a settlement");
+        };
+        let parts: Vec<_> = settled.parts.iter().map(|(part, _)| *part).collect();
+        assert_eq!(parts, [0, 2]);
+        assert_eq!(visible(&replica), [(1, 0), (1, 2)]);
+        assert_eq!(held(&replica), 0);
+        let late = replica.apply(&append(4, &[part(7, 5)]));
+        assert_eq!(late, [BatchOutcome::TransactionEnded]);
+    }
+}
+
+#[test]
 fn an_end_is_remembered_for_its_time_and_a_new_one_counts_after_it() {
     let mut replica = Replica::new();
     replica.apply(&append(1, &[part(7, 0)]));
@@ -243,9 +267,9 @@ fn what_is_held_is_counted_in_messages_and_bytes_until_it_is_visible_or_gone() {
         (entry::deliver(100, 10), vec![3, 4, 5, 6], 27),
         (entry::cancel(101, LogId::new(1, 1), 2), vec![4, 5, 6], 24),
         (entry::cancel(102, LogId::new(1, 1), 2), vec![4, 5, 6], 24),
-        (entry::settle(103, &[7; 16], true), vec![6], 24),
-        (entry::settle(104, &[8; 16], false), vec![], 18),
-        (entry::settle(105, &[8; 16], false), vec![], 18),
+        (entry::settle(103, &[7; 16], true, &[]), vec![6], 24),
+        (entry::settle(104, &[8; 16], false, &[]), vec![], 18),
+        (entry::settle(105, &[8; 16], false, &[]), vec![], 18),
     ];
     let go_on = |replica: &mut Replica| {
         for (body, left, all) in &steps {
@@ -531,7 +555,7 @@ proptest! {
                 }
                 Step::Settle(ms, id, commit) => {
                     now_ms += ms;
-                    Some(entry::settle(now_ms, &[id; 16], commit))
+                    Some(entry::settle(now_ms, &[id; 16], commit, &[]))
                 }
                 Step::Cancel(ago, batch) => {
                     let index = steady.applied.saturating_sub(ago);
@@ -581,7 +605,7 @@ proptest! {
         // Everything comes to an end, and nothing is left of any count.
         steady.reply(&entry::deliver(now_ms + 60_000, u16::MAX));
         for id in 0..3 {
-            steady.reply(&entry::settle(now_ms + REMEMBER_MS * 2, &[id; 16], false));
+            steady.reply(&entry::settle(now_ms + REMEMBER_MS * 2, &[id; 16], false, &[]));
         }
         prop_assert_eq!(held_size(&steady), HeldSize::default());
     }

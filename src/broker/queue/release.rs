@@ -38,12 +38,14 @@ impl QueueMachine {
         Ok(QueueReply::Delivered(due.len() as u32))
     }
 
-    /// Ends a transaction here, unless it has ended before.
+    /// Ends a transaction here, unless it has ended before. Parts that were given up may be here all
+    /// the same: whoever stored them did not live to say so.
     pub(super) fn settle(
         &mut self,
         log_id: LogId,
         id: &TransactionId,
         commit: bool,
+        given_up: &[u32],
     ) -> Result<QueueReply, StorageError> {
         let now_ms = self.state.stamp_ms;
         if let Some(first) = self.held.settled(id, now_ms)? {
@@ -52,7 +54,8 @@ impl QueueMachine {
         let held = self.held.take_parts(id)?;
         let taken = held.len();
         let shows = commit || mutation::on(Mutation::ShowRolledBack);
-        let each = held.into_iter().filter(|_| shows);
+        let held = held.into_iter();
+        let each = held.filter(|(part, _)| shows && !given_up.contains(part));
         let parts = each.map(|(part, spot)| (part, self.show(&spot))).collect();
         let settled = Settled { commit, parts };
         self.held.settle(log_id, id, settled.clone(), now_ms);

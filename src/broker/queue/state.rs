@@ -405,7 +405,11 @@ impl QueueMachine {
                 Ok(QueueReply::Done)
             }
             EntryBody::Deliver { max_batches } => self.deliver(log_id, entry.stamp_ms, max_batches),
-            EntryBody::Settle { id, commit } => self.settle(log_id, &id, commit),
+            EntryBody::Settle {
+                id,
+                commit,
+                given_up,
+            } => self.settle(log_id, &id, commit, &given_up),
             EntryBody::Cancel { term, index, batch } => {
                 self.cancel(log_id, LogId::new(term, index), batch)
             }

@@ -1,4 +1,5 @@
-//! The first half: participants are recorded, then prepared. What fails here rolls all back.
+//! The first half: participants are recorded, then prepared. A begin that fails rolls all back; an
+//! extension that fails leaves the transaction as it was, without its own messages.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use crate::broker::encode::encode;
 use crate::broker::offsets::check_group_name;
 use crate::broker::queue::BatchOutcome;
 use crate::broker::queue::entry::{Hold, TransactionId};
-use crate::broker::route::NO_LEADER;
+use crate::broker::route::{NO_LEADER, UNKNOWN};
 use crate::broker::{
     Broker, BrokerError, BrokerResult, MemberMark, OffsetCommit, Outcome, ProduceRequest,
 };
@@ -218,6 +219,7 @@ impl Broker {
         batches: Vec<Prepare>,
         offsets: Vec<Offsets>,
     ) -> BrokerResult<Transaction> {
+        let is_begin = matches!(command, TransactionCommand::Begin { .. });
         let (first, prepare_by_ms) = match self.transact(id, command).await {
             Ok(TransactionReply::Recorded {
                 first_part,
@@ -227,7 +229,7 @@ impl Broker {
             Ok(TransactionReply::NotFound) => return Err(super::not_found(id)),
             Ok(TransactionReply::NotPrepared) => return Err(super::end::busy(id)),
             Ok(other) => return Err(unexpected(&other)),
-            // Recorded or not, nothing was prepared: the coordinator rolls it back in time.
+            // Recorded or not, nothing was prepared: in time the coordinator gives it up.
             Err(BrokerError::Timeout { .. } | BrokerError::AnswerLost) => return Err(NO_LEADER),
             Err(error) => return Err(error),
         };
@@ -243,16 +245,24 @@ impl Broker {
             .into_iter()
             .map(|offsets| self.hold_offsets(id, offsets, until_ms));
         let (stored, held) = join(join_all(stored), join_all(held)).await;
-        if let Some(error) = stored.into_iter().chain(held).find_map(Result::err) {
-            return Err(self.abandon(id, error).await);
-        }
-        let command = TransactionCommand::Prepared { id: *id, parts };
-        match self.transact(id, command).await {
-            Ok(TransactionReply::Is(transaction)) => Ok(*transaction),
-            Ok(TransactionReply::Ended(transaction)) => Err(ended(&transaction)),
-            Ok(other) => Err(self.abandon(id, unexpected(&other)).await),
-            Err(error) => Err(self.abandon(id, error).await),
-        }
+        let error = match stored.into_iter().chain(held).find_map(Result::err) {
+            // What was not said to be prepared is never committed.
+            Some(error) => certain(error),
+            None => {
+                let command = TransactionCommand::Prepared { id: *id, parts };
+                match self.transact(id, command).await {
+                    Ok(TransactionReply::Is(transaction)) => return Ok(*transaction),
+                    Ok(TransactionReply::Ended(transaction)) => return Err(ended(&transaction)),
+                    Ok(TransactionReply::GivenUp) => return Err(LATE),
+                    Ok(other) => unexpected(&other),
+                    Err(error) => error,
+                }
+            }
+        };
+        Err(match is_begin {
+            true => self.abandon(id, error).await,
+            false => self.give_up(id, parts, error).await,
+        })
     }
 
     pub(super) async fn prepare_part(
@@ -278,7 +288,7 @@ impl Broker {
                 state: "rolled_back".to_owned(),
             }),
             Some(other) => Err(refused(part.queue_group, part.queue, other)),
-            None => Err(crate::broker::route::UNKNOWN),
+            None => Err(UNKNOWN),
         }
     }
 
@@ -346,6 +356,33 @@ impl Broker {
         Ok(())
     }
 
+    /// Leaves out what could not be added, and gives the error to answer.
+    async fn give_up(
+        &self,
+        id: &TransactionId,
+        parts: PreparedParts,
+        error: BrokerError,
+    ) -> BrokerError {
+        let PreparedParts { first, count, .. } = parts;
+        let command = TransactionCommand::GiveUp {
+            id: *id,
+            first,
+            count,
+        };
+        match self.transact(id, command).await {
+            Ok(TransactionReply::Is(_)) => certain(error),
+            // A commit may have them, if the coordinator knows that they are prepared.
+            Ok(TransactionReply::Ended(transaction))
+                if error.outcome() == Outcome::NotCommitted
+                    || transaction.decision.is_some_and(|d| !d.is_commit()) =>
+            {
+                ended(&transaction)
+            }
+            // In time the coordinator leaves them out, unless it knows that.
+            _ => error,
+        }
+    }
+
     /// Rolls back what could not be prepared, and gives the error to answer.
     async fn abandon(self: &Arc<Self>, id: &TransactionId, error: BrokerError) -> BrokerError {
         let command = TransactionCommand::Decide {
@@ -366,12 +403,15 @@ impl Broker {
     }
 }
 
-/// After the rollback nothing of the transaction will ever be seen.
+/// It was not done in time, and never will be.
+const LATE: BrokerError = BrokerError::Timeout {
+    outcome: Outcome::NotCommitted,
+};
+
+/// After the rollback nothing of the transaction will ever be seen, and of what was given up neither.
 fn certain(error: BrokerError) -> BrokerError {
     match error {
-        BrokerError::Timeout { .. } | BrokerError::AnswerLost => BrokerError::Timeout {
-            outcome: Outcome::NotCommitted,
-        },
+        BrokerError::Timeout { .. } | BrokerError::AnswerLost => LATE,
         other => other,
     }
 }

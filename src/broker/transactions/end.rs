@@ -53,7 +53,8 @@ impl Broker {
         let queues = decided.unsettled_queues();
         let queues: Vec<_> = stream::iter(queues)
             .map(|group| async move {
-                let settled = self.settle_queue(id, group, commit).await;
+                let given_up = decided.given_up(group);
+                let settled = self.settle_queue(id, group, commit, &given_up).await;
                 (group, settled)
             })
             .buffer_unordered(TOLD_AT_ONCE)
@@ -105,13 +106,14 @@ impl Broker {
         id: &TransactionId,
         group: u64,
         commit: bool,
+        given_up: &[u32],
     ) -> BrokerResult<Vec<(u32, Place)>> {
         if self.is_deleted(group).await {
             return Ok(Vec::new());
         }
         // The queue's own last stamp counts if this clock is behind it.
         let proposed = self
-            .propose(group, entry::settle(now_ms(), id, commit))
+            .propose(group, entry::settle(now_ms(), id, commit, given_up))
             .await;
         let reply = match proposed {
             Err(_) if self.is_deleted(group).await => return Ok(Vec::new()),

@@ -27,7 +27,7 @@ use super::queue::entry::TransactionId;
 use super::route::NO_LEADER;
 use super::{Broker, BrokerError, BrokerResult, MemberMark, NewMessage, message_id};
 use crate::coordinator::transactions::{
-    Timing, Transaction, TransactionCommand, TransactionReply, TransactionState,
+    PartState, Timing, Transaction, TransactionCommand, TransactionReply, TransactionState,
     owner_of_transaction,
 };
 use crate::coordinator::{CoordinatorCommand, CoordinatorReply};
@@ -92,6 +92,7 @@ pub fn transaction_results(transaction: &Transaction) -> Vec<TransactionResult> 
     let mut results: Vec<_> = transaction
         .parts
         .iter()
+        .filter(|record| record.state != PartState::GivenUp)
         .flat_map(|record| {
             let part = &record.part;
             let stored = move |place: &Place, nth: u32| {

@@ -142,11 +142,11 @@ impl Manual {
                     broker.transact(&id, decide).await.unwrap();
                 }
                 Step::OneSettled => {
-                    let settled = broker.settle_queue(&id, queues[0], commit).await;
+                    let settled = broker.settle_queue(&id, queues[0], commit, &[]).await;
                     places.push((queues[0], settled.unwrap()));
                 }
                 Step::AllSettled => {
-                    let settled = broker.settle_queue(&id, queues[1], commit).await;
+                    let settled = broker.settle_queue(&id, queues[1], commit, &[]).await;
                     places.push((queues[1], settled.unwrap()));
                     broker.settle_offsets(&id, "g", commit).await.unwrap();
                 }
@@ -377,6 +377,57 @@ async fn a_commit_waits_for_messages_that_are_being_added() {
     assert_eq!(committed.state(), TransactionState::Committed);
     assert_eq!(values(broker, 0).await, ["a", "c"]);
     assert_eq!(values(broker, 1).await, ["b"]);
+}
+
+/// Commits, once nothing that was begun is still being stored.
+async fn commit(broker: &Arc<Broker>, id: &TransactionId) -> BrokerResult<Transaction> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match broker.end_transaction(id, Decision::Commit).await {
+            Err(BrokerError::TransactionBusy { .. }) if Instant::now() < deadline => {}
+            ended => return ended,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_told_to_be_open_outlives_an_extension_that_nobody_finished() {
+    let (_cluster, node) = single().await;
+    let broker = &node.broker;
+    broker.create_topic("t", topic(2, 1)).await.unwrap();
+    let begin = BeginTransaction {
+        producer_group: "p".to_owned(),
+        timing: TIMING,
+        check_url: None,
+        messages: messages(),
+        offsets: Vec::new(),
+    };
+    let id = broker.begin_transaction(begin).await.unwrap().id;
+    // A node dies after it has recorded two parts and stored one of them.
+    let mut batches = broker.encode_messages(messages()).await.unwrap();
+    let extend = TransactionCommand::Extend {
+        id,
+        parts: batches.iter().map(|b| b.part.clone()).collect(),
+        prepare_ms: 1_000,
+    };
+    broker.transact(&id, extend).await.unwrap();
+    broker
+        .prepare_part(&id, 2, batches.remove(0))
+        .await
+        .unwrap();
+    // The client asks another one, which stores all of it.
+    let extended = broker.extend_transaction(&id, messages()).await.unwrap();
+    assert_eq!(extended.state(), TransactionState::Open);
+    let committed = commit(broker, &id).await.unwrap();
+    assert_eq!(committed.state(), TransactionState::Committed);
+    assert_eq!(transaction_results(&committed).len(), 6);
+    assert_eq!(values(broker, 0).await, ["a", "c", "a", "c"]);
+    assert_eq!(values(broker, 1).await, ["b", "b"]);
+    let late = broker.prepare_part(&id, 3, batches.remove(0)).await;
+    assert!(
+        matches!(late, Err(BrokerError::TransactionEnded { .. })),
+        "{late:?}"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

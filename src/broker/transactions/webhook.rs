@@ -170,7 +170,7 @@ async fn call(
         created_ms: transaction.created_ms,
         check: transaction.checks,
         max_checks: transaction.timing.max_checks,
-        messages: transaction.messages,
+        messages: transaction.messages(),
         sent_at_ms: now_ms,
     };
     let body = serde_json::to_vec(&question).map_err(|e| e.to_string())?;

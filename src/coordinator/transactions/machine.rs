@@ -1,7 +1,9 @@
 //! The life of a transaction, decided here, in apply, by the log's time.
 //!
 //! Invariants: the decision never changes once it is recorded; a commit is recorded only when all
-//! recorded participants are prepared; participants are recorded only before the decision.
+//! recorded participants are prepared, or are parts that were given up; participants are recorded,
+//! and parts given up, only before the decision. Once a transaction was told to be open, nothing but
+//! a decision that somebody asked for, or its expiry, ends it.
 
 use quorate_storage::StorageError;
 use quorate_storage::mutation::{self, Mutation};
@@ -12,7 +14,7 @@ use super::records::{
 };
 use super::{
     Decision, KEPT_MS, MAX_BYTES, MAX_ENDED, MAX_MESSAGES, MAX_OFFSET_GROUPS, MAX_OPEN,
-    MAX_OPEN_PER_GROUP, NewTransaction, OffsetsRecord, Part, PartRecord, PreparedParts,
+    MAX_OPEN_PER_GROUP, NewTransaction, OffsetsRecord, Part, PartRecord, PartState, PreparedParts,
     Transaction, TransactionCommand, TransactionCounts, TransactionReply, TransactionState,
 };
 use crate::broker::queue::Place;
@@ -39,6 +41,9 @@ impl CoordinatorMachine {
             }),
             TransactionCommand::Prepared { id, parts } => {
                 self.change_transaction(&id, |found, now_ms| prepared(found, parts, now_ms))
+            }
+            TransactionCommand::GiveUp { id, first, count } => {
+                self.change_transaction(&id, |found, _| give_up(found, first, count))
             }
             TransactionCommand::Decide { id, decision } => {
                 self.change_transaction(&id, |found, now_ms| decide(found, decision, now_ms))
@@ -98,7 +103,7 @@ impl CoordinatorMachine {
             check_url: new.check_url,
             created_ms: now_ms,
             parts: Vec::new(),
-            messages: 0,
+            recorded: 0,
             bytes: 0,
             offsets: new
                 .offset_groups
@@ -301,24 +306,24 @@ fn add_parts(
         let text = "a part's messages or its topic are not sound".to_owned();
         return Err(TransactionReply::Invalid(text));
     }
-    let room = MAX_MESSAGES.saturating_sub(transaction.messages) as usize;
+    let room = MAX_MESSAGES.saturating_sub(transaction.recorded) as usize;
     if count > room || transaction.bytes.saturating_add(bytes) > MAX_BYTES {
         return Err(TransactionReply::Invalid(format!(
             "a transaction takes at most {MAX_MESSAGES} messages and {MAX_BYTES} bytes of them; it would have {} with {}",
-            count + transaction.messages as usize,
+            count + transaction.recorded as usize,
             transaction.bytes.saturating_add(bytes),
         )));
     }
     // Each part has a message, so there are no more parts than messages.
     let first_part = transaction.parts.len() as u32;
-    let first_message = transaction.messages;
-    transaction.messages += count as u32;
+    let first_message = transaction.recorded;
+    transaction.recorded += count as u32;
     transaction.bytes += bytes;
     transaction.parts.extend(parts.into_iter().map(|mut part| {
         part.messages.iter_mut().for_each(|n| *n += first_message);
         PartRecord {
             part,
-            prepared: false,
+            state: PartState::Recorded,
             place: None,
         }
     }));
@@ -329,7 +334,7 @@ fn add_parts(
     })
 }
 
-/// After participants were recorded or prepared: is there still something to wait for?
+/// After participants were recorded, prepared or given up: is there still something to wait for?
 fn settle_preparation(transaction: &mut Transaction) {
     if transaction.is_prepared() {
         transaction.prepare_by_ms = None;
@@ -357,20 +362,45 @@ fn extend(transaction: &mut Transaction, parts: Vec<Part>, prepare_by_ms: u64) -
     }
 }
 
+/// The parts that one request brought.
+fn of_request(transaction: &mut Transaction, first: u32, count: u32) -> &mut [PartRecord] {
+    let all = transaction.parts.len();
+    let first = all.min(first as usize);
+    let end = all.min(first.saturating_add(count as usize));
+    &mut transaction.parts[first..end]
+}
+
 fn prepared(transaction: &mut Transaction, done: PreparedParts, _now_ms: u64) -> TransactionReply {
     if transaction.decision.is_some() {
         return ended(transaction);
     }
-    let parts = transaction.parts.iter_mut().skip(done.first as usize);
-    parts
-        .take(done.count as usize)
-        .for_each(|p| p.prepared = true);
+    let parts = of_request(transaction, done.first, done.count);
+    if parts.iter().any(|p| p.state == PartState::GivenUp) {
+        return TransactionReply::GivenUp;
+    }
+    parts.iter_mut().for_each(|p| p.state = PartState::Prepared);
     if done.offsets {
         transaction
             .offsets
             .iter_mut()
             .for_each(|o| o.prepared = true);
     }
+    settle_preparation(transaction);
+    now_is(transaction)
+}
+
+/// Leaves out what an extension brought, and the rest as it is.
+fn give_up(transaction: &mut Transaction, first: u32, count: u32) -> TransactionReply {
+    if transaction.decision.is_some() {
+        return ended(transaction);
+    }
+    if !transaction.opened {
+        // What it began with goes with all of it.
+        return TransactionReply::NotPrepared;
+    }
+    of_request(transaction, first, count)
+        .iter_mut()
+        .for_each(|p| p.state = PartState::GivenUp);
     settle_preparation(transaction);
     now_is(transaction)
 }
@@ -401,7 +431,14 @@ fn due(transaction: &mut Transaction, now_ms: u64) -> TransactionReply {
         return now_is(transaction);
     }
     if transaction.prepare_by_ms.is_some_and(|by| by <= now_ms) {
-        return decide(transaction, Decision::Rollback, now_ms);
+        if !transaction.opened {
+            return decide(transaction, Decision::Rollback, now_ms);
+        }
+        // Nobody was told that these are there: the transaction stays what it was told to be.
+        let late = |p: &&mut PartRecord| p.state == PartState::Recorded;
+        let parts = transaction.parts.iter_mut().filter(late);
+        parts.for_each(|p| p.state = PartState::GivenUp);
+        settle_preparation(transaction);
     }
     if transaction.opened && transaction.next_check_ms <= now_ms {
         let timing = transaction.timing;
@@ -434,7 +471,8 @@ fn settled(
         }
         for (number, place) in places {
             let part = transaction.parts.get_mut(*number as usize);
-            if let Some(part) = part.filter(|p| takes_part(p) && decision.is_commit()) {
+            let is_seen = |p: &PartRecord| decision.is_commit() && p.state == PartState::Prepared;
+            if let Some(part) = part.filter(|p| takes_part(p) && is_seen(p)) {
                 part.place = Some(*place);
             }
         }

@@ -132,6 +132,12 @@ pub enum TransactionCommand {
         id: TransactionId,
         parts: PreparedParts,
     },
+    /// Parts of an extension that nobody was told are there never will be.
+    GiveUp {
+        id: TransactionId,
+        first: u32,
+        count: u32,
+    },
     Decide {
         id: TransactionId,
         decision: Decision,
@@ -177,6 +183,8 @@ pub enum TransactionReply {
     Ended(Box<Transaction>),
     /// Refused for now: something recorded is not prepared.
     NotPrepared,
+    /// Refused: the parts were not prepared in time, and given up.
+    GivenUp,
     NotFound,
     TooMany(String),
     Invalid(String),
@@ -203,11 +211,20 @@ pub enum HoldVerdict {
     HeldByOther,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PartState {
+    /// It may be stored or not.
+    Recorded,
+    Prepared,
+    /// It may be stored or not, and is never seen. Only an extension's, before it was answered.
+    GivenUp,
+}
+
 /// A part and how far it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PartRecord {
     pub part: Part,
-    pub prepared: bool,
+    pub state: PartState,
     /// Once committed in its queue.
     pub place: Option<Place>,
 }
@@ -228,7 +245,9 @@ pub struct Transaction {
     pub check_url: Option<String>,
     pub created_ms: u64,
     pub parts: Vec<PartRecord>,
-    pub messages: u32,
+    /// Messages and bytes that were ever recorded; those of parts given up count, since numbers are
+    /// given once.
+    pub recorded: u32,
     pub bytes: u64,
     pub offsets: Vec<OffsetsRecord>,
     /// Raft groups of the queues that have applied the decision.
@@ -299,8 +318,24 @@ impl Transaction {
         }
     }
 
+    /// Nothing that was recorded is still to be prepared.
     pub fn is_prepared(&self) -> bool {
-        self.parts.iter().all(|p| p.prepared) && self.offsets.iter().all(|o| o.prepared)
+        let pending = |p: &PartRecord| p.state == PartState::Recorded;
+        !self.parts.iter().any(pending) && self.offsets.iter().all(|o| o.prepared)
+    }
+
+    /// The messages that a commit makes visible.
+    pub fn messages(&self) -> u32 {
+        let counted = self.parts.iter().filter(|p| p.state != PartState::GivenUp);
+        counted.map(|p| p.part.messages.len() as u32).sum()
+    }
+
+    /// The parts in a queue that are never seen, whatever the end is.
+    pub fn given_up(&self, queue_group: u64) -> Vec<u32> {
+        let numbered = (0u32..).zip(&self.parts);
+        let given_up = numbered
+            .filter(|(_, p)| p.part.queue_group == queue_group && p.state == PartState::GivenUp);
+        given_up.map(|(number, _)| number).collect()
     }
 
     /// The Raft groups of the queues that have not applied the decision yet.

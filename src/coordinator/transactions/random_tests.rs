@@ -24,6 +24,9 @@ enum Step {
         count: u32,
         offsets: bool,
     },
+    GiveUp {
+        first: u32,
+    },
     Decide(Decision),
     Due,
     Settled {
@@ -50,6 +53,7 @@ fn step() -> impl Strategy<Value = (u8, Step)> {
         1 => Just(Step::Extend),
         4 => (0u32..3, 0u32..4, any::<bool>())
             .prop_map(|(first, count, offsets)| Step::Prepared { first, count, offsets }),
+        1 => (2u32..4).prop_map(|first| Step::GiveUp { first }),
         3 => decision.prop_map(Step::Decide),
         2 => Just(Step::Due),
         4 => (20u64..23, any::<bool>()).prop_map(|(queue, offsets)| Step::Settled { queue, offsets }),
@@ -119,6 +123,11 @@ fn command(
                 count: *count,
                 offsets: *offsets,
             },
+        },
+        Step::GiveUp { first } => TransactionCommand::GiveUp {
+            id,
+            first: *first,
+            count: 1,
         },
         Step::Decide(decision) => TransactionCommand::Decide {
             id,
@@ -201,6 +210,16 @@ proptest! {
                 if after.done_ms.is_some() {
                     prop_assert!(after.unsettled_queues().is_empty());
                     prop_assert!(after.unsettled_offsets().next().is_none());
+                }
+                // Once open, no time for preparing ends it, and what it was told to have stays.
+                if let Some(before) = before.filter(|t| t.opened && t.created_ms == after.created_ms) {
+                    let asked = matches!(step, Step::Decide(_));
+                    let expired = after.decision == Some(Decision::Expire);
+                    prop_assert!(after.decision == before.decision || asked || expired);
+                }
+                prop_assert!(after.parts.iter().take(2).all(|p| p.state != PartState::GivenUp));
+                for part in &after.parts {
+                    prop_assert!(part.place.is_none() || part.state == PartState::Prepared);
                 }
                 if !after.decision.is_some_and(Decision::is_commit) {
                     prop_assert!(after.parts.iter().all(|p| p.place.is_none()));

@@ -301,7 +301,7 @@ fn more_messages_must_be_prepared_before_the_commit() {
         .iter()
         .flat_map(|p| p.part.messages.clone())
         .collect();
-    assert_eq!((numbers, open.messages), (vec![0, 1, 2, 3], 4));
+    assert_eq!((numbers, open.messages()), (vec![0, 1, 2, 3], 4));
     assert!(matches!(
         machine.decide(Decision::Commit),
         TransactionReply::Is(_)
@@ -320,8 +320,71 @@ fn overlapping_extends_have_their_full_time_each() {
         }
         assert_eq!(machine.due(), TransactionState::Open, "{number}");
     }
+    assert_eq!(
+        machine.decide(Decision::Commit),
+        TransactionReply::NotPrepared
+    );
     machine.now_ms += PREPARE_MS / 2;
-    assert_eq!(machine.due(), TransactionState::RollingBack);
+    assert_eq!(machine.due(), TransactionState::Open);
+    assert!(machine.get().unwrap().is_prepared());
+}
+
+#[test]
+fn an_extension_that_is_never_prepared_is_left_out_alone() {
+    let mut machine = Fixture::new();
+    machine.transact(begin_patient(vec![part(20, &[0])]));
+    machine.prepared(0, 1, false);
+    machine.transact(extend(vec![part(20, &[0]), part(21, &[1])]));
+    machine.now_ms += 1;
+    machine.transact(extend(vec![part(20, &[0])]));
+    let give_up = |first, count| TransactionCommand::GiveUp {
+        id: ID,
+        first,
+        count,
+    };
+    // Whoever brought the second one gives it up, although it was prepared.
+    machine.prepared(3, 1, false);
+    machine.transact(give_up(3, 1));
+    assert_eq!(machine.prepared(3, 1, false), TransactionReply::GivenUp);
+    // Nobody does that for the first, of which one part was stored.
+    machine.now_ms += PREPARE_MS;
+    assert_eq!(machine.due(), TransactionState::Open);
+    assert_eq!(machine.prepared(1, 2, false), TransactionReply::GivenUp);
+    machine.transact(extend(vec![part(21, &[0])]));
+    machine.prepared(4, 1, false);
+    let open = machine.get().unwrap();
+    assert_eq!(
+        (open.given_up(20), open.given_up(21)),
+        (vec![1, 3], vec![2])
+    );
+    assert_eq!(open.messages(), 2);
+    assert_eq!(open.due_ms(), Some(open.next_check_ms));
+
+    machine.decide(Decision::Commit);
+    let refused = machine.transact(give_up(4, 1));
+    assert!(matches!(refused, TransactionReply::Ended(_)));
+    machine.settled(20, vec![(0, place(5)), (1, place(6))]);
+    machine.settled(21, vec![(4, place(7))]);
+    let done = machine.get().unwrap();
+    assert_eq!(done.state(), TransactionState::Committed);
+    let placed = done.parts.iter().map(|p| p.place.map(|p| p.index));
+    assert_eq!(
+        placed.collect::<Vec<_>>(),
+        [Some(5), None, None, None, Some(7)]
+    );
+}
+
+#[test]
+fn what_a_transaction_begins_with_is_not_given_up_alone() {
+    let mut machine = Fixture::new();
+    machine.begin(vec![part(20, &[0])], &[]);
+    let give_up = TransactionCommand::GiveUp {
+        id: ID,
+        first: 0,
+        count: 1,
+    };
+    assert_eq!(machine.transact(give_up), TransactionReply::NotPrepared);
+    assert_eq!(machine.state(), TransactionState::Preparing);
 }
 
 #[test]

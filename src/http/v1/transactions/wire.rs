@@ -361,7 +361,7 @@ impl From<&Transaction> for TransactionBody {
                 .decision
                 .is_none()
                 .then_some(transaction.next_check_ms),
-            messages: transaction.messages,
+            messages: transaction.messages(),
             ended_ms: transaction.done_ms,
             results: (state == TransactionState::Committed).then(results),
         }
