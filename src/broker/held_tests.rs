@@ -137,3 +137,24 @@ async fn parts_of_a_transaction_are_shown_together_in_their_order() {
     let late = store(&[2]).await.unwrap();
     assert_eq!(late, [BatchOutcome::TransactionEnded]);
 }
+
+/// A node with another clock must not move the time of a queue that it doesn't lead.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queues_time_is_its_leaders_whoever_asks() {
+    let mut cluster = TestCluster::new(1);
+    let node = cluster.start_all().await.remove(0);
+    let broker = &node.broker;
+    broker.create_topic("t", topic(1, 1)).await.unwrap();
+    let group = broker.catalog().topic("t").unwrap().queues[0].group;
+    let hour_ms = 3_600_000;
+    for body in [
+        entry::settle(now_ms() + hour_ms, &[7; 16], false, &[]),
+        entry::fence(now_ms() + hour_ms, 1, 1),
+        entry::fence(0, 1, 1),
+    ] {
+        broker.propose(group, body).await.unwrap();
+        let stamp_ms = broker.local.queue(group).unwrap().shared.last_stamp_ms();
+        let now_ms = now_ms();
+        assert!(stamp_ms <= now_ms && stamp_ms + hour_ms > now_ms);
+    }
+}

@@ -12,7 +12,6 @@ use futures_util::future::join_all;
 use parking_lot::Mutex;
 use quorate_storage::batch::ProducerStamp;
 
-use super::batcher::now_ms;
 use super::queue::entry;
 use super::{Broker, BrokerError, BrokerResult, ProducerIdentity};
 use crate::coordinator::{
@@ -97,8 +96,8 @@ impl Broker {
         let catalog = self.catalog();
         let alive = |group: &u64| catalog.owner(RaftGroupId(*group)).is_some();
         let fences = queues.into_iter().filter(alive).map(|group| async move {
-            // The queue's own last stamp counts if this clock is behind it.
-            let fenced = self.propose(group, entry::fence(now_ms(), id, epoch)).await;
+            // Its leader stamps it.
+            let fenced = self.propose(group, entry::fence(0, id, epoch)).await;
             match fenced {
                 // A topic deleted meanwhile needs no fence.
                 Err(_) if self.catalog().owner(RaftGroupId(group)).is_none() => Ok(()),

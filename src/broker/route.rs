@@ -336,6 +336,7 @@ impl Broker {
         }
         let body = match self.catalog().owner(RaftGroupId(group)) {
             Some(GroupOwner::Coordinator(_)) => stamp(now_ms(), &body),
+            Some(GroupOwner::Queue { .. }) => entry::stamped(&body, now_ms()),
             _ => body,
         };
         match tokio::time::timeout(timeout, replica.propose(body)).await {

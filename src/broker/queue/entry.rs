@@ -42,6 +42,8 @@ const KIND_SETTLE: u8 = 4;
 const KIND_CANCEL: u8 = 5;
 const KIND_TRIM: u8 = 7;
 const HEADER_BYTES: usize = 10;
+/// Where the stamp is.
+const STAMP: std::ops::Range<usize> = 2..10;
 /// Of a batch without mark and hold.
 const MIN_PREFIX_BYTES: usize = 1 + 1 + 4;
 /// Of a batch with the longest mark and hold.
@@ -246,6 +248,15 @@ pub fn trim(stamp_ms: u64, earliest_offset: u64) -> Bytes {
     put_header(&mut buffer, KIND_TRIM, stamp_ms);
     buffer.put_u64(earliest_offset);
     buffer.freeze()
+}
+
+/// The same entry as its queue's leader stamps it: a queue's time is never another node's.
+pub fn stamped(body: &Bytes, stamp_ms: u64) -> Bytes {
+    let mut body = BytesMut::from(&body[..]);
+    if let Some(stamp) = body.get_mut(STAMP) {
+        stamp.copy_from_slice(&stamp_ms.to_be_bytes());
+    }
+    body.freeze()
 }
 
 /// Whether a body is one that [`trim`] made. It frees space, so a full disk is no reason against it.
@@ -495,6 +506,16 @@ mod tests {
             panic!("an append");
         };
         assert_eq!(batches.len(), 1);
+    }
+
+    #[test]
+    fn a_new_stamp_changes_nothing_else() {
+        for body in [fence(5, 1, 1), settle(5, &[7; 16], true, &[3]), trim(5, 9)] {
+            let before = decode(&body).unwrap();
+            let after = decode(&stamped(&body, 77)).unwrap();
+            assert_eq!((after.stamp_ms, after.body), (77, before.body));
+        }
+        assert_eq!(stamped(&Bytes::from_static(b"short"), 77), "short");
     }
 
     #[test]

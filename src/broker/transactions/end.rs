@@ -7,7 +7,6 @@ use futures_util::stream;
 use tokio::time::Instant;
 
 use super::{ended, not_found, transaction_text, unexpected};
-use crate::broker::batcher::now_ms;
 use crate::broker::queue::entry::{self, TransactionId};
 use crate::broker::queue::{Place, decode_settled};
 use crate::broker::route::{Backoff, UNKNOWN};
@@ -111,10 +110,9 @@ impl Broker {
         if self.is_deleted(group).await {
             return Ok(Vec::new());
         }
-        // The queue's own last stamp counts if this clock is behind it.
-        let proposed = self
-            .propose(group, entry::settle(now_ms(), id, commit, given_up))
-            .await;
+        // Its leader stamps it.
+        let body = entry::settle(0, id, commit, given_up);
+        let proposed = self.propose(group, body).await;
         let reply = match proposed {
             Err(_) if self.is_deleted(group).await => return Ok(Vec::new()),
             other => other?,
