@@ -6,7 +6,7 @@ use quorate_raft::StateMachine;
 use quorate_storage::{LogId, StorageError};
 
 use super::entry::{self, AppendBuilder, Hold, Mark};
-use super::held::REMEMBER_MS;
+use super::held::{END_KEPT_MS, REMEMBER_MS};
 use super::state::tests::{Replica, batch};
 use super::{BatchOutcome, CancelVerdict, HeldSize, Place, QueueReply, Settled};
 
@@ -188,11 +188,11 @@ fn an_end_is_remembered_for_its_time_and_a_new_one_counts_after_it() {
     let mut replica = Replica::new();
     replica.apply(&append(1, &[part(7, 0)]));
     settle(&mut replica, 10, 7, true);
-    let ended = replica.apply(&append(10 + REMEMBER_MS, &[part(7, 0)]));
+    let ended = replica.apply(&append(10 + END_KEPT_MS, &[part(7, 0)]));
     assert_eq!(ended, [BatchOutcome::TransactionEnded]);
-    let anew = replica.apply(&append(11 + REMEMBER_MS, &[part(7, 0)]));
-    assert!(matches!(anew[..], [BatchOutcome::Held(_)]), "{anew:?}");
-    let settled = settle(&mut replica, 12 + REMEMBER_MS, 7, true);
+    let anew = replica.apply(&append(11 + END_KEPT_MS, &[part(7, 0)]));
+    assert!(matches!(anew[..], [BatchOutcome::Held { .. }]), "{anew:?}");
+    let settled = settle(&mut replica, 12 + END_KEPT_MS, 7, true);
     assert_eq!(settled.parts.len(), 1);
     assert_eq!(visible(&replica), [(1, 0), (4, 0)]);
 }
@@ -203,7 +203,7 @@ fn what_was_held_before_a_forgotten_end_is_there_when_the_end_is_applied_again()
     replica.apply(&append(1, &[part(7, 0)]));
     let (last, state) = replica.take_checkpoint();
     let settled = settle(&mut replica, 10, 7, true);
-    replica.apply(&append(11 + REMEMBER_MS, &[part(7, 0)]));
+    replica.apply(&append(11 + END_KEPT_MS, &[part(7, 0)]));
     replica.reopen();
     replica.machine.restore(Some(last), Some(&state)).unwrap();
     replica.applied = last.index;
@@ -425,6 +425,59 @@ fn what_was_cancelled_counts_as_a_record_for_as_long_as_it_is_one() {
 }
 
 #[test]
+fn what_is_over_leaves_no_records_where_nothing_more_is_held() {
+    let mut replica = Replica::new();
+    // Batches, their times, parts and ends.
+    let stored = |replica: &Replica| {
+        let group = replica.store.group(quorate_storage::RaftGroupId(1));
+        [b"b", b"d", b"p", b"s"].map(|kind| group.scan(kind).unwrap().len())
+    };
+    let times = [200, 201];
+    replica.apply(&append(1, &[until(100); 4]));
+    replica.apply(&append(2, &[part(7, 0), part(8, 0), until(1 << 40)]));
+    assert_eq!(stored(&replica), [7, 5, 2, 0]);
+    replica.reply(&entry::deliver(100, 10));
+    settle(&mut replica, 101, 7, true);
+    settle(&mut replica, 102, 8, false);
+    for time in times {
+        replica.apply(&append(time, &[None]));
+        replica.take_checkpoint();
+    }
+    // From here on there are messages alone.
+    replica.apply(&append(300, &[None]));
+    assert_eq!(stored(&replica), [1, 1, 0, 2]);
+    for time in times {
+        replica.apply(&append(time + END_KEPT_MS, &[None]));
+        replica.take_checkpoint();
+    }
+    assert_eq!(replica.machine.held.records(), 3);
+    replica.apply(&append(300 + END_KEPT_MS, &[None]));
+    assert_eq!(replica.machine.held.records(), 1);
+    assert_eq!(stored(&replica), [1, 1, 0, 0]);
+}
+
+#[test]
+fn the_oldest_that_is_pending_is_found_whatever_happens_before_it() {
+    let mut replica = Replica::new();
+    let oldest = |replica: &mut Replica| replica.machine.held.oldest_index().unwrap();
+    assert_eq!(oldest(&mut replica), None);
+    for time in 1..=4 {
+        replica.apply(&append(time, &[until(100 * time)]));
+    }
+    assert_eq!(oldest(&mut replica), Some(1));
+    let (last, state) = replica.take_checkpoint();
+    replica.reply(&entry::deliver(200, 10));
+    assert_eq!(oldest(&mut replica), Some(3));
+    replica.reply(&entry::deliver(400, 10));
+    assert_eq!(oldest(&mut replica), None);
+    replica.apply(&append(401, &[until(500)]));
+    assert_eq!(oldest(&mut replica), Some(7));
+    replica.reopen();
+    replica.machine.restore(Some(last), Some(&state)).unwrap();
+    assert_eq!(oldest(&mut replica), Some(1));
+}
+
+#[test]
 fn after_a_restart_nothing_is_due_that_was_cancelled() {
     let mut replica = Replica::new();
     replica.apply(&append(1, &[until(20_000)]));
@@ -463,7 +516,8 @@ fn any_hold() -> impl Strategy<Value = Option<Hold>> {
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
-    let passes = prop_oneof![9 => 0..2_000u64, 1 => Just(REMEMBER_MS + 1)];
+    let passes =
+        prop_oneof![9 => 0..2_000u64, 1 => Just(END_KEPT_MS + 1), 1 => Just(REMEMBER_MS + 1)];
     prop_oneof![
         6 => (passes, proptest::collection::vec((1..4usize, any_hold()), 1..4))
             .prop_map(|(ms, batches)| Step::Append(ms, batches)),

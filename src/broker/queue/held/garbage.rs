@@ -10,7 +10,7 @@ use quorate_storage::StorageError;
 use serde::{Deserialize, Serialize};
 
 use super::records::{DueKey, SettledRecord, keys};
-use super::{Held, HeldBatch, REMEMBER_MS};
+use super::{END_KEPT_MS, Held, HeldBatch, REMEMBER_MS};
 
 /// Removals that ride on an entry, beside as many as it makes or takes out itself.
 const PER_CHANGE: usize = 64;
@@ -144,7 +144,7 @@ impl Held {
             let settled = keys::settled(&id, at);
             let record: Option<SettledRecord> = self.read(&settled)?;
             let stamp_ms = record.map_or(0, |record| record.stamp_ms);
-            if at > kept.index || stamp_ms.saturating_add(REMEMBER_MS) >= kept.stamp_ms {
+            if at > kept.index || stamp_ms.saturating_add(END_KEPT_MS) >= kept.stamp_ms {
                 break;
             }
             self.remove(settled);

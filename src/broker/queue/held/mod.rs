@@ -35,9 +35,11 @@ use records::{Cancelled, SettledRecord, Until, keys};
 pub(super) use records::{DueKey, HeldBatch, PartSpot};
 pub(super) use restore::Content;
 
-/// How long a settled transaction and a cancelled batch are remembered, in log time: a coordinator
-/// keeps its record for a day after the last acknowledgement.
+/// How long a cancelled batch is remembered, in log time.
 pub(super) const REMEMBER_MS: u64 = 25 * 3_600_000;
+/// How long a settled transaction is. Its prepares take seconds, and the coordinator tells its end
+/// again seconds after the last time; clocks may differ by minutes.
+pub(super) const END_KEPT_MS: u64 = 3_600_000;
 
 /// What a checkpoint says of the held batches.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +77,9 @@ pub(super) struct Held {
     remembered: u64,
     /// Cancelled batches that are still remembered, on this replica.
     cancelled: u64,
+    /// No entry before this one has a pending batch: what is delivered long before it is collected
+    /// must not be looked at again and again.
+    oldest: u64,
     /// Whether something was written since the last flush.
     dirty: bool,
     garbage: Garbage,
@@ -91,6 +96,7 @@ impl Held {
             next_due_ms: None,
             remembered: 0,
             cancelled: 0,
+            oldest: 0,
             dirty: false,
             garbage: Garbage::default(),
         }
@@ -120,7 +126,7 @@ impl Held {
         now_ms: u64,
     ) -> Result<Option<Settled>, StorageError> {
         let last = self.last_settled(id)?;
-        let remembered = last.filter(|s| s.stamp_ms.saturating_add(REMEMBER_MS) >= now_ms);
+        let remembered = last.filter(|s| s.stamp_ms.saturating_add(END_KEPT_MS) >= now_ms);
         Ok(remembered.map(|record| record.settled))
     }
 
@@ -347,12 +353,12 @@ impl Held {
     }
 
     /// Stores what the entry of `log_id` changed, after it took `taken` batches out. To be called at
-    /// the end of each that may have done something here.
+    /// the end of each that may have done something here, and of appends whatever they did: where
+    /// nothing is held any more, they are what removes the traces.
     pub(super) fn commit(&mut self, log_id: LogId, taken: usize) -> Result<(), StorageError> {
-        if self.changes.is_empty() && taken == 0 {
-            return Ok(());
+        if !self.summary.is_untouched() {
+            self.collect_garbage(taken)?;
         }
-        self.collect_garbage(taken)?;
         if self.changes.is_empty() {
             return Ok(());
         }

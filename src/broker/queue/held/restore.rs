@@ -54,6 +54,7 @@ impl Held {
         self.next_due_ms = None;
         self.remembered = 0;
         self.cancelled = 0;
+        self.oldest = 0;
     }
 
     /// Back to a checkpoint at `last`, when the log's time was `stamp_ms`.
@@ -176,7 +177,7 @@ impl Held {
     /// are cancelled.
     fn compare(&self) -> Result<(HeldSize, u64), StorageError> {
         let (mut pending, mut sum, mut cancelled) = (HeldSize::default(), 0u64, 0);
-        self.visit(|index, ordinal, batch| {
+        self.visit(0, |index, ordinal, batch| {
             cancelled += u64::from(batch.cancelled().is_some());
             if self.is_pending(index, ordinal, batch)? {
                 pending.batches += 1;
@@ -194,12 +195,14 @@ impl Held {
         Ok((pending, cancelled))
     }
 
-    /// Shows every batch in the order of the log, until `visit` has enough.
+    /// Shows every batch of the entries after `after` in the order of the log, until `visit` has
+    /// enough.
     fn visit(
         &self,
+        after: u64,
         mut visit: impl FnMut(u64, u16, &HeldBatch) -> Result<bool, StorageError>,
     ) -> Result<(), StorageError> {
-        let mut after: Option<Vec<u8>> = None;
+        let mut after = Some(keys::up_to(keys::BATCH, after));
         loop {
             let page = self
                 .stored
@@ -240,15 +243,17 @@ impl Held {
     }
 
     /// The smallest index of an entry with a pending batch.
-    pub(in crate::broker::queue) fn oldest_index(&self) -> Result<Option<u64>, StorageError> {
+    pub(in crate::broker::queue) fn oldest_index(&mut self) -> Result<Option<u64>, StorageError> {
         let mut oldest = None;
         if self.summary.count > 0 {
-            self.visit(|index, ordinal, batch| {
+            self.visit(self.oldest.saturating_sub(1), |index, ordinal, batch| {
                 let pending = self.is_pending(index, ordinal, batch)?;
                 oldest = pending.then_some(index);
                 Ok(!pending)
             })?;
         }
+        // What is no longer pending never is again, and what is stored later comes behind.
+        self.oldest = oldest.unwrap_or(self.oldest);
         Ok(oldest)
     }
 
@@ -256,7 +261,7 @@ impl Held {
     /// record.
     pub(in crate::broker::queue) fn content(&self) -> Result<Content, StorageError> {
         let mut content = Content::default();
-        self.visit(|index, ordinal, batch| {
+        self.visit(0, |index, ordinal, batch| {
             if batch.cancelled().is_some() || self.is_pending(index, ordinal, batch)? {
                 content.batches.push((index, ordinal, batch.clone()));
             }
@@ -297,6 +302,7 @@ impl Held {
         let (pending, cancelled) = self.compare()?;
         (self.messages, self.bytes) = (pending.messages, pending.bytes);
         self.cancelled = cancelled;
+        self.oldest = 0;
         let mut remembered = 0;
         self.visit_settled(|_, _| {
             remembered += 1;
