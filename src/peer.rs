@@ -14,8 +14,10 @@ use serde::{Deserialize, Serialize};
 use crate::broker::groups::GroupQuestion;
 use crate::broker::leases::ReceiveRequest;
 use crate::broker::queue::BatchOutcome;
-use crate::broker::queue::entry::{Hold, Mark};
-use crate::broker::{Broker, BrokerError, MessagePlace, SearchRequest, StartAt, TransactionQuery};
+use crate::broker::queue::entry::{Hold, Mark, TransactionId};
+use crate::broker::{
+    Broker, BrokerError, Delay, MessagePlace, SearchRequest, StartAt, TransactionQuery,
+};
 use crate::coordinator::QueueOffset;
 
 const VERSION: u8 = 3;
@@ -25,8 +27,32 @@ const VERSION: u8 = 3;
 pub struct NewBatch {
     pub mark: Mark,
     /// None: visible at once.
-    pub hold: Option<Hold>,
+    pub hold: Option<NewHold>,
     pub batch: Bytes,
+}
+
+/// Why a batch is not to be visible at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NewHold {
+    /// Counted from when the queue's leader takes it, by its clock: that one delivers it too.
+    Delay(Delay),
+    Transaction {
+        id: TransactionId,
+        part: u32,
+    },
+}
+
+impl NewHold {
+    /// The same for whoever takes it at `now_ms`. None: visible at once.
+    pub fn taken(self, now_ms: u64) -> Option<Hold> {
+        match self {
+            Self::Delay(delay) => {
+                let deliver_at_ms = delay.due_ms(now_ms)?;
+                Some(Hold::Until { deliver_at_ms })
+            }
+            Self::Transaction { id, part } => Some(Hold::Transaction { id, part }),
+        }
+    }
 }
 
 /// What a replica has to prove before it answers a read.
@@ -322,5 +348,24 @@ async fn serve(broker: &Broker, request: PeerRequest) -> Bytes {
             let answer = broker.group_here(coordinator, question, timeout).await;
             encode(&answer)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_delay_counts_by_the_clock_of_whoever_takes_it() {
+        let until = |deliver_at_ms| Some(Hold::Until { deliver_at_ms });
+        let hold = |delay| NewHold::Delay(delay);
+        for now_ms in [1_000, 2_000] {
+            assert_eq!(hold(Delay::For(500)).taken(now_ms), until(now_ms + 500));
+        }
+        let at = hold(Delay::Until(1_500));
+        assert_eq!((at.taken(1_000), at.taken(2_000)), (until(1_500), None));
+        let (id, part) = ([7; 16], 3);
+        let half = NewHold::Transaction { id, part };
+        assert_eq!(half.taken(5), Some(Hold::Transaction { id, part }));
     }
 }

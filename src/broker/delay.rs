@@ -1,14 +1,16 @@
 //! When a delayed message is to become visible.
 
+use serde::{Deserialize, Serialize};
+
 use super::{BrokerError, BrokerResult};
 
 /// No message is delayed for longer: a year.
 pub const MAX_DELAY_MS: u64 = 365 * 24 * 3_600_000;
 
 /// As a client gives it. A retry gives the same one again, whatever the time is then.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Delay {
-    /// So many ms after the request came in.
+    /// So many ms after the queue's leader took it.
     For(u64),
     /// At a time, in ms since 1970.
     Until(u64),
@@ -28,17 +30,25 @@ impl Delay {
         }
     }
 
-    /// When that is, asked at `now_ms`. None: at once.
-    pub(super) fn due_ms(self, now_ms: u64) -> BrokerResult<Option<u64>> {
+    /// Refuses what is too far ahead at `now_ms`.
+    pub(super) fn check(self, now_ms: u64) -> BrokerResult<()> {
+        match self {
+            Self::Until(ms) if ms > now_ms.saturating_add(MAX_DELAY_MS) => {
+                let text =
+                    "deliver_at_ms is more than a year ahead; it is in milliseconds since 1970";
+                Err(BrokerError::InvalidRequest(text.to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// When that is, taken at `now_ms`. None: at once.
+    pub(crate) fn due_ms(self, now_ms: u64) -> Option<u64> {
         let due_ms = match self {
             Self::For(ms) => now_ms.saturating_add(ms),
             Self::Until(ms) => ms,
         };
-        if due_ms > now_ms.saturating_add(MAX_DELAY_MS) {
-            let text = "deliver_at_ms is more than a year ahead; it is in milliseconds since 1970";
-            return Err(BrokerError::InvalidRequest(text.to_owned()));
-        }
-        Ok((due_ms > now_ms).then_some(due_ms))
+        (due_ms > now_ms).then_some(due_ms)
     }
 
     /// Whether the message is a batch of its own. Whatever the time is, so that a retry makes the same
@@ -76,12 +86,12 @@ mod tests {
     #[test]
     fn what_is_past_is_at_once_and_what_is_too_far_is_refused() {
         let now = 1 << 40;
-        assert_eq!(Delay::For(0).due_ms(now), Ok(None));
-        assert_eq!(Delay::For(7).due_ms(now), Ok(Some(now + 7)));
-        assert_eq!(Delay::Until(now - 1).due_ms(now), Ok(None));
-        assert_eq!(Delay::Until(now + 1).due_ms(now), Ok(Some(now + 1)));
+        assert_eq!(Delay::For(0).due_ms(now), None);
+        assert_eq!(Delay::For(7).due_ms(now), Some(now + 7));
+        assert_eq!(Delay::Until(now - 1).due_ms(now), None);
+        assert_eq!(Delay::Until(now + 1).due_ms(now), Some(now + 1));
         let year = now + MAX_DELAY_MS;
-        assert_eq!(Delay::Until(year).due_ms(now), Ok(Some(year)));
-        assert!(Delay::Until(year + 1).due_ms(now).is_err());
+        assert!(Delay::Until(year).check(now).is_ok());
+        assert!(Delay::Until(year + 1).check(now).is_err());
     }
 }

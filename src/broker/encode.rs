@@ -8,12 +8,12 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_128};
 
 use super::batcher::now_ms;
 use super::partition::queue_of_key;
-use super::queue::entry::{Hold, KeyHash, Mark};
+use super::queue::entry::{KeyHash, Mark};
 use super::queue::{REMEMBERED_BATCHES, advance};
 use super::{BrokerError, BrokerResult, Delay, NewMessage, ProduceRequest, ProducerMark};
 use crate::catalog::Topic;
 use crate::coordinator::{is_named, owner_of_producer};
-use crate::peer::NewBatch;
+use crate::peer::{NewBatch, NewHold};
 
 const NO_PRODUCER: &str = "producer.id is not one that POST /v1/producers gave";
 
@@ -89,9 +89,10 @@ pub(super) fn encode(
         let text = "messages must have at least one message".to_owned();
         return Err(BrokerError::InvalidRequest(text));
     }
-    let (each, now_ms) = (request.messages.iter(), now_ms());
-    let due = each.map(|m| m.delay.map_or(Ok(None), |delay| delay.due_ms(now_ms)));
-    let due: Vec<Option<u64>> = due.collect::<BrokerResult<_>>()?;
+    let now_ms = now_ms();
+    for delay in request.messages.iter().filter_map(|m| m.delay) {
+        delay.check(now_ms)?;
+    }
     let queues = choose(topic, request, producer.is_some(), turn)?;
     let mut by_queue: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
     for (place, queue) in queues.into_iter().enumerate() {
@@ -103,13 +104,14 @@ pub(super) fn encode(
             let first = places.first().copied().unwrap_or(0);
             let producer = producer.map(|stamp| stamp_at(stamp, first));
             let batch = encode_batch(topic, queue, request, &places, producer, max_batch_bytes);
-            let deliver_at_ms = due.get(first).copied().flatten();
+            let delay = request.messages.get(first).and_then(|m| m.delay);
+            let delay = delay.filter(|delay| delay.stands_alone());
             parts.push(Part {
                 queue,
                 places,
                 batch: batch.map(|batch| NewBatch {
                     mark: Mark::None,
-                    hold: deliver_at_ms.map(|deliver_at_ms| Hold::Until { deliver_at_ms }),
+                    hold: delay.map(NewHold::Delay),
                     batch,
                 }),
             });

@@ -213,8 +213,8 @@ fn each_delayed_message_is_a_batch_of_its_own() {
         (vec![0, 2], false),
         (vec![1], true),
         (vec![3], true),
-        // Past: visible at once, and by itself all the same, as it was before that time.
-        (vec![4], false),
+        // Past by this clock: its queue's leader decides, and retries make the same batches.
+        (vec![4], true),
     ];
     assert_eq!(holds(&parts), expected);
 }

@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use super::batcher::now_ms;
 use super::path_tests::{fetch, message, request, texts};
-use super::queue::entry::{self, Hold};
+use super::queue::entry;
 use super::queue::{BatchOutcome, decode_settled};
 use super::testing::{TestCluster, eventually, topic};
 use super::*;
-use crate::peer::NewBatch;
+use crate::peer::{NewBatch, NewHold};
 
 fn delayed(text: &str, ms: u64) -> NewMessage {
     NewMessage {
@@ -96,7 +96,7 @@ async fn parts_of_a_transaction_are_shown_together_in_their_order() {
         let topic = broker.catalog().topic("t").unwrap().clone();
         let parts = encode::encode(&topic, &messages, None, 0, 1 << 20).unwrap();
         NewBatch {
-            hold: Some(Hold::Transaction { id, part }),
+            hold: Some(NewHold::Transaction { id, part }),
             ..parts.into_iter().next().unwrap().batch.unwrap()
         }
     };
@@ -106,7 +106,7 @@ async fn parts_of_a_transaction_are_shown_together_in_their_order() {
         broker.produce_here(group, batches, patience)
     };
     let held = store(&[1, 0]).await.unwrap();
-    assert!(held.iter().all(|o| matches!(o, BatchOutcome::Held(_))));
+    assert!(held.iter().all(|o| matches!(o, BatchOutcome::Held { .. })));
     let again = store(&[0]).await.unwrap();
     assert!(matches!(again[..], [BatchOutcome::Duplicate(_)]));
     let found = broker

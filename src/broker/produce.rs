@@ -16,7 +16,7 @@ use super::encode::{
     Part, check_producer, encode, fingerprint_of_batches, key_hash, producer_stamp, records_in,
     stamp_at,
 };
-use super::queue::entry::{Hold, MAX_BATCHES, Mark};
+use super::queue::entry::{MAX_BATCHES, Mark};
 use super::queue::{BatchOutcome, REMEMBERED_BATCHES};
 use super::route::{NO_LEADER, UNKNOWN};
 use super::topics::check_own_name;
@@ -162,11 +162,10 @@ impl Broker {
                 Ok(outcomes) => {
                     for (n, places) in range.zip(places) {
                         let outcome = outcomes.get(n - at).copied();
-                        let due_ms = batches.get(n).and_then(due_of);
                         let each = match outcome {
                             Some(outcome) => {
                                 let producer = stamps.get(n).copied().flatten();
-                                explain(group, queue, outcome, places.len(), producer, due_ms)
+                                explain(group, queue, outcome, places.len(), producer)
                             }
                             None => vec![Err(UNKNOWN); places.len()],
                         };
@@ -221,7 +220,7 @@ impl Broker {
         let results = each
             .flat_map(|(outcome, view)| {
                 let count = view.record_count() as usize;
-                explain(group, queue, outcome, count, view.producer(), None)
+                explain(group, queue, outcome, count, view.producer())
             })
             .collect();
         Ok(answer(&topic, results))
@@ -413,13 +412,6 @@ fn answer(topic: &Topic, results: Results) -> ProduceAnswer {
     }
 }
 
-fn due_of(batch: &NewBatch) -> Option<u64> {
-    match batch.hold {
-        Some(Hold::Until { deliver_at_ms }) => Some(deliver_at_ms),
-        _ => None,
-    }
-}
-
 /// What apply's verdict on a batch means for each of its messages.
 pub(super) fn explain(
     group: u64,
@@ -427,20 +419,19 @@ pub(super) fn explain(
     outcome: BatchOutcome,
     count: usize,
     producer: Option<ProducerStamp>,
-    due_ms: Option<u64>,
 ) -> Results {
     let (id, epoch, sequence) = producer.map_or((0, 0, 0), |p| (p.id, p.epoch, p.base_sequence));
     // Numbers that apply accepted into its tables are never negative.
     let unsigned = |n: i64| u64::try_from(n).unwrap_or(0);
     let error = match outcome {
         BatchOutcome::Stored(place)
-        | BatchOutcome::Held(place)
+        | BatchOutcome::Held { place, .. }
         | BatchOutcome::Duplicate(place) => {
             let stored = |record: u32| Stored {
                 queue,
                 offset: place.offset().map(|base| base + u64::from(record)),
                 deliver_at_ms: match outcome {
-                    BatchOutcome::Held(_) => due_ms,
+                    BatchOutcome::Held { due_ms, .. } => due_ms,
                     _ => None,
                 },
                 message_id: message_id(group, &place, record),

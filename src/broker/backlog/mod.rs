@@ -27,11 +27,11 @@ use tokio::time::{Instant, timeout_at};
 use super::batcher::{now_ms, producer_of};
 use super::encode::records_in;
 use super::local::LocalQueue;
-use super::queue::entry::{Hold, Mark};
+use super::queue::entry::Mark;
 use super::read::unreadable;
 use super::{Backlog, Broker, BrokerError, BrokerResult, OnFull};
 use crate::catalog::{GroupOwner, Topic, TopicId};
-use crate::peer::NewBatch;
+use crate::peer::{NewBatch, NewHold};
 use sizes::Sizes;
 
 /// How long a message waits for what others have in flight before it is turned away.
@@ -173,7 +173,7 @@ impl Broker {
         // A message left out would be a gap in its producer's sequence, or be missing in its
         // transaction. One that is known by its key may be stored already.
         let may_drop = |b: &NewBatch| {
-            let is_half = matches!(b.hold, Some(Hold::Transaction { .. }));
+            let is_half = matches!(b.hold, Some(NewHold::Transaction { .. }));
             let is_keyed = matches!(b.mark, Mark::Key { .. });
             producer_of(&b.batch).is_none() && !is_half && !is_keyed
         };

@@ -59,7 +59,8 @@ enum Verdict {
 }
 
 fn verdict_on(outcomes: &[BatchOutcome]) -> Verdict {
-    let is_stored = |o: &BatchOutcome| matches!(o, BatchOutcome::Stored(_) | BatchOutcome::Held(_));
+    let is_stored =
+        |o: &BatchOutcome| matches!(o, BatchOutcome::Stored(_) | BatchOutcome::Held { .. });
     let is_early = |o: &BatchOutcome| matches!(o, BatchOutcome::OutOfOrder { .. });
     match outcomes.first() {
         Some(_) if outcomes.iter().all(is_stored) => Verdict::Stored,
@@ -231,7 +232,8 @@ impl Batcher {
         if taken.is_empty() {
             return None;
         }
-        self.stamp_ms = now_ms()
+        let now_ms = now_ms();
+        self.stamp_ms = now_ms
             .max(self.stamp_ms)
             .max(self.queue.shared.last_stamp_ms());
         let mut entry = AppendBuilder::new(self.stamp_ms, batches, bytes);
@@ -242,7 +244,8 @@ impl Batcher {
             for new in &submission.batches {
                 // Batches were validated where they came in; what is none would be left out, and
                 // its waiter told so by the number of outcomes.
-                entry.push(&new.mark, new.hold.as_ref(), &new.batch);
+                let hold = new.hold.and_then(|hold| hold.taken(now_ms));
+                entry.push(&new.mark, hold.as_ref(), &new.batch);
                 messages += u64::from(records_in(&new.batch));
             }
             let places = from..usize::from(entry.count());

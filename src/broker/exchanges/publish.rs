@@ -188,7 +188,7 @@ impl Broker {
                 _ => None,
             };
             let results = match outcome {
-                Ok(outcome) => explain(group, queue, outcome, places.len(), producer, None),
+                Ok(outcome) => explain(group, queue, outcome, places.len(), producer),
                 Err(error) => vec![Err(error); places.len()],
             };
             (places, results, first)

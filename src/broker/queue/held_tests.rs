@@ -82,9 +82,10 @@ fn cancel(replica: &mut Replica, stamp_ms: u64, index: u64, batch: u16) -> Cance
 fn delayed_batches_come_in_the_order_of_their_times_and_never_early() {
     let mut replica = Replica::new();
     let outcomes = replica.apply(&append(10, &[until(300), None, until(200), until(200)]));
-    let BatchOutcome::Held(place) = outcomes[0] else {
+    let BatchOutcome::Held { place, due_ms } = outcomes[0] else {
         panic!("{outcomes:?}");
     };
+    assert_eq!(due_ms, Some(300));
     assert_eq!((place.offset(), place.index, place.batch), (None, 1, 0));
     assert_eq!(visible(&replica), [(1, 1)]);
     assert_eq!(held(&replica), 3);
@@ -122,7 +123,11 @@ fn a_transaction_becomes_visible_in_the_order_of_its_parts() {
     let mut replica = Replica::new();
     let held_twice = append(1, &[part(7, 1), part(7, 0), part(8, 0), part(7, 0)]);
     let outcomes = replica.apply(&held_twice);
-    let BatchOutcome::Held(first) = outcomes[1] else {
+    let BatchOutcome::Held {
+        place: first,
+        due_ms: None,
+    } = outcomes[1]
+    else {
         panic!("{outcomes:?}");
     };
     assert_eq!(outcomes[3], BatchOutcome::Duplicate(first));
@@ -240,7 +245,7 @@ fn too_much_that_is_held_is_refused_and_the_rest_goes_on() {
     assert_eq!(outcomes[2], BatchOutcome::HeldFull);
     replica.reply(&entry::deliver(100, 1));
     let room = replica.apply(&append(101, &[until(300)]));
-    assert!(matches!(room[..], [BatchOutcome::Held(_)]));
+    assert!(matches!(room[..], [BatchOutcome::Held { .. }]));
 }
 
 #[test]

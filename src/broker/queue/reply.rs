@@ -21,8 +21,12 @@ pub enum QueueReply {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum BatchOutcome {
     Stored(Place),
-    /// Stored without becoming visible; its place has no offset yet.
-    Held(Place),
+    /// Stored without becoming visible; its place has no offset yet. `due_ms` is when a delayed one
+    /// will.
+    Held {
+        place: Place,
+        due_ms: Option<u64>,
+    },
     /// A retry; the place is the first one's, without an offset if that was held.
     Duplicate(Place),
     OutOfOrder {

@@ -232,9 +232,9 @@ impl QueueMachine {
         let bytes = batch.batch.len() as u32;
         match &batch.hold {
             Some(hold) => {
-                self.held.hold(place, bytes, hold, stamp_ms);
+                let due_ms = self.held.hold(place, bytes, hold, stamp_ms);
                 self.held_since += 1;
-                BatchOutcome::Held(place)
+                BatchOutcome::Held { place, due_ms }
             }
             None => {
                 self.make_visible(place, bytes.into());

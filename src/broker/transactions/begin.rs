@@ -11,7 +11,7 @@ use super::{BeginTransaction, TransactionMessage, TransactionOffset, ended, unex
 use crate::broker::encode::encode;
 use crate::broker::offsets::check_group_name;
 use crate::broker::queue::BatchOutcome;
-use crate::broker::queue::entry::{Hold, TransactionId};
+use crate::broker::queue::entry::TransactionId;
 use crate::broker::route::{NO_LEADER, UNKNOWN};
 use crate::broker::{
     Broker, BrokerError, BrokerResult, MemberMark, OffsetCommit, Outcome, ProduceRequest,
@@ -22,7 +22,7 @@ use crate::coordinator::transactions::{
     TransactionCommand, TransactionReply, new_transaction_id,
 };
 use crate::coordinator::{CoordinatorCommand, CoordinatorReply, QueueOffset, owner_of_name};
-use crate::peer::NewBatch;
+use crate::peer::{NewBatch, NewHold};
 
 /// A hold of offsets is refused so much later than the time for preparing, by another
 /// coordinator's clock.
@@ -276,13 +276,13 @@ impl Broker {
             part,
             mut batch,
         } = prepare;
-        batch.hold = Some(Hold::Transaction {
+        batch.hold = Some(NewHold::Transaction {
             id: *id,
             part: number,
         });
         let outcomes = self.store(&topic, part.queue, vec![batch], &[None]).await?;
         match outcomes.into_iter().next() {
-            Some(BatchOutcome::Held(_) | BatchOutcome::Duplicate(_)) => Ok(()),
+            Some(BatchOutcome::Held { .. } | BatchOutcome::Duplicate(_)) => Ok(()),
             Some(BatchOutcome::TransactionEnded) => Err(BrokerError::TransactionEnded {
                 id: super::transaction_text(id),
                 state: "rolled_back".to_owned(),
@@ -417,7 +417,7 @@ fn certain(error: BrokerError) -> BrokerError {
 }
 
 fn refused(group: u64, queue: u32, outcome: BatchOutcome) -> BrokerError {
-    let explained = crate::broker::produce::explain(group, queue, outcome, 1, None, None);
+    let explained = crate::broker::produce::explain(group, queue, outcome, 1, None);
     let error = explained.into_iter().find_map(Result::err);
     error.unwrap_or_else(|| {
         BrokerError::Internal("a part of a transaction was stored without being held".to_owned())

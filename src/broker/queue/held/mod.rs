@@ -163,8 +163,15 @@ impl Held {
         Ok((!ended).then(|| spot.place(Place::UNSEEN)))
     }
 
-    /// Adds a batch. One that is to be delivered before the log's time is due at once.
-    pub(super) fn hold(&mut self, place: Place, bytes: u32, hold: &Hold, now_ms: u64) {
+    /// Adds a batch. One that is to be delivered before the log's time is due at once. Gives when a
+    /// delayed one is due.
+    pub(super) fn hold(
+        &mut self,
+        place: Place,
+        bytes: u32,
+        hold: &Hold,
+        now_ms: u64,
+    ) -> Option<u64> {
         let until = match *hold {
             Hold::Until { deliver_at_ms } => Until::Due {
                 due_ms: deliver_at_ms.max(now_ms),
@@ -181,6 +188,10 @@ impl Held {
         self.put(place.index, place.batch, &batch);
         self.count_in(place.index, place.batch, &batch);
         self.summary.changed_at = place.index;
+        match batch.until {
+            Until::Due { due_ms, .. } => Some(due_ms),
+            Until::End { .. } => None,
+        }
     }
 
     /// The record of a batch, and what it is found by when it becomes visible.
