@@ -1,7 +1,8 @@
 //! Offsets as participants of transactions, in the coordinator of their consumer group.
 //!
 //! A held offset was checked and nobody else moves the group there, so committing it cannot fail.
-//! After the end a mark stays until no late hold can come any more.
+//! After a rollback a mark stays until no late hold can come any more. After a commit none can come:
+//! it was decided when the hold was known to be applied, and what may be applied is never sent again.
 
 use quorate_storage::StorageError;
 use quorate_storage::mutation::{self, Mutation};
@@ -139,7 +140,10 @@ impl CoordinatorMachine {
             }
             self.records.remove(key);
         }
-        self.mark_over(id, group)?;
+        self.forget_marks()?;
+        if !commit {
+            self.mark_over(id, group)?;
+        }
         Ok(TransactionReply::OffsetsSettled)
     }
 
@@ -157,7 +161,7 @@ impl CoordinatorMachine {
         Ok(count)
     }
 
-    fn mark_over(&mut self, id: &TransactionId, group: &str) -> Result<(), StorageError> {
+    fn forget_marks(&mut self) -> Result<(), StorageError> {
         let now_ms = self.now_ms()?;
         for (key, _) in self.records.scan(MARK_TIME_PREFIX, None, MARKS_AT_ONCE)? {
             match read_mark_time(&key) {
@@ -167,10 +171,14 @@ impl CoordinatorMachine {
             }
             self.records.remove(key);
         }
+        Ok(())
+    }
+
+    fn mark_over(&mut self, id: &TransactionId, group: &str) -> Result<(), StorageError> {
         let mark = mark_key(group, id);
         if self.records.get(&mark)?.is_none() {
             self.records.put(mark, Vec::new());
-            let forget_ms = now_ms.saturating_add(MARK_KEPT_MS);
+            let forget_ms = self.now_ms()?.saturating_add(MARK_KEPT_MS);
             self.records
                 .put(mark_time_key(forget_ms, group, id), Vec::new());
         }

@@ -661,6 +661,26 @@ fn marks_go_when_no_late_hold_can_come() {
 }
 
 #[test]
+fn committed_offsets_leave_no_mark() {
+    let mut machine = Fixture::new();
+    let id = |n: u64| {
+        let mut id = [0; 16];
+        id[8..].copy_from_slice(&n.to_be_bytes());
+        id
+    };
+    for n in 1..=10_000 {
+        machine.hold(id(n), 0, n);
+        machine.settle_offsets(id(n), true);
+    }
+    assert_eq!(machine.committed(), [10_000]);
+    let checkpoint = machine.machine.checkpoint().unwrap();
+    assert!(checkpoint.len() < 4_096, "{} bytes", checkpoint.len());
+    // Told again when others have moved on, it changes nothing.
+    machine.settle_offsets(id(7), true);
+    assert_eq!(machine.committed(), [10_000]);
+}
+
+#[test]
 fn a_deleted_group_gets_no_offset_of_an_open_transaction() {
     let mut machine = Fixture::new();
     machine.commit(1, 1);
