@@ -131,6 +131,7 @@ pub struct Broker {
     /// One-way requests under way.
     one_way: Arc<Semaphore>,
     tracer: trace::Tracer,
+    unreachable: transactions::Unreachable,
 }
 
 impl fmt::Debug for Broker {
@@ -161,6 +162,7 @@ impl Broker {
             quotas: TopicQuotas::default(),
             one_way: Arc::new(Semaphore::new(one_way::AT_ONCE)),
             tracer: trace::Tracer::default(),
+            unreachable: transactions::Unreachable::default(),
         });
         events::start(&broker);
         groups::start(&broker);

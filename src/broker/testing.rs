@@ -43,6 +43,8 @@ pub(super) struct TestNode {
 pub(super) struct TestCluster {
     dirs: Vec<TempDir>,
     ports: Vec<ReservedPort>,
+    /// Of the nodes that are started from now on.
+    pub config: BrokerConfig,
 }
 
 impl TestCluster {
@@ -50,6 +52,7 @@ impl TestCluster {
         Self {
             dirs: (0..count).map(|_| tempfile::tempdir().unwrap()).collect(),
             ports: (0..count).map(|_| ReservedPort::new().unwrap()).collect(),
+            config: BrokerConfig::default(),
         }
     }
 
@@ -57,7 +60,8 @@ impl TestCluster {
     pub async fn start(&mut self, id: NodeId) -> TestNode {
         let place = id as usize - 1;
         let listener = self.ports[place].listen().await.unwrap();
-        start(id, self.dirs[place].path(), self.addresses(), listener).await
+        let dir = self.dirs[place].path();
+        start(id, dir, self.addresses(), listener, self.config.clone()).await
     }
 
     fn addresses(&self) -> Vec<(NodeId, String)> {
@@ -97,6 +101,7 @@ async fn start(
     dir: &Path,
     addresses: Vec<(NodeId, String)>,
     listener: TcpListener,
+    broker_config: BrokerConfig,
 ) -> TestNode {
     let vfs: Arc<dyn Vfs> = Arc::new(OsVfs);
     let log_config = CommitLogConfig {
@@ -138,7 +143,7 @@ async fn start(
         log: log.clone(),
         catalog: catalog.clone(),
         local: local.clone(),
-        config: BrokerConfig::default(),
+        config: broker_config,
         metrics: Arc::new(Metrics::new()),
     });
     service.connect(&broker);

@@ -23,6 +23,7 @@ fn samples(groups: &LocalGroups) -> Vec<NamedSample> {
         // A store that broke is told of elsewhere.
         let counts = coordinator.view.transaction_counts().unwrap_or_default();
         sum.open += counts.open;
+        sum.settling += counts.settling;
         sum.committed += counts.committed;
         sum.rolled_back += counts.rolled_back;
         sum.expired += counts.expired;
@@ -34,6 +35,11 @@ fn samples(groups: &LocalGroups) -> Vec<NamedSample> {
             "transactions_open",
             "Transactions neither committed nor rolled back, of the coordinators led here",
             gauge(sum.open),
+        ),
+        (
+            "transactions_settling",
+            "Transactions decided and not yet applied by all that take part, of the coordinators led here",
+            gauge(sum.settling),
         ),
         (
             "transactions_committed",

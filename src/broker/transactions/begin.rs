@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use futures_util::future::{join, join_all};
 
+use super::end::Telling;
 use super::{BeginTransaction, TransactionMessage, TransactionOffset, ended, unexpected};
 use crate::broker::encode::encode;
 use crate::broker::offsets::check_group_name;
@@ -394,7 +395,11 @@ impl Broker {
                 if transaction.decision.is_some_and(|d| !d.is_commit()) =>
             {
                 let broker = self.clone();
-                tokio::spawn(async move { broker.settle_transaction(&transaction).await });
+                tokio::spawn(async move {
+                    broker
+                        .settle_transaction(&transaction, Telling::Reachable)
+                        .await
+                });
                 certain(error)
             }
             // What was prepared in time could still be committed by someone else who has the id.

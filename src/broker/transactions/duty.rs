@@ -13,16 +13,17 @@ use std::time::Duration;
 use futures_util::future::select_all;
 use parking_lot::Mutex;
 use quorate_storage::StorageError;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::webhook;
+use super::asking::Asking;
+use super::end::Telling;
 use crate::broker::Broker;
 use crate::broker::batcher::now_ms;
 use crate::broker::local::LocalCoordinator;
 use crate::broker::queue::entry::TransactionId;
 use crate::coordinator::CoordinatorView;
-use crate::coordinator::transactions::{Transaction, TransactionCommand, TransactionReply};
+use crate::coordinator::transactions::{Duty, Transaction, TransactionCommand, TransactionReply};
 
 /// Leaderships are looked at again after this time.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -31,10 +32,8 @@ const RETRY_MIN: Duration = Duration::from_millis(500);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 /// Transactions read in one go.
 const PAGE: usize = 4_096;
-/// Transactions worked at at the same time.
+/// Transactions worked at at the same time, for each of the duties.
 const AT_ONCE: usize = 64;
-/// Producers asked at the same time: each may take seconds to answer.
-const ASKED_AT_ONCE: usize = 64;
 /// Changes come in bursts; one look is enough for those of this time.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -55,27 +54,45 @@ impl Attempt {
 
 type Attempts = Arc<Mutex<HashMap<TransactionId, Attempt>>>;
 
-/// What bounds the work under way.
+/// The work under way, and what bounds it.
 #[derive(Debug, Clone)]
-struct Turns {
-    work: Arc<Semaphore>,
-    /// Apart from the work: producers that don't answer must not keep anything from being settled.
-    asking: Arc<Semaphore>,
+struct Work {
+    attempts: Attempts,
+    looking: Arc<Semaphore>,
+    /// Apart from looking: a queue that can't be told must not keep any transaction from being
+    /// checked.
+    telling: Arc<Semaphore>,
+    asking: Arc<Asking>,
+}
+
+impl Work {
+    fn new() -> Self {
+        Self {
+            attempts: Arc::default(),
+            looking: Arc::new(Semaphore::new(AT_ONCE)),
+            telling: Arc::new(Semaphore::new(AT_ONCE)),
+            asking: Arc::default(),
+        }
+    }
+
+    fn turn(&self, duty: Duty) -> Option<OwnedSemaphorePermit> {
+        let turns = match duty {
+            Duty::Look => &self.looking,
+            Duty::Tell => &self.telling,
+        };
+        turns.clone().try_acquire_owned().ok()
+    }
 }
 
 /// Runs until the broker goes.
 pub(in crate::broker) async fn run(broker: Weak<Broker>) {
-    let attempts: Attempts = Arc::default();
-    let turns = Turns {
-        work: Arc::new(Semaphore::new(AT_ONCE)),
-        asking: Arc::new(Semaphore::new(ASKED_AT_ONCE)),
-    };
+    let work = Work::new();
     loop {
         let (wake, mut watched) = {
             let Some(broker) = broker.upgrade() else {
                 return;
             };
-            look(&broker, &attempts, &turns)
+            look(&broker, &work)
         };
         let changed = async {
             // A replica that went away never changes; it is left out at the next look.
@@ -101,16 +118,12 @@ pub(in crate::broker) async fn run(broker: Weak<Broker>) {
 }
 
 /// Starts what is due in the coordinators led here. Gives when to look again, and what to watch.
-fn look(
-    broker: &Arc<Broker>,
-    attempts: &Attempts,
-    turns: &Turns,
-) -> (Instant, Vec<tokio::sync::watch::Receiver<()>>) {
+fn look(broker: &Arc<Broker>, work: &Work) -> (Instant, Vec<tokio::sync::watch::Receiver<()>>) {
     let now = Instant::now();
     let now_ms = now_ms();
     let mut wake = now + LOOK_AGAIN;
     let mut watched = Vec::new();
-    attempts
+    work.attempts
         .lock()
         .retain(|_, attempt| attempt.running || attempt.not_before + RETRY_MAX > now);
     for (number, local) in broker.local.coordinators() {
@@ -120,19 +133,25 @@ fn look(
         let mut changes = local.view.watch_transactions();
         changes.mark_unchanged();
         watched.push(changes);
-        match due(&local.view, attempts, now_ms, PAGE) {
-            Ok(found) => {
-                for id in found.due {
-                    start(broker, number, &local, id, attempts, turns);
+        for duty in [Duty::Look, Duty::Tell] {
+            match due(&local.view, duty, &work.attempts, now_ms, PAGE) {
+                Ok(found) => {
+                    for id in found.due {
+                        if !start(broker, number, &local, duty, id, work) {
+                            break;
+                        }
+                    }
+                    if let Some(next_ms) = found.next_ms {
+                        let left = Duration::from_millis(next_ms.saturating_sub(now_ms));
+                        wake = wake.min(now + left.max(GATHER));
+                    }
                 }
-                if found.forget {
-                    forget(broker, number);
-                }
-                if let Some(next_ms) = found.next_ms {
-                    let left = Duration::from_millis(next_ms.saturating_sub(now_ms));
-                    wake = wake.min(now + left.max(GATHER));
-                }
+                Err(cause) => local.soundness.set_broken(cause),
             }
+        }
+        match local.view.forget_transactions_at() {
+            Ok(at) if at.is_some_and(|at| at <= now_ms) => forget(broker, number),
+            Ok(_) => {}
             Err(cause) => local.soundness.set_broken(cause),
         }
     }
@@ -143,13 +162,13 @@ fn look(
 struct Due {
     due: Vec<TransactionId>,
     next_ms: Option<u64>,
-    forget: bool,
 }
 
 /// What is due. However many there are that wait for their next attempt, something behind them is
 /// found.
 fn due(
     view: &CoordinatorView,
+    duty: Duty,
     attempts: &Attempts,
     now_ms: u64,
     page: usize,
@@ -158,7 +177,7 @@ fn due(
     let mut found = Due::default();
     let mut after = None;
     loop {
-        let read = view.due_transactions(after, page)?;
+        let read = view.due_transactions(duty, after, page)?;
         let known = attempts.lock();
         for (due_ms, id) in &read {
             if *due_ms > now_ms {
@@ -174,30 +193,38 @@ fn due(
             break;
         }
     }
-    let forget_at = view.forget_transactions_at()?;
-    found.forget = forget_at.is_some_and(|at| at <= now_ms);
     Ok(found)
 }
 
 /// Works at one transaction in the background, unless that is being done or was in vain lately.
+/// False: there is no turn for more; the next look finds it again.
 fn start(
     broker: &Arc<Broker>,
     number: u32,
     local: &Arc<LocalCoordinator>,
+    duty: Duty,
     id: TransactionId,
-    attempts: &Attempts,
-    turns: &Turns,
-) {
+    work: &Work,
+) -> bool {
     let now = Instant::now();
-    let mut known = attempts.lock();
+    let mut known = work.attempts.lock();
     let pause = match known.get(&id) {
-        Some(attempt) if attempt.waits(now) => return,
+        Some(attempt) if attempt.waits(now) => return true,
         Some(attempt) => (attempt.pause * 2).min(RETRY_MAX),
         None => RETRY_MIN,
     };
-    // All busy: the next look finds it again.
-    let Ok(turn) = turns.work.clone().try_acquire_owned() else {
-        return;
+    let in_vain = move |now| Attempt {
+        running: false,
+        not_before: now + pause,
+        pause,
+    };
+    // It takes no turn from those that can go on.
+    if duty == Duty::Tell && broker.can_tell_nobody(local, &id) {
+        known.insert(id, in_vain(now));
+        return true;
+    }
+    let Some(turn) = work.turn(duty) else {
+        return false;
     };
     let running = Attempt {
         running: true,
@@ -205,30 +232,21 @@ fn start(
         pause,
     };
     known.insert(id, running);
-    let (broker, local, attempts) = (broker.clone(), local.clone(), attempts.clone());
-    let asking = turns.asking.clone();
+    let (broker, local, work) = (broker.clone(), local.clone(), work.clone());
     tokio::spawn(async move {
         let worked = broker.work_at(number, &local, id).await;
         drop(turn);
-        if let Worked::Ask(checked) = &worked {
-            // It is never closed; without a turn nobody is asked, and the next check comes.
-            if let Ok(_turn) = asking.acquire().await {
-                broker.ask_producer(checked).await;
-            }
-        }
-        let mut known = attempts.lock();
-        match worked {
+        let mut known = work.attempts.lock();
+        match &worked {
             Worked::Done | Worked::Ask(_) => drop(known.remove(&id)),
-            Worked::InVain => {
-                let attempt = Attempt {
-                    running: false,
-                    not_before: Instant::now() + pause,
-                    pause,
-                };
-                known.insert(id, attempt);
-            }
+            Worked::InVain => drop(known.insert(id, in_vain(Instant::now()))),
+        }
+        drop(known);
+        if let Worked::Ask(checked) = worked {
+            work.asking.start(&broker, &local, &checked);
         }
     });
+    true
 }
 
 /// What came of an attempt.
@@ -277,13 +295,19 @@ impl Broker {
             }
         };
         if let Some(decided) = decided {
-            return self.settle_transaction(&decided).await.into();
+            return self
+                .settle_transaction(&decided, Telling::Reachable)
+                .await
+                .into();
         }
         let due = TransactionCommand::Due { id };
         match self.transact_at(coordinator, due).await {
             Ok(TransactionReply::Is(now)) if now.decision.is_some() => match now.done_ms {
                 Some(_) => Worked::Done,
-                None => self.settle_transaction(&now).await.into(),
+                None => self
+                    .settle_transaction(&now, Telling::Reachable)
+                    .await
+                    .into(),
             },
             Ok(TransactionReply::Is(now)) if now.checks > 0 && now.check_url.is_some() => {
                 Worked::Ask(now)
@@ -296,15 +320,17 @@ impl Broker {
         }
     }
 
-    /// Asks by webhook.
-    async fn ask_producer(self: &Arc<Self>, checked: &Transaction) {
-        let asked = webhook::ask(&self.config.webhooks, checked, now_ms());
-        let Some(decision) = asked.await else {
-            return;
+    /// All that would have to be told are out of reach.
+    fn can_tell_nobody(&self, local: &LocalCoordinator, id: &TransactionId) -> bool {
+        // What can't be read is looked at by who works at it.
+        let Ok(Some(decided)) = local.view.transaction(id) else {
+            return false;
         };
-        if let Err(error) = self.end_transaction(&checked.id, decision).await {
-            tracing::debug!(%error, "a producer's answer to a check came to nothing");
-        }
+        let groups = decided
+            .unsettled_offsets()
+            .filter_map(|g| self.group_of_offsets(g));
+        let mut all = decided.unsettled_queues().into_iter().chain(groups);
+        all.all(|group| self.unreachable.is_down(group))
     }
 }
 
@@ -348,7 +374,7 @@ mod tests {
             pause: RETRY_MIN,
         };
         let attempts: Attempts = Arc::default();
-        let found = |now_ms| due(&machine.view(), &attempts, now_ms, 2).unwrap();
+        let found = |now_ms| due(&machine.view(), Duty::Look, &attempts, now_ms, 2).unwrap();
         assert_eq!(found(100).due, [[1; 16], [2; 16]]);
         for n in 1..=4 {
             attempts.lock().insert([n; 16], running);

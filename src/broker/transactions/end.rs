@@ -19,6 +19,15 @@ use crate::coordinator::{CoordinatorCommand, CoordinatorReply, owner_of_name};
 /// Participants of one transaction that are told the decision at the same time.
 const TOLD_AT_ONCE: usize = 32;
 
+/// Which participants are told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Telling {
+    /// Everyone: somebody waits for it.
+    All,
+    /// Those that are not known to be out of reach.
+    Reachable,
+}
+
 impl Broker {
     /// Commits or rolls back. From the moment the decision is recorded it stands; the answer waits
     /// for the participants, and says by its state if some have not applied it in time.
@@ -33,7 +42,7 @@ impl Broker {
             match self.transact(id, command).await? {
                 TransactionReply::Is(decided) if decided.done_ms.is_some() => return Ok(*decided),
                 TransactionReply::Is(decided) => {
-                    return Ok(self.settle_transaction(&decided).await);
+                    return Ok(self.settle_transaction(&decided, Telling::All).await);
                 }
                 TransactionReply::Ended(transaction) => return Err(ended(&transaction)),
                 TransactionReply::NotFound => return Err(not_found(id)),
@@ -46,23 +55,34 @@ impl Broker {
 
     /// Has every participant apply the decision, once. Gives the transaction as it is then: done,
     /// or with participants that have to be told again.
-    pub(super) async fn settle_transaction(&self, decided: &Transaction) -> Transaction {
+    pub(super) async fn settle_transaction(
+        &self,
+        decided: &Transaction,
+        telling: Telling,
+    ) -> Transaction {
         let id = &decided.id;
         let commit = decided.decision.is_some_and(Decision::is_commit);
-        let queues = decided.unsettled_queues();
+        let may_try = |group| telling == Telling::All || self.unreachable.may_try(group);
+        let mut queues = decided.unsettled_queues();
+        queues.retain(|group| may_try(*group));
         let queues: Vec<_> = stream::iter(queues)
             .map(|group| async move {
                 let given_up = decided.given_up(group);
                 let settled = self.settle_queue(id, group, commit, &given_up).await;
+                self.unreachable.tried(group, settled.is_ok());
                 (group, settled)
             })
             .buffer_unordered(TOLD_AT_ONCE)
             .collect()
             .await;
-        let groups = decided.unsettled_offsets().map(str::to_owned);
-        let groups: Vec<_> = stream::iter(groups.collect::<Vec<_>>())
+        let groups = decided.unsettled_offsets();
+        let groups = groups.filter(|g| self.group_of_offsets(g).is_none_or(may_try));
+        let groups: Vec<_> = stream::iter(groups.map(str::to_owned).collect::<Vec<_>>())
             .map(|group| async move {
                 let settled = self.settle_offsets(id, &group, commit).await;
+                if let Some(raft_group) = self.group_of_offsets(&group) {
+                    self.unreachable.tried(raft_group, settled.is_ok());
+                }
                 (group, settled)
             })
             .buffer_unordered(TOLD_AT_ONCE)
@@ -74,16 +94,21 @@ impl Broker {
         for error in groups.iter().filter_map(|(_, s)| s.as_ref().err()) {
             tracing::debug!(%error, "a consumer group has not applied a transaction's end yet");
         }
+        let queues = queues.into_iter();
+        let queues: Vec<_> = queues
+            .filter_map(|(group, settled)| Some((group, settled.ok()?)))
+            .collect();
+        let groups = groups.into_iter();
+        let offset_groups: Vec<_> = groups
+            .filter_map(|(group, settled)| settled.ok().map(|()| group))
+            .collect();
+        if queues.is_empty() && offset_groups.is_empty() {
+            return decided.clone();
+        }
         let command = TransactionCommand::Settled {
             id: *id,
-            queues: queues
-                .into_iter()
-                .filter_map(|(group, settled)| Some((group, settled.ok()?)))
-                .collect(),
-            offset_groups: groups
-                .into_iter()
-                .filter_map(|(group, settled)| settled.ok().map(|()| group))
-                .collect(),
+            queues,
+            offset_groups,
         };
         match self.transact(id, command).await {
             Ok(TransactionReply::Is(transaction)) => *transaction,
@@ -97,6 +122,14 @@ impl Broker {
                 decided.clone()
             }
         }
+    }
+
+    /// The Raft group of the coordinator that has a consumer group's offsets.
+    pub(super) fn group_of_offsets(&self, group: &str) -> Option<u64> {
+        let catalog = self.catalog();
+        let owner = owner_of_name(group, catalog.coordinators.len());
+        let placement = catalog.coordinators.get(owner as usize)?;
+        Some(placement.group)
     }
 
     /// Where the parts in this queue are after a commit.

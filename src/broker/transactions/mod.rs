@@ -5,17 +5,22 @@
 //! prepares them, and reports. Where it dies on the way, the coordinator's leader goes on from the
 //! record ([`duty`]). See docs/adr/0011-transactions.md.
 
+mod asking;
 mod begin;
 mod duty;
 mod end;
 mod read;
+mod unreachable;
 mod webhook;
 
+#[cfg(test)]
+mod duty_tests;
 #[cfg(test)]
 mod tests;
 
 pub(super) use duty::run as run_duty;
 pub use read::TransactionQuery;
+pub(super) use unreachable::Unreachable;
 pub use webhook::{WebhookPolicy, check_allowed as check_webhook_allowed};
 
 use std::fmt::Write;

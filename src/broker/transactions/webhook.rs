@@ -130,18 +130,23 @@ fn sign(secret: &str, body: &[u8]) -> String {
     text
 }
 
+/// Scheme, host and port of where the producer is asked, if it may be asked there.
+pub(super) fn address(policy: &WebhookPolicy, transaction: &Transaction) -> Option<String> {
+    let url = transaction.check_url.as_deref()?;
+    // The list may have become shorter since the transaction began.
+    let url = policy.check(url).inspect_err(|reason| {
+        tracing::warn!(%reason, "a check_url is not asked");
+    });
+    Some(url.ok()?.origin().ascii_serialization())
+}
+
 /// Asks, and gives the decision if there is one.
 pub(super) async fn ask(
     policy: &WebhookPolicy,
     transaction: &Transaction,
     now_ms: u64,
 ) -> Option<Decision> {
-    let url = transaction.check_url.as_deref()?;
-    // The list may have become shorter since the transaction began.
-    let url = policy.check(url).inspect_err(|reason| {
-        tracing::warn!(%reason, "a check_url is not asked");
-    });
-    let url = url.ok()?;
+    let url = policy.check(transaction.check_url.as_deref()?).ok()?;
     let host = url.host_str().unwrap_or_default().to_owned();
     match tokio::time::timeout(TIMEOUT, call(policy, url, transaction, now_ms)).await {
         Ok(Ok(AnsweredDecision::Commit)) => Some(Decision::Commit),

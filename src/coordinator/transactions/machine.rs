@@ -9,7 +9,7 @@ use quorate_storage::StorageError;
 use quorate_storage::mutation::{self, Mutation};
 
 use super::records::{
-    COUNTS_KEY, ENDED_PREFIX, due_key, ended_key, listed_key, open_count_key, read_timed,
+    COUNTS_KEY, ENDED_PREFIX, count_key, due_key, ended_key, listed_key, read_timed,
     transaction_key,
 };
 use super::{
@@ -88,10 +88,11 @@ impl CoordinatorMachine {
             );
             return Ok(TransactionReply::Invalid(text));
         }
-        let of_group = self.open_transactions_of(&new.producer_group)?;
-        if of_group >= MAX_OPEN_PER_GROUP || self.transaction_counts()?.open >= MAX_OPEN {
+        let of_group = self.transactions_of(&new.producer_group)?;
+        let counts = self.transaction_counts()?;
+        if of_group >= MAX_OPEN_PER_GROUP.into() || counts.open + counts.settling >= MAX_OPEN {
             return Ok(TransactionReply::TooMany(format!(
-                "{of_group} transactions of producer group {:?} wait to be committed or rolled back; end some of them first",
+                "{of_group} transactions of producer group {:?} wait to be committed or rolled back, or for a queue to apply it; end some of them first",
                 new.producer_group
             )));
         }
@@ -157,14 +158,11 @@ impl CoordinatorMachine {
         after: &Transaction,
     ) -> Result<(), StorageError> {
         let id = &after.id;
-        let old_due = before.and_then(Transaction::due_ms);
-        if old_due != after.due_ms() {
-            if let Some(due_ms) = old_due {
-                self.records.remove(due_key(due_ms, id));
-            }
-            if let Some(due_ms) = after.due_ms() {
-                self.records.put(due_key(due_ms, id), Vec::new());
-            }
+        let (old_due, due) = (before.and_then(due_key), due_key(after));
+        if old_due != due {
+            old_due.into_iter().for_each(|key| self.records.remove(key));
+            due.into_iter()
+                .for_each(|key| self.records.put(key, Vec::new()));
         }
         let old_listed = before.map(listed_key);
         let listed = listed_key(after);
@@ -189,17 +187,19 @@ impl CoordinatorMachine {
         let was_open = before.is_some_and(is_open);
         let mut counts = self.transaction_counts()?;
         let known = counts;
-        if was_open != is_open(state) {
-            let of_group = self.open_transactions_of(&after.producer_group)?;
-            let (of_group, open) = match was_open {
-                true => (of_group.saturating_sub(1), counts.open.saturating_sub(1)),
-                false => (of_group.saturating_add(1), counts.open.saturating_add(1)),
-            };
-            counts.open = open;
-            let key = open_count_key(&after.producer_group);
-            match of_group {
+        let (was_settling, is_settling) = (
+            before.is_some() && !was_open,
+            after.decision.is_some() && after.done_ms.is_none(),
+        );
+        counts.open = moved(counts.open, was_open, is_open(state));
+        counts.settling = moved(counts.settling, was_settling, is_settling);
+        let (was_there, is_there) = (before.is_some(), after.done_ms.is_none());
+        if was_there != is_there {
+            let of_group = self.transactions_of(&after.producer_group)?;
+            let key = count_key(&after.producer_group);
+            match moved(of_group, was_there, is_there) {
                 0 => self.records.remove(key),
-                _ => self.records.store(key, &of_group),
+                of_group => self.records.store(key, &of_group),
             }
         }
         if was_open {
@@ -232,8 +232,9 @@ impl CoordinatorMachine {
         Ok(self.records.read(COUNTS_KEY)?.unwrap_or_default())
     }
 
-    fn open_transactions_of(&self, producer_group: &str) -> Result<u32, StorageError> {
-        let found = self.records.read(&open_count_key(producer_group))?;
+    /// How many of a producer group are not over.
+    fn transactions_of(&self, producer_group: &str) -> Result<u64, StorageError> {
+        let found = self.records.read(&count_key(producer_group))?;
         Ok(found.unwrap_or(0))
     }
 
@@ -277,6 +278,15 @@ impl CoordinatorMachine {
         Ok(TransactionReply::Forgot {
             more: forgotten == FORGET_AT_ONCE as u64,
         })
+    }
+}
+
+/// A count after one more, or one less, counts.
+fn moved(count: u64, counted: bool, counts: bool) -> u64 {
+    match (counted, counts) {
+        (true, false) => count.saturating_sub(1),
+        (false, true) => count.saturating_add(1),
+        _ => count,
     }
 }
 

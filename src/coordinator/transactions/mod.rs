@@ -15,6 +15,7 @@ mod random_tests;
 #[cfg(test)]
 mod tests;
 
+pub use records::Duty;
 pub use view::TransactionFilter;
 
 use std::collections::BTreeSet;
@@ -32,7 +33,8 @@ pub const MAX_MESSAGES: u32 = 1_000;
 pub const MAX_BYTES: u64 = 64 << 20;
 /// Consumer groups whose offsets one transaction may move.
 pub const MAX_OFFSET_GROUPS: usize = 16;
-/// Transactions of one producer group that are not decided yet.
+/// Transactions of one producer group that are not over: not decided, or not yet applied by all that
+/// take part.
 pub const MAX_OPEN_PER_GROUP: u32 = 10_000;
 /// The same over all producer groups of a coordinator.
 pub const MAX_OPEN: u64 = 50_000;
@@ -370,6 +372,8 @@ impl Transaction {
 pub struct TransactionCounts {
     /// Not decided yet.
     pub open: u64,
+    /// Decided, and not yet applied by all that take part.
+    pub settling: u64,
     pub committed: u64,
     pub rolled_back: u64,
     pub expired: u64,

@@ -3,11 +3,12 @@
 //! | key | value |
 //! |---|---|
 //! | `T`, id | the transaction |
-//! | `U` 0, due ms u64, id | nothing: when something has to be done about it |
+//! | `U` 0, due ms u64, id | nothing: when one that is not decided has to be looked at |
 //! | `U` 1, done ms u64, id | nothing: ended ones in the order of their end |
 //! | `U` 2 | counts |
-//! | `U` 3, producer group | u32: how many of it are undecided |
+//! | `U` 3, producer group | u64: how many of it are not over |
 //! | `U` 4, forget at ms u64, consumer group, id | nothing: when a mark may go |
+//! | `U` 5, due ms u64, id | nothing: when the participants of one that is decided are told |
 //! | `w`, state u8, producer group, created ms u64, id | nothing: by what transactions are listed |
 //! | `h`, consumer group, 0, topic u64, queue u32 | the offset a transaction holds there |
 //! | `h`, consumer group, 1, id | nothing: a mark that the transaction is over here |
@@ -19,7 +20,8 @@ use super::{Transaction, TransactionState};
 use crate::broker::queue::entry::TransactionId;
 
 pub(super) const COUNTS_KEY: &[u8] = &[b'U', 2];
-pub(super) const DUE_PREFIX: &[u8] = &[b'U', 0];
+const LOOK_PREFIX: &[u8] = &[b'U', 0];
+const TELL_PREFIX: &[u8] = &[b'U', 5];
 pub(super) const ENDED_PREFIX: &[u8] = &[b'U', 1];
 pub(super) const MARK_TIME_PREFIX: &[u8] = &[b'U', 4];
 
@@ -34,8 +36,35 @@ pub(super) fn transaction_key(id: &TransactionId) -> Vec<u8> {
     [b"T", &id[..]].concat()
 }
 
-pub(super) fn due_key(due_ms: u64, id: &TransactionId) -> Vec<u8> {
-    timed(DUE_PREFIX, due_ms, id)
+/// What is to be done about transactions whose time has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Duty {
+    /// Check it, expire it, give up on what was not prepared: a command of the coordinator's own.
+    Look,
+    /// Tell the participants what was decided, which takes as long as they do.
+    Tell,
+}
+
+impl Duty {
+    pub(super) fn prefix(self) -> &'static [u8] {
+        match self {
+            Self::Look => LOOK_PREFIX,
+            Self::Tell => TELL_PREFIX,
+        }
+    }
+
+    pub(super) fn key(self, due_ms: u64, id: &TransactionId) -> Vec<u8> {
+        timed(self.prefix(), due_ms, id)
+    }
+}
+
+/// Where a transaction stands in the order of its duty.
+pub(super) fn due_key(transaction: &Transaction) -> Option<Vec<u8>> {
+    let duty = match transaction.decision {
+        None => Duty::Look,
+        Some(_) => Duty::Tell,
+    };
+    Some(duty.key(transaction.due_ms()?, &transaction.id))
 }
 
 pub(super) fn ended_key(done_ms: u64, id: &TransactionId) -> Vec<u8> {
@@ -46,13 +75,13 @@ fn timed(prefix: &[u8], time_ms: u64, id: &TransactionId) -> Vec<u8> {
     [prefix, &time_ms.to_be_bytes(), id].concat()
 }
 
-/// Time and id of a key of one of the two orders.
+/// Time and id of a key of one of the orders by time.
 pub(super) fn read_timed(key: &[u8]) -> Option<(u64, TransactionId)> {
-    let (time, id) = key.get(DUE_PREFIX.len()..)?.split_first_chunk::<8>()?;
+    let (time, id) = key.get(ENDED_PREFIX.len()..)?.split_first_chunk::<8>()?;
     Some((u64::from_be_bytes(*time), id.try_into().ok()?))
 }
 
-pub(super) fn open_count_key(producer_group: &str) -> Vec<u8> {
+pub(super) fn count_key(producer_group: &str) -> Vec<u8> {
     let key = KeyBuilder::new().u8(b'U').u8(3);
     key.text(producer_group).build()
 }

@@ -438,16 +438,20 @@ fn checks_come_at_their_times_and_end() {
 fn the_due_index_has_each_undone_transaction_once() {
     let mut machine = Fixture::new();
     machine.begin(vec![part(20, &[0])], &[]);
-    let due = |machine: &Fixture| machine.machine.view().due_transactions(None, 10).unwrap();
+    let due = |machine: &Fixture| {
+        let view = machine.machine.view();
+        [Duty::Look, Duty::Tell].map(|duty| view.due_transactions(duty, None, 10).unwrap())
+    };
     let begun = machine.now_ms;
-    assert_eq!(due(&machine), [(begun + PREPARE_MS, ID)]);
+    assert_eq!(due(&machine), [vec![(begun + PREPARE_MS, ID)], vec![]]);
     machine.prepared(0, 1, false);
-    assert_eq!(due(&machine), [(begun + 100, ID)]);
+    assert_eq!(due(&machine), [vec![(begun + 100, ID)], vec![]]);
     machine.now_ms += 50;
     machine.decide(Decision::Commit);
-    assert_eq!(due(&machine), [(machine.now_ms + RESUME_AFTER_MS, ID)]);
+    let resumed = machine.now_ms + RESUME_AFTER_MS;
+    assert_eq!(due(&machine), [vec![], vec![(resumed, ID)]]);
     machine.settled(20, vec![(0, place(1))]);
-    assert_eq!(due(&machine), []);
+    assert_eq!(due(&machine), [vec![], vec![]]);
 }
 
 #[test]
@@ -520,11 +524,37 @@ fn a_transaction_and_a_producer_group_have_bounds() {
     let reply = machine.transact(begin([8; 16], Vec::new(), &[]));
     assert!(matches!(reply, TransactionReply::TooMany(_)), "{reply:?}");
     machine.decide(Decision::Rollback);
+    machine.settled(20, Vec::new());
     let reply = machine.transact(begin([8; 16], Vec::new(), &[]));
     assert!(
         matches!(reply, TransactionReply::Recorded { .. }),
         "{reply:?}"
     );
+}
+
+#[test]
+fn what_is_decided_and_not_settled_takes_its_room_until_it_is() {
+    let mut machine = Fixture::new();
+    let id = |n: u32| {
+        let mut id = [9; 16];
+        id[..4].copy_from_slice(&n.to_be_bytes());
+        id
+    };
+    let decision = Decision::Rollback;
+    for n in 0..MAX_OPEN_PER_GROUP {
+        let id = id(n);
+        machine.transact(begin(id, vec![part(20, &[0])], &[]));
+        machine.transact(TransactionCommand::Decide { id, decision });
+    }
+    let reply = machine.transact(begin(ID, Vec::new(), &[]));
+    assert!(matches!(reply, TransactionReply::TooMany(_)), "{reply:?}");
+    machine.transact(TransactionCommand::Settled {
+        id: id(0),
+        queues: vec![(20, Vec::new())],
+        offset_groups: Vec::new(),
+    });
+    let reply = machine.transact(begin(ID, Vec::new(), &[]));
+    assert!(matches!(reply, TransactionReply::Recorded { .. }));
 }
 
 #[test]

@@ -4,8 +4,7 @@ use quorate_storage::StorageError;
 use serde::{Deserialize, Serialize};
 
 use super::records::{
-    COUNTS_KEY, DUE_PREFIX, ENDED_PREFIX, due_key, listed_prefix, read_listed, read_timed,
-    transaction_key,
+    COUNTS_KEY, Duty, ENDED_PREFIX, listed_prefix, read_listed, read_timed, transaction_key,
 };
 use super::{KEPT_MS, Transaction, TransactionCounts, TransactionState};
 use crate::broker::queue::entry::TransactionId;
@@ -65,17 +64,18 @@ impl CoordinatorView {
         Ok(counts.unwrap_or_default())
     }
 
-    /// The transactions that something has to be done about first, with the times for it; those
-    /// `after` one of them.
+    /// The transactions that a duty comes first for, with the times for it; those `after` one of
+    /// them.
     pub fn due_transactions(
         &self,
+        duty: Duty,
         after: Option<(u64, TransactionId)>,
         limit: usize,
     ) -> Result<Vec<(u64, TransactionId)>, StorageError> {
-        let after = after.map(|(due_ms, id)| due_key(due_ms, &id));
+        let after = after.map(|(due_ms, id)| duty.key(due_ms, &id));
         let found = self
             .records
-            .scan_page(DUE_PREFIX, after.as_deref(), limit)?;
+            .scan_page(duty.prefix(), after.as_deref(), limit)?;
         let read = found.iter().filter_map(|(key, _)| read_timed(key));
         Ok(read.collect())
     }
