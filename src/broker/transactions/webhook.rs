@@ -107,12 +107,15 @@ fn covers(allowed: &Url, url: &Url) -> bool {
         )
     };
     let plain = url.username().is_empty() && url.password().is_none() && url.fragment().is_none();
+    // A receiver may take them for slashes, and so `..` among them for a way out.
+    let path = url.path().to_ascii_lowercase();
+    let hidden = path.contains("%2f") || path.contains("%5c");
     let rest = url.path().strip_prefix(allowed.path());
     // `/hooks` covers `/hooks/a`, not `/hooks-of-others`.
     let below = rest.is_some_and(|rest| {
         allowed.path().ends_with('/') || rest.is_empty() || rest.starts_with('/')
     });
-    plain && below && origin(allowed) == origin(url)
+    plain && !hidden && below && origin(allowed) == origin(url)
 }
 
 /// `sha256=` and the body's HMAC-SHA256.
@@ -240,6 +243,9 @@ mod tests {
             "http://hooks.internal:8090/checks",
             "http://hooks.internal:8090/check/../admin",
             "http://hooks.internal:8090/check/%2e%2e/admin",
+            "http://hooks.internal:8090/check/..%2fadmin",
+            "http://hooks.internal:8090/check/..%5Cadmin",
+            "http://hooks.internal:8090/check%2F..%2Fadmin",
             "http://hooks.internal:8090@evil.example/check",
             "http://user@hooks.internal:8090/check",
             "http://hooks.internal.evil.example:8090/check",
