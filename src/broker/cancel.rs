@@ -93,10 +93,7 @@ impl Broker {
 
 /// What there is to say of a message that is not held.
 async fn look_up(queue: Arc<LocalQueue>, place: MessagePlace) -> PeerResult<Cancelled> {
-    let look = move || {
-        let offset = offset_of(&queue, place);
-        offset.map_err(|error| unreadable(&queue, error))
-    };
+    let look = move || offset_of(&queue, place);
     let found = quorate_raft::blocking::on_pool(look).await;
     let internal = |e: String| PeerError::Broker(BrokerError::Internal(e));
     let found = found.map_err(|e| internal(e.to_string()))?;
@@ -107,19 +104,17 @@ async fn look_up(queue: Arc<LocalQueue>, place: MessagePlace) -> PeerResult<Canc
 }
 
 /// Where a message is visible on this node. One that was delayed is found by the time when it was due.
-pub(super) fn offset_of(
-    queue: &LocalQueue,
-    place: MessagePlace,
-) -> Result<Option<u64>, StorageError> {
-    let Some(visible_ms) = earliest_time_of(queue, place)? else {
+fn offset_of(queue: &LocalQueue, place: MessagePlace) -> BrokerResult<Option<u64>> {
+    let failed = |error| unreadable(queue, error);
+    let Some(visible_ms) = earliest_time_of(queue, place).map_err(failed)? else {
         return Ok(None);
     };
     let index = queue.shared.index();
-    let Some(mut offset) = index.offset_at_time(visible_ms)? else {
+    let Some(mut offset) = index.offset_at_time(visible_ms).map_err(failed)? else {
         return Ok(None);
     };
     for _ in 0..MOST_RECORDS / RECORDS_PER_LOOK {
-        let records = index.find_from(offset, RECORDS_PER_LOOK)?;
+        let records = index.find_from(offset, RECORDS_PER_LOOK).map_err(failed)?;
         let is_it = |r: &&_| {
             let r: &quorate_storage::queue_index::IndexRecord = r;
             (r.log_index, r.batch) == (place.index, place.batch)
@@ -130,10 +125,11 @@ pub(super) fn offset_of(
         }
         match records.last() {
             Some(last) if records.len() == RECORDS_PER_LOOK => offset = last.end_offset(),
-            _ => break,
+            _ => return Ok(None),
         }
     }
-    Ok(None)
+    let text = "too much became visible about when the message did; look for it by key or time";
+    Err(BrokerError::Overloaded(text.to_owned()))
 }
 
 /// Before this time the message can't have become visible. None: the log has no such message.

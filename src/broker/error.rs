@@ -200,7 +200,10 @@ impl BrokerError {
             Self::NoLeader { outcome }
             | Self::Timeout { outcome }
             | Self::Unroutable { outcome, .. } => *outcome,
-            Self::Internal(_) | Self::AnswerLost => Outcome::Unknown,
+            // One that ended too long ago may have been committed.
+            Self::Internal(_) | Self::AnswerLost | Self::TransactionNotFound { .. } => {
+                Outcome::Unknown
+            }
             _ => Outcome::NotCommitted,
         }
     }
