@@ -104,6 +104,10 @@ pub enum BrokerError {
     )]
     OffsetConflict { offset: u64, committed: u64 },
     #[error(
+        "the committed offset is {committed}, not {from}: what begins there was processed meanwhile; begin anew from what is committed"
+    )]
+    OffsetMoved { from: u64, committed: u64 },
+    #[error(
         "the lease of offset {offset} of queue {queue} is over and the message was delivered again, is dead, or is done; its latest receipt counts"
     )]
     LeaseExpired { queue: u32, offset: u64 },

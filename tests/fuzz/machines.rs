@@ -15,7 +15,7 @@ use quorate::broker::{Generator, TopicConfig};
 use quorate::catalog::{CatalogCommand, CatalogMachine, CatalogReply, GivenUp, TopicChange};
 use quorate::coordinator::leases::{Lease, LeaseCommand, Pick, Receipt, RetryPolicy};
 use quorate::coordinator::transactions::{
-    Decision, NewTransaction, Part, PreparedParts, Timing, TransactionCommand,
+    Decision, NewTransaction, OffsetMove, Part, PreparedParts, Timing, TransactionCommand,
 };
 use quorate::coordinator::{
     AssignStrategy, CoordinatorCommand, CoordinatorMachine, CoordinatorReply, Delivery, GroupStart,
@@ -372,10 +372,13 @@ fn transactions() -> impl Iterator<Item = (&'static str, TransactionCommand)> {
     let hold = TransactionCommand::HoldOffsets {
         id,
         group: group(),
-        offsets: vec![QueueOffset {
-            topic: 1,
-            queue: 2,
-            offset: 9,
+        offsets: vec![OffsetMove {
+            to: QueueOffset {
+                topic: 1,
+                queue: 2,
+                offset: 9,
+            },
+            from: Some(4),
         }],
         member: None,
         until_ms: u64::MAX,

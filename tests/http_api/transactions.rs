@@ -324,6 +324,14 @@ async fn offsets_move_with_the_messages_or_not_at_all() {
     assert_eq!(values(&api, "out", 0).await, ["1+2"]);
     put(3).await.expect(200);
 
+    // Who works at what others have processed meanwhile is told so.
+    let mut late = json!({"messages": [message("out", 0, "x")], "offsets": offset(3)});
+    late["offsets"][0]["from"] = json!(2);
+    api.post(PATH, &late).await.problem(409, "offset_conflict");
+    late["offsets"][0]["from"] = json!(3);
+    let id = begin(&api, late).await;
+    end(&api, &id, "rollback").await.expect(200);
+
     // What cannot be committed is refused at the beginning, messages and all.
     let behind = json!({"messages": [message("out", 0, "x")], "offsets": offset(1)});
     api.post(PATH, &behind)

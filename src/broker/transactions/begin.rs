@@ -19,10 +19,10 @@ use crate::broker::{
 };
 use crate::catalog::Topic;
 use crate::coordinator::transactions::{
-    Decision, HoldVerdict, MAX_MESSAGES, NewTransaction, Part, PreparedParts, Transaction,
-    TransactionCommand, TransactionReply, new_transaction_id,
+    Decision, HoldVerdict, MAX_MESSAGES, NewTransaction, OffsetMove, Part, PreparedParts,
+    Transaction, TransactionCommand, TransactionReply, new_transaction_id,
 };
-use crate::coordinator::{CoordinatorCommand, CoordinatorReply, QueueOffset, owner_of_name};
+use crate::coordinator::{CoordinatorCommand, CoordinatorReply, owner_of_name};
 use crate::peer::{NewBatch, NewHold};
 
 /// A hold of offsets is refused so much later than the time for preparing, by another
@@ -42,7 +42,7 @@ pub(super) struct Prepare {
 pub(super) struct Offsets {
     pub group: String,
     asked: Vec<TransactionOffset>,
-    offsets: Vec<QueueOffset>,
+    offsets: Vec<OffsetMove>,
     member: Option<MemberMark>,
 }
 
@@ -194,7 +194,7 @@ impl Broker {
                 }
             };
             let group = &mut groups[place];
-            let twice = |o: &QueueOffset| (o.topic, o.queue) == (checked.topic, checked.queue);
+            let twice = |o: &OffsetMove| (o.to.topic, o.to.queue) == (checked.topic, checked.queue);
             if group.offsets.iter().any(twice) {
                 return Err(BrokerError::InvalidRequest(format!(
                     "offsets names queue {} of topic {:?} twice for consumer group {:?}",
@@ -207,7 +207,10 @@ impl Broker {
                     offset.group
                 )));
             }
-            group.offsets.push(checked);
+            group.offsets.push(OffsetMove {
+                to: checked,
+                from: offset.from,
+            });
             group.asked.push(offset);
         }
         Ok(groups)
@@ -330,6 +333,12 @@ impl Broker {
         for (verdict, asked) in verdicts.into_iter().zip(offsets.asked) {
             match verdict {
                 HoldVerdict::Fine => {}
+                HoldVerdict::Moved { committed } => {
+                    return Err(BrokerError::OffsetMoved {
+                        from: asked.from.unwrap_or(0),
+                        committed,
+                    });
+                }
                 HoldVerdict::Behind { committed } => {
                     return Err(BrokerError::OffsetConflict {
                         offset: asked.offset,

@@ -51,6 +51,8 @@ pub struct TransactionOffset {
     pub topic: String,
     pub queue: u32,
     pub offset: u64,
+    /// What is committed must be this, if anything is.
+    pub from: Option<u64>,
     pub member: Option<MemberMark>,
 }
 

@@ -37,6 +37,7 @@ fn offset() -> TransactionOffset {
         topic: "in".to_owned(),
         queue: 0,
         offset: 2,
+        from: None,
         member: None,
     }
 }

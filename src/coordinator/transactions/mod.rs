@@ -159,7 +159,7 @@ pub enum TransactionCommand {
     HoldOffsets {
         id: TransactionId,
         group: String,
-        offsets: Vec<QueueOffset>,
+        offsets: Vec<OffsetMove>,
         member: Option<MemberMark>,
         /// Refused later than this, in log time.
         until_ms: u64,
@@ -201,9 +201,21 @@ pub enum TransactionReply {
     OtherMode(GroupMode),
 }
 
+/// Where a transaction moves a consumer group in one queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OffsetMove {
+    pub to: QueueOffset,
+    /// What is committed must be this, if anything is.
+    pub from: Option<u64>,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum HoldVerdict {
     Fine,
+    /// The group has committed something else than it was to be moved from.
+    Moved {
+        committed: u64,
+    },
     /// Behind what the group has committed.
     Behind {
         committed: u64,

@@ -11,11 +11,10 @@ use super::records::{
     HeldOffset, MARK_TIME_PREFIX, hold_key, hold_prefix, mark_key, mark_time_key, read_hold,
     read_mark_time,
 };
-use super::{HoldVerdict, TransactionReply};
+use super::{HoldVerdict, OffsetMove, TransactionReply};
 use crate::broker::MemberMark;
 use crate::broker::queue::entry::TransactionId;
 use crate::coordinator::GroupMode;
-use crate::coordinator::command::QueueOffset;
 use crate::coordinator::machine::CoordinatorMachine;
 use crate::coordinator::membership::Delivery;
 use crate::coordinator::offsets::may_commit;
@@ -35,7 +34,7 @@ impl CoordinatorMachine {
         &mut self,
         id: &TransactionId,
         group: &str,
-        offsets: &[QueueOffset],
+        offsets: &[OffsetMove],
         member: Option<&MemberMark>,
         until_ms: u64,
     ) -> Result<TransactionReply, StorageError> {
@@ -59,18 +58,18 @@ impl CoordinatorMachine {
         }
         let each = offsets
             .iter()
-            .map(|offset| match may_commit(&membership, member, *offset) {
+            .map(|offset| match may_commit(&membership, member, offset.to) {
                 true => self.judge_hold(id, group, offset),
                 false => Ok(HoldVerdict::Fenced),
             });
         let verdicts = each.collect::<Result<Vec<_>, StorageError>>()?;
         if verdicts.iter().all(|v| *v == HoldVerdict::Fine) {
-            for offset in offsets {
+            for OffsetMove { to, .. } in offsets {
                 let held = HeldOffset {
                     transaction: *id,
-                    offset: offset.offset,
+                    offset: to.offset,
                 };
-                let key = hold_key(group, offset.topic, offset.queue);
+                let key = hold_key(group, to.topic, to.queue);
                 self.records.store(key, &held);
             }
         }
@@ -81,18 +80,20 @@ impl CoordinatorMachine {
         &self,
         id: &TransactionId,
         group: &str,
-        offset: &QueueOffset,
+        offset: &OffsetMove,
     ) -> Result<HoldVerdict, StorageError> {
-        let hold = self.hold_on(group, offset.topic, offset.queue)?;
+        let OffsetMove { to, from } = *offset;
+        let hold = self.hold_on(group, to.topic, to.queue)?;
         if hold.is_some_and(|hold| hold.transaction != *id) {
             return Ok(HoldVerdict::HeldByOther);
         }
-        Ok(
-            match self.committed_offset(group, offset.topic, offset.queue)? {
-                Some(committed) if offset.offset < committed => HoldVerdict::Behind { committed },
-                _ => HoldVerdict::Fine,
-            },
-        )
+        Ok(match self.committed_offset(group, to.topic, to.queue)? {
+            Some(committed) if from.is_some_and(|from| from != committed) => {
+                HoldVerdict::Moved { committed }
+            }
+            Some(committed) if to.offset < committed => HoldVerdict::Behind { committed },
+            _ => HoldVerdict::Fine,
+        })
     }
 
     fn committed_offset(

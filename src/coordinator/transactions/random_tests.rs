@@ -142,7 +142,10 @@ fn command(
         Step::Hold { queue, offset: at } => TransactionCommand::HoldOffsets {
             id,
             group: group(),
-            offsets: vec![offset(*queue, *at)],
+            offsets: vec![OffsetMove {
+                to: offset(*queue, *at),
+                from: None,
+            }],
             member: None,
             until_ms: now_ms + 60_000,
         },

@@ -111,15 +111,25 @@ impl Fixture {
     }
 
     fn hold(&mut self, id: TransactionId, queue: u32, offset: u64) -> TransactionReply {
-        let offsets = vec![QueueOffset {
+        self.hold_from(id, queue, None, offset)
+    }
+
+    fn hold_from(
+        &mut self,
+        id: TransactionId,
+        queue: u32,
+        from: Option<u64>,
+        offset: u64,
+    ) -> TransactionReply {
+        let to = QueueOffset {
             topic: 1,
             queue,
             offset,
-        }];
+        };
         self.transact(TransactionCommand::HoldOffsets {
             id,
             group: "g".to_owned(),
-            offsets,
+            offsets: vec![OffsetMove { to, from }],
             member: None,
             until_ms: self.now_ms + 1_000,
         })
@@ -584,6 +594,22 @@ fn a_held_offset_is_moved_by_its_transaction_alone() {
 }
 
 #[test]
+fn an_offset_is_moved_from_where_the_work_began_or_not_at_all() {
+    let mut machine = Fixture::new();
+    let fine = TransactionReply::Held(vec![HoldVerdict::Fine]);
+    // Nothing is committed yet.
+    assert_eq!(machine.hold_from(ID, 0, Some(4), 7), fine);
+    machine.settle_offsets(ID, true);
+    for from in [4, 6, 8] {
+        let moved = TransactionReply::Held(vec![HoldVerdict::Moved { committed: 7 }]);
+        assert_eq!(machine.hold_from([8; 16], 0, Some(from), 9), moved);
+    }
+    assert_eq!(machine.commit(0, 7), CommitVerdict::Done, "nothing is held");
+    assert_eq!(machine.hold_from([8; 16], 0, Some(7), 9), fine);
+    assert_eq!(machine.commit(0, 8), CommitVerdict::Held);
+}
+
+#[test]
 fn a_reset_moves_nothing_while_one_of_its_offsets_is_held() {
     let mut machine = Fixture::new();
     machine.commit(0, 3);
@@ -726,10 +752,13 @@ fn a_deleted_group_gets_no_offset_of_an_open_transaction() {
 fn one_bad_offset_holds_none() {
     let mut machine = Fixture::new();
     machine.commit(1, 9);
-    let at = |queue, offset| QueueOffset {
-        topic: 1,
-        queue,
-        offset,
+    let at = |queue, offset| OffsetMove {
+        to: QueueOffset {
+            topic: 1,
+            queue,
+            offset,
+        },
+        from: None,
     };
     let hold = TransactionCommand::HoldOffsets {
         id: ID,

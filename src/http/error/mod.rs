@@ -119,7 +119,9 @@ fn classify(error: &ApiError) -> (StatusCode, &'static str, &'static str) {
             "out_of_order_sequence",
             "Sequence out of order",
         ),
-        B::OffsetConflict { .. } => (S::CONFLICT, "offset_conflict", "Offset conflict"),
+        B::OffsetConflict { .. } | B::OffsetMoved { .. } => {
+            (S::CONFLICT, "offset_conflict", "Offset conflict")
+        }
         B::LeaseExpired { .. } => (S::CONFLICT, "lease_expired", "Lease is over"),
         B::OffsetHeld { .. } => (S::CONFLICT, "offset_conflict", "Offset conflict"),
         B::TransactionNotFound { .. } => (

@@ -394,6 +394,7 @@ impl Transactions {
             topic: source.0,
             queue: source.1,
             offset: next,
+            from: None,
             member: None,
         };
         let called = self.open_one(actor, WORKER_GROUP, derived.collect(), vec![moved]);

@@ -84,6 +84,9 @@ pub struct OffsetBody {
     topic: String,
     queue: u32,
     offset: u64,
+    /// Where the work began: refused if the group has committed another offset. One that has
+    /// committed none there yet may begin anywhere.
+    from: Option<u64>,
     /// Needed while the group has live members.
     #[serde(default, deserialize_with = "object::optional")]
     member: Option<MemberBody>,
@@ -276,6 +279,7 @@ fn offsets(bodies: Vec<OffsetBody>) -> Result<Vec<TransactionOffset>, ApiError> 
             topic: body.topic,
             queue: body.queue,
             offset: body.offset,
+            from: body.from,
             member: body
                 .member
                 .map(|MemberBody { id, epoch }| MemberMark { id, epoch }),
