@@ -365,6 +365,11 @@ async fn attempt(host: Arc<RaftHost>, group: Group) {
 
 /// A suspect replica's turn: may it go on, because sound ones cannot form a majority any more?
 async fn judge_tail(host: Arc<RaftHost>, group: Group, waited: Duration) {
+    // A leader has all that was committed, and sends what is missing here.
+    let led = group.ask_who_leads(ASK_PATIENCE * grown(&group)).await;
+    if led.is_some_and(|term| term >= group.term()) {
+        return;
+    }
     let own = group.tail_report();
     let replicas = group.voters();
     let others = replicas

@@ -24,7 +24,9 @@ use crate::types::{
     Command, RaftEntry, RaftStoredMembership, RaftVote, ReplicaId, ReplicaNode, SnapshotMeta,
     TypeConfig, decode_membership, encode_membership, to_raft_log_id,
 };
-use crate::wire::{Answer, StreamHello, ToReplica, decode, decode_append, encode, encode_append};
+use crate::wire::{
+    Answer, StreamHello, ToReplica, WhoLeads, decode, decode_append, encode, encode_append,
+};
 
 /// Reads `bytes` as a message, if they are one, and again what it is written as.
 fn stable<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
@@ -40,7 +42,8 @@ fn stable<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
 fn messages(bytes: &[u8]) {
     stable::<StreamHello>(bytes);
     stable::<ToReplica<()>>(bytes);
-    stable::<ToReplica<ReplicaId>>(bytes);
+    stable::<ToReplica<WhoLeads>>(bytes);
+    stable::<ToReplica<u64>>(bytes);
     stable::<ToReplica<VoteRequest<TypeConfig>>>(bytes);
     stable::<ToReplica<TransferLeaderRequest<TypeConfig>>>(bytes);
     stable::<ToReplica<(RaftVote, SnapshotMeta, Bytes)>>(bytes);
@@ -140,6 +143,14 @@ fn write_the_corpus() {
     let to = |body| ToReplica { target: 12, body };
     let ask = VoteRequest::<TypeConfig>::new(RaftVote::new(4, 12), before);
     keep("messages", "vote", &encode(&to(ask)));
+    let who = ToReplica {
+        target: 12,
+        body: WhoLeads {
+            asker: 13,
+            may_lack_tail: true,
+        },
+    };
+    keep("messages", "who-leads", &encode(&who));
     let stored: RaftStoredMembership = StoredMembership::new(before, membership());
     keep("messages", "membership", &encode_membership(&stored));
     let meta = SnapshotMeta {

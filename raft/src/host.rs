@@ -24,7 +24,7 @@ use crate::link::{LinkConfig, LinkHandler, LinkStream, LinkTable, Network};
 use crate::liveness::{Liveness, PeerState};
 use crate::log_store::{LogStore, completion};
 use crate::machine::Machine;
-use crate::network::NetworkFactory;
+use crate::network::{Acknowledged, NetworkFactory};
 use crate::serve::{self, Groups};
 use crate::state_machine::StateMachine;
 use crate::tail_guard::TailGuard;
@@ -265,11 +265,12 @@ impl RaftHost {
             Box::new(log.clone()),
             applied_tx,
         )?;
+        let acknowledged = Arc::<Acknowledged>::default();
         let network = NetworkFactory {
             link: self.peers.link.clone(),
             group: spec.group,
             timeout: self.config.replication_timeout,
-            acknowledged: Arc::default(),
+            acknowledged: acknowledged.clone(),
         };
         let store = LogStore::new(log.clone(), spec.flush);
         let raft = Raft::new(replica, self.raft_config(&spec)?, network, store, machine)
@@ -279,7 +280,8 @@ impl RaftHost {
         let used = state.last.is_some() || state.vote.is_some();
         let suspect = self.config.tails_suspect && spec.flush == Flush::Async && used;
         let tail = TailGuard::new(suspect);
-        let group = Group::new(spec, replica, raft, log, applied, self.peers.clone(), tail);
+        let peers = self.peers.clone();
+        let group = Group::new(spec, raft, log, applied, peers, tail, acknowledged);
         let pristine = group.is_pristine();
         let founder = group.spec().founders.iter().any(|r| r.replica == replica);
         if pristine && founder {

@@ -61,25 +61,51 @@ pub(crate) struct NetworkFactory {
 ///
 /// Within a term a follower's log never loses what it acknowledged, unless its disk does: a tail
 /// that was zeroed cannot be told from one that was never written. openraft takes that for
-/// impossible and panics, so such an answer ends here, and the replica is told to look.
+/// impossible and panics, so such an answer ends here, and the replica is told to look. Only where
+/// openraft was told to expect it, once, does it pass: see [`Acknowledged::excuse`].
 #[derive(Debug, Default)]
-pub(crate) struct Acknowledged(Mutex<HashMap<ReplicaId, (RaftVote, u64)>>);
+pub(crate) struct Acknowledged(Mutex<HashMap<ReplicaId, Known>>);
+
+#[derive(Debug)]
+struct Known {
+    vote: RaftVote,
+    index: u64,
+    excused: bool,
+}
 
 impl Acknowledged {
     fn note(&self, replica: ReplicaId, vote: RaftVote, index: u64) {
         let mut all = self.0.lock();
-        let known = all.entry(replica).or_insert((vote, index));
-        *known = match known.0 == vote {
-            true => (vote, known.1.max(index)),
-            false => (vote, index),
+        let before = all.get(&replica).filter(|known| known.vote == vote);
+        let known = Known {
+            vote,
+            index: before.map_or(index, |known| known.index.max(index)),
+            excused: false,
         };
+        all.insert(replica, known);
     }
 
-    /// The index that a replica acknowledged in this term, if it is not below `conflict`.
+    /// The replica may lack what it acknowledged to the leader of this vote: the next answer that
+    /// says so is true, unless it acknowledges more before.
+    pub(crate) fn excuse(&self, replica: ReplicaId, vote: RaftVote) {
+        if let Some(known) = self.0.lock().get_mut(&replica) {
+            known.excused = known.vote == vote;
+        }
+    }
+
+    /// The index that a replica acknowledged in this term, if it is not below `conflict`. An excuse
+    /// is used up, and what it was for is forgotten.
     fn contradicts(&self, replica: ReplicaId, vote: RaftVote, conflict: u64) -> Option<u64> {
-        let all = self.0.lock();
-        let (known, index) = all.get(&replica)?;
-        (*known == vote && *index >= conflict).then_some(*index)
+        let mut all = self.0.lock();
+        let known = all.get(&replica)?;
+        if known.vote != vote || known.index < conflict {
+            return None;
+        }
+        if known.excused {
+            all.remove(&replica);
+            return None;
+        }
+        Some(known.index)
     }
 }
 
@@ -286,8 +312,12 @@ impl RaftNetworkV2<TypeConfig> for Network {
         let request = Bytes::from(request);
         let timeout = option.hard_ttl();
         let answer = self.call_raw(class::APPEND, request, timeout).await?;
-        if let (AppendEntriesResponse::Conflict, Some(prev)) = (&answer, prev) {
-            self.check_conflict(vote, prev)?;
+        match (&answer, prev) {
+            (AppendEntriesResponse::Conflict, Some(prev)) => self.check_conflict(vote, prev)?,
+            (AppendEntriesResponse::Success, Some(prev)) => {
+                self.acknowledged.note(self.target, vote, prev);
+            }
+            _ => {}
         }
         Ok(answer)
     }
@@ -399,10 +429,15 @@ impl RaftNetworkV2<TypeConfig> for Network {
         option: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
         let timeout = option.hard_ttl().max(SNAPSHOT_PATIENCE);
-        tokio::select! {
-            answer = self.send_snapshot(vote, snapshot, timeout) => Ok(answer?),
-            closed = cancel => Err(StreamingError::Closed(closed)),
+        let last = snapshot.meta.last_log_id.map(|id| id.index);
+        let answer: SnapshotResponse<TypeConfig> = tokio::select! {
+            answer = self.send_snapshot(vote, snapshot, timeout) => answer?,
+            closed = cancel => return Err(StreamingError::Closed(closed)),
+        };
+        if let Some(last) = last.filter(|_| answer.vote == vote) {
+            self.acknowledged.note(self.target, vote, last);
         }
+        Ok(answer)
     }
 
     async fn transfer_leader(
@@ -417,5 +452,29 @@ impl RaftNetworkV2<TypeConfig> for Network {
         let last = BACKOFF_MS[BACKOFF_MS.len() - 1];
         let waits = BACKOFF_MS.into_iter().chain(std::iter::repeat(last));
         Some(Backoff::new(waits.map(Duration::from_millis)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_excuse_is_good_for_one_answer_of_the_same_term() {
+        let vote = |term| RaftVote::new_committed(term, 1);
+        let known = Acknowledged::default();
+        known.note(2, vote(3), 10);
+        assert_eq!(known.contradicts(2, vote(3), 10), Some(10));
+        assert_eq!(known.contradicts(2, vote(3), 11), None);
+        known.excuse(2, vote(4));
+        assert_eq!(known.contradicts(2, vote(3), 10), Some(10));
+        known.excuse(2, vote(3));
+        known.note(2, vote(3), 9);
+        assert_eq!(known.contradicts(2, vote(3), 10), Some(10), "it goes on");
+        known.excuse(2, vote(3));
+        assert_eq!(known.contradicts(2, vote(3), 10), None);
+        known.note(2, vote(3), 7);
+        assert_eq!(known.contradicts(2, vote(3), 10), None, "forgotten");
+        assert_eq!(known.contradicts(2, vote(3), 7), Some(7));
     }
 }

@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use openraft::ReadPolicy;
-use openraft::raft::{AppendEntriesRequest, TransferLeaderRequest, VoteRequest};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest, VoteRequest,
+};
 use quorate_storage::RaftGroupId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -17,7 +18,8 @@ use crate::link::LinkStream;
 use crate::pieces::Piece;
 use crate::types::{RaftVote, ReplicaId, Snapshot, SnapshotMeta, TypeConfig};
 use crate::wire::{
-    Answer, StreamHello, ToReplica, class, decode, decode_append, encode, encode_append_answer,
+    Answer, StreamHello, ToReplica, WhoLeads, class, decode, decode_append, encode,
+    encode_append_answer,
 };
 
 /// Finds the replicas that are open on this node.
@@ -84,7 +86,14 @@ async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes
             let head = body.len() - rest.len();
             let request = decode_append(body.split_off(head)).map_err(refuse)?;
             group.heard(request.vote.leader_id().term);
-            answer(raft.append_entries(request).await)
+            let watcher = CatchUp::default();
+            watcher.saw(&request);
+            let prev = request.prev_log_id;
+            let appended = raft.append_entries(request).await;
+            if let (Ok(AppendEntriesResponse::Success), Some(prev)) = (&appended, prev) {
+                watcher.reached(prev.index, group);
+            }
+            answer(appended)
         }
         class::SNAPSHOT => {
             let (vote, meta, state): (RaftVote, SnapshotMeta, Bytes) = open(group, &body)?;
@@ -113,24 +122,12 @@ async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes
         }
         class::READ_INDEX => answer(group.read_index().await),
         class::LEADS => {
-            let asker: ReplicaId = open(group, &body)?;
-            let leads = group.is_leader() && !group.is_stuck();
-            if leads {
-                // The one who asks has just opened its replica. Appends to it may be waiting out a
-                // long backoff, and a quiet leader would not say what is committed.
-                raft.trigger()
-                    .reset_backoff([asker])
-                    .await
-                    .map_err(refuse)?;
-                // A ReadIndex round tells all followers; openraft suppresses plain heartbeats.
-                let raft = raft.clone();
-                tokio::spawn(async move { raft.get_read_log_id(ReadPolicy::ReadIndex).await.ok() });
-            }
-            answer(Ok::<_, String>(leads.then(|| group.term())))
+            let ask: WhoLeads = open(group, &body)?;
+            answer(group.answer_who_leads(ask).await)
         }
         class::TAIL => answer(Ok::<_, String>(group.tail_report())),
         class::LOST_TAIL => {
-            group.check_acknowledged(open(group, &body)?);
+            group.check_acknowledged(open(group, &body)?).await;
             answer(Ok::<_, String>(()))
         }
         other => refuse(format!("unknown class of request {other}")),
@@ -180,12 +177,8 @@ pub(crate) async fn append_stream(
     let mut answers = std::pin::pin!(group.raft().stream_append(requests));
     while let Some(Ok(answer)) = answers.next().await {
         let ended = answer.is_err();
-        if group.tail().is_suspect()
-            && let Ok(Some(matched)) = &answer
-            && watcher.covered_by(matched.index)
-        {
-            tracing::info!(group = %group.id(), "an async replica has caught up and may vote again");
-            group.tail().caught_up();
+        if let Ok(Some(matched)) = &answer {
+            watcher.reached(matched.index, &group);
         }
         if sender.send(encode_append_answer(&answer)).await.is_err() || ended {
             return;
@@ -207,9 +200,13 @@ impl CatchUp {
         }
     }
 
-    /// An entry of a leader's own term is never at index 0, which is the membership.
-    fn covered_by(&self, matched: u64) -> bool {
+    /// The replica holds what the leader has, up to here.
+    fn reached(&self, matched: u64, group: &Group) {
         let commit = self.0.load(Ordering::Acquire);
-        commit > 0 && matched >= commit
+        // An entry of a leader's own term is never at index 0, which is the membership.
+        if group.tail().is_suspect() && commit > 0 && matched >= commit {
+            tracing::info!(group = %group.id(), "an async replica has caught up and may vote again");
+            group.tail().caught_up();
+        }
     }
 }

@@ -7,6 +7,11 @@
 //!   majority of sound replicas elected; or
 //! - so many replicas are in the same state that sound ones are no majority. Then the tail may be
 //!   gone for good; the replicas go on with the longest log and say so ([`TailGuard::tail_lost`]).
+//!
+//! Where the leader outlived the crash, it may count on what such a replica has lost. So whoever
+//! began suspect says so when it asks who leads, and the leader finds out anew where that log ends.
+//! What was committed stays so: of it the leader has everything, and the replica does not vote
+//! before it has it again.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
@@ -23,7 +28,10 @@ pub(crate) const ABSENT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Whether one replica's tail can be trusted.
 #[derive(Debug)]
-pub(crate) struct TailGuard(AtomicU8);
+pub(crate) struct TailGuard {
+    began_suspect: bool,
+    state: AtomicU8,
+}
 
 /// What one replica says of its tail when another asks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,27 +51,36 @@ pub(crate) enum TailVerdict {
 
 impl TailGuard {
     pub(crate) fn new(suspect: bool) -> Self {
-        let suspect = suspect && !mutation::on(Mutation::SuspectTailVotes);
-        Self(AtomicU8::new(if suspect { SUSPECT } else { SOUND }))
+        let votes = !suspect || mutation::on(Mutation::SuspectTailVotes);
+        Self {
+            began_suspect: suspect,
+            state: AtomicU8::new(if votes { SOUND } else { SUSPECT }),
+        }
+    }
+
+    /// True for a replica that may have begun without what it had acknowledged, for as long as this
+    /// process lives: a leader may come upon it at any time.
+    pub(crate) fn began_suspect(&self) -> bool {
+        self.began_suspect
     }
 
     /// True while this replica must neither vote nor stand.
     pub(crate) fn is_suspect(&self) -> bool {
-        self.0.load(Ordering::Acquire) == SUSPECT
+        self.state.load(Ordering::Acquire) == SUSPECT
     }
 
     /// True when a majority may have lost acknowledged messages since this process began.
     pub(crate) fn tail_lost(&self) -> bool {
-        self.0.load(Ordering::Acquire) == LOST
+        self.state.load(Ordering::Acquire) == LOST
     }
 
     /// This replica holds all that a newly elected leader has committed.
     pub(crate) fn caught_up(&self) {
-        self.0.store(SOUND, Ordering::Release);
+        self.state.store(SOUND, Ordering::Release);
     }
 
     pub(crate) fn go_on_without(&self) {
-        self.0.store(LOST, Ordering::Release);
+        self.state.store(LOST, Ordering::Release);
     }
 }
 

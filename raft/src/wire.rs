@@ -53,6 +53,14 @@ pub(crate) struct ToReplica<T> {
     pub(crate) body: T,
 }
 
+/// Asks a replica whether it leads.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct WhoLeads {
+    pub(crate) asker: ReplicaId,
+    /// The asker's machine crashed before it began, so it may lack what it had acknowledged.
+    pub(crate) may_lack_tail: bool,
+}
+
 /// A replica's answer, or the reason why it has none.
 pub(crate) type Answer<T> = Result<T, String>;
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quorate_raft::{Flush, HostConfig, LogRetention, ProposeError, RaftEvent};
-use support::{GROUP, PANIC, PATIENCE, TestCluster, eventually, leader, propose};
+use support::{GROUP, PANIC, PATIENCE, TestCluster, TestNode, eventually, leader, propose};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_of_one_leads_itself_and_comes_back() {
@@ -248,6 +248,112 @@ async fn suspect_tails_do_not_vote_until_caught_up() {
     let elected = leader(&nodes).await;
     assert!(elected.group.tail_lost());
     propose(elected, "on").await;
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_fills_a_follower_that_lost_its_unsynced_tail() {
+    followers_lose_their_tails(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_alone_fills_all_who_lost_their_unsynced_tails() {
+    followers_lose_their_tails(2).await;
+}
+
+/// The machines of so many of two followers crash; the leader goes on in its term.
+async fn followers_lose_their_tails(count: usize) {
+    let mut cluster = TestCluster::new(3);
+    cluster.flush = Flush::Async;
+    let mut nodes = start_with_leader_first(&mut cluster).await;
+    let crashed = nodes.drain(1..=count).collect();
+    let back = crash(&mut cluster, &nodes[0], crashed).await;
+    for node in &back {
+        eventually("it is sound", || !node.group.tail_unsettled()).await;
+        node.group.read_barrier(PATIENCE).await.unwrap();
+        assert_eq!(node.recorder.0.lock().len(), 11, "node {}", node.id);
+        assert!(node.damage.lock().is_empty(), "{:?}", node.damage.lock());
+    }
+    nodes.extend(back);
+    propose(&nodes[0], "after").await;
+    for node in &nodes {
+        node.group.read_barrier(PATIENCE).await.unwrap();
+        assert_eq!(node.recorder.0.lock().len(), 12, "node {}", node.id);
+    }
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_synced_tail_that_is_gone_is_damage_whatever_became_of_the_machine() {
+    let mut cluster = TestCluster::new(3);
+    let mut nodes = start_with_leader_first(&mut cluster).await;
+    let crashed = vec![nodes.remove(1)];
+    let back = crash(&mut cluster, &nodes[0], crashed).await.remove(0);
+    propose(&nodes[0], "after").await;
+    eventually("the damage is noticed", || !back.damage.lock().is_empty()).await;
+    assert!(back.recorder.0.lock().len() <= 1, "nothing was sent again");
+    nodes.push(back);
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+async fn start_with_leader_first(cluster: &mut TestCluster) -> Vec<TestNode> {
+    let mut nodes = cluster.start_all().await;
+    let led = leader(&nodes).await.id;
+    nodes.sort_by_key(|node| node.id != led);
+    nodes
+}
+
+/// The leader's followers store eleven commands, of which the machines of these lose ten.
+async fn crash(
+    cluster: &mut TestCluster,
+    leader: &TestNode,
+    followers: Vec<TestNode>,
+) -> Vec<TestNode> {
+    propose(leader, "kept").await;
+    let mut disks = Vec::new();
+    for node in &followers {
+        node.group.read_barrier(PATIENCE).await.unwrap();
+        disks.push((node.id, cluster.keep_log(node.id)));
+    }
+    for i in 0..10 {
+        propose(leader, &format!("c{i}")).await;
+    }
+    for node in &followers {
+        node.group.read_barrier(PATIENCE).await.unwrap();
+    }
+    for node in followers {
+        node.stop().await;
+    }
+    for (id, disk) in &disks {
+        cluster.lose_tail(*id, disk);
+    }
+    let mut back = Vec::new();
+    for (id, _) in disks {
+        let start = cluster.start(id, |config| config.tails_suspect = true);
+        back.push(start.await);
+    }
+    back
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_leader_tells_a_suspect_tail_that_it_is_whole() {
+    let mut cluster = TestCluster::new(3);
+    cluster.flush = Flush::Async;
+    let mut nodes = start_with_leader_first(&mut cluster).await;
+    propose(&nodes[0], "before").await;
+    let follower = nodes.remove(1);
+    follower.group.read_barrier(PATIENCE).await.unwrap();
+    let id = follower.id;
+    follower.stop().await;
+    let start = cluster.start(id, |config| config.tails_suspect = true);
+    nodes.push(start.await);
+    eventually("it is sound", || !nodes[2].group.tail_unsettled()).await;
     for node in nodes {
         node.stop().await;
     }

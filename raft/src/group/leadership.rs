@@ -7,8 +7,9 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use openraft::ReadPolicy;
 use openraft::async_runtime::WatchReceiver;
-use openraft::errors::{LinearizableReadError, RaftError};
+use openraft::errors::{Fatal, LinearizableReadError, RaftError};
 use openraft::raft::TransferLeaderRequest;
+use quorate_storage::commit_log::Flush;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use super::{Group, NO_TERM, RETRY};
@@ -17,7 +18,7 @@ use crate::error::TransferError;
 use crate::link::CallError;
 use crate::liveness::PeerState;
 use crate::types::{NodeId, ReplicaId, TypeConfig};
-use crate::wire::{Answer, ToReplica, class, decode, encode};
+use crate::wire::{Answer, ToReplica, WhoLeads, class, decode, encode};
 
 type ReadIndexError = RaftError<TypeConfig, LinearizableReadError<TypeConfig>>;
 
@@ -83,8 +84,8 @@ impl Group {
         }
     }
 
-    /// Asks the other replicas which of them leads. The one that does also says what is committed.
-    /// Returns the highest term in which one does.
+    /// Asks the other replicas which of them leads. The one that does also says what is committed,
+    /// and sends what is missing here. Returns the highest term in which one does.
     pub(crate) async fn ask_who_leads(&self, patience: Duration) -> Option<u64> {
         let (own, replicas) = (self.inner.peers.node(), self.replicas());
         let others = replicas.iter().filter(|r| r.node != own);
@@ -101,7 +102,10 @@ impl Group {
         target: ReplicaId,
         patience: Duration,
     ) -> LeadsAnswer {
-        let body = self.inner.replica;
+        let body = WhoLeads {
+            asker: self.inner.replica,
+            may_lack_tail: self.inner.tail.began_suspect(),
+        };
         let request = encode(&ToReplica { target, body });
         let link = self.inner.peers.link();
         let answer = link.call(node, class::LEADS, self.id().0, request, patience);
@@ -115,6 +119,34 @@ impl Group {
             Err(CallError::NotConnected) => LeadsAnswer::LeadsNot,
             Err(_) => LeadsAnswer::Silence,
         }
+    }
+
+    /// The other side of [`Group::ask_who_leads`]: the term in which this replica leads.
+    pub(crate) async fn answer_who_leads(
+        &self,
+        WhoLeads {
+            asker,
+            may_lack_tail,
+        }: WhoLeads,
+    ) -> Result<Option<u64>, Fatal<TypeConfig>> {
+        if !self.is_leader() || self.is_stuck() {
+            return Ok(None);
+        }
+        let raft = self.inner.raft.clone();
+        let trigger = raft.trigger();
+        // Nothing that is synced before it is acknowledged may ever be missing.
+        if may_lack_tail && self.inner.spec.flush == Flush::Async {
+            let vote = self.inner.metrics.borrow_watched().vote;
+            if trigger.allow_next_revert(&asker, true).await?.is_ok() {
+                self.inner.acknowledged.excuse(asker, vote);
+            }
+        }
+        // The one who asks has just opened its replica. Appends to it may be waiting out a long
+        // backoff, and a quiet leader would not say what is committed.
+        trigger.reset_backoff([asker]).await?;
+        // A ReadIndex round tells all followers; openraft suppresses plain heartbeats.
+        tokio::spawn(async move { raft.get_read_log_id(ReadPolicy::ReadIndex).await.ok() });
+        Ok(Some(self.term()))
     }
 
     /// To be called when the believed leader did not act as one. If it cannot be reached or says that

@@ -21,9 +21,11 @@ use self::barrier::Rounds;
 pub use self::membership::Settled;
 use crate::blocking;
 use crate::config::{GroupSpec, Replica};
+use crate::elections::ASK_PATIENCE;
 use crate::error::ProposeError;
 use crate::host::Peers;
 use crate::machine::Machine;
+use crate::network::Acknowledged;
 use crate::pieces::Incoming;
 use crate::tail_guard::{TailGuard, TailReport};
 use crate::types::{Command, NodeId, ReplicaId, TypeConfig, from_raft_log_id};
@@ -53,6 +55,8 @@ struct Inner {
     peers: Arc<Peers>,
     rounds: Rounds,
     tail: TailGuard,
+    /// What the others have acknowledged while this replica leads.
+    acknowledged: Arc<Acknowledged>,
     /// The last term whose leader a majority held to be dead. It may be back as a follower, and
     /// this replica's metrics name it until a new term begins.
     deposed_term: AtomicU64,
@@ -94,12 +98,12 @@ pub struct GroupMetrics {
 impl Group {
     pub(crate) fn new(
         spec: GroupSpec,
-        replica: ReplicaId,
         raft: Raft,
         log: GroupLog,
         applied: watch::Receiver<Option<LogId>>,
         peers: Arc<Peers>,
         tail: TailGuard,
+        acknowledged: Arc<Acknowledged>,
     ) -> Self {
         let metrics = raft.metrics();
         // Not from the metrics: they are empty until the core has run.
@@ -108,7 +112,7 @@ impl Group {
             inner: Arc::new(Inner {
                 replicas: RwLock::new(spec.replicas.clone().into()),
                 spec,
-                replica,
+                replica: *raft.node_id(),
                 raft,
                 metrics,
                 log,
@@ -116,6 +120,7 @@ impl Group {
                 peers,
                 rounds: Rounds::default(),
                 tail,
+                acknowledged,
                 deposed_term: AtomicU64::new(NO_TERM),
                 unheard_term: AtomicU64::new(stored_term),
                 stuck_term: AtomicU64::new(NO_TERM),
@@ -339,9 +344,14 @@ impl Group {
         state.last.is_none() && state.vote.is_none()
     }
 
-    /// A leader says that this replica acknowledged `index` and lacks it now. If that is so, what
-    /// its disk lost is noticed here as any other damage is.
-    pub(crate) fn check_acknowledged(&self, index: u64) {
+    /// A leader says that this replica acknowledged `index` and lacks it now. Where that is no
+    /// wonder, the leader is told so. Otherwise, if it is true, what the disk lost is noticed here as
+    /// any other damage is.
+    pub(crate) async fn check_acknowledged(&self, index: u64) {
+        if self.inner.tail.began_suspect() {
+            self.ask_who_leads(ASK_PATIENCE).await;
+            return;
+        }
         let last = self.last_log().map_or(0, |id| id.index);
         if last < index {
             self.inner.log.report_damage(format!(

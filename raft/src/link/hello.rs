@@ -29,7 +29,7 @@ use crate::{NodeId, blocking};
 
 const MAGIC: &[u8; 8] = b"QUORLINK";
 /// 2: frames behind the handshake are numbered.
-const PROTOCOL_VERSION: u16 = 2;
+const PROTOCOL_VERSION: u16 = 3;
 const PREFIX_BYTES: usize = MAGIC.len() + 2;
 /// Bound on a frame of the handshake: a stranger makes us hold no more than this.
 const FRAME_BYTES_MAX: usize = 4096;

@@ -3,6 +3,7 @@
 
 mod slow_wire;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -88,6 +89,8 @@ pub struct TestNode {
     pub log: CommitLog,
     pub recorder: Recorder,
     pub group: Group,
+    /// Whatever was taken for damage of this node's disk.
+    pub damage: Arc<Mutex<Vec<String>>>,
 }
 
 /// What of a test survives its nodes: disks and ports.
@@ -136,6 +139,11 @@ impl TestCluster {
             ..CommitLogConfig::default()
         };
         let log = CommitLog::open(vfs.clone(), &dir.join("log"), config).unwrap();
+        let damage = Arc::<Mutex<Vec<String>>>::default();
+        let found = damage.clone();
+        log.on_damage(Box::new(move |_, error| {
+            found.lock().push(error.to_string())
+        }));
         let storage = HostStorage {
             log: log.clone(),
             snapshots: Arc::new(SnapshotStore::open(vfs, &dir.join("snapshots")).unwrap()),
@@ -159,7 +167,26 @@ impl TestCluster {
             log,
             recorder,
             group,
+            damage,
         }
+    }
+
+    /// What a node's log is now, for [`TestCluster::lose_tail`].
+    pub fn keep_log(&self, id: NodeId) -> tempfile::TempDir {
+        let kept = tempfile::tempdir().unwrap();
+        copy_files(&self.log_dir(id), kept.path());
+        kept
+    }
+
+    /// The machine of a node that was stopped crashed: what was written since is gone.
+    pub fn lose_tail(&self, id: NodeId, kept: &tempfile::TempDir) {
+        std::fs::remove_dir_all(self.log_dir(id)).unwrap();
+        std::fs::create_dir(self.log_dir(id)).unwrap();
+        copy_files(kept.path(), &self.log_dir(id));
+    }
+
+    fn log_dir(&self, id: NodeId) -> PathBuf {
+        self.dirs[id as usize - 1].path().join("log")
     }
 
     fn spec(&self) -> GroupSpec {
@@ -178,6 +205,13 @@ impl TestCluster {
             retention: self.retention,
             checkpoint_every: self.checkpoint_every,
         }
+    }
+}
+
+fn copy_files(from: &Path, to: &Path) {
+    for file in std::fs::read_dir(from).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
     }
 }
 
