@@ -116,7 +116,7 @@ impl StoreBuilder<TypeConfig, LogStore, Machine, Guard> for Builder {
                 e.into(),
             )
         })?;
-        let store = LogStore::new(group, Flush::Sync);
+        let store = LogStore::new(group, Flush::Sync, |_| false);
         Ok((Guard { log, _dir: dir }, store, machine))
     }
 }

@@ -257,6 +257,7 @@ impl RaftHost {
             .replica;
         let log = self.storage.log.group(spec.group);
         let state = log.state();
+        let must_be_synced = machine.must_be_synced();
         let (applied_tx, applied) = watch::channel(None);
         let machine = Machine::open(
             &spec,
@@ -272,7 +273,7 @@ impl RaftHost {
             timeout: self.config.replication_timeout,
             acknowledged: acknowledged.clone(),
         };
-        let store = LogStore::new(log.clone(), spec.flush);
+        let store = LogStore::new(log.clone(), spec.flush, must_be_synced);
         let raft = Raft::new(replica, self.raft_config(&spec)?, network, store, machine)
             .await
             .map_err(|e| OpenGroupError::Raft(e.to_string()))?;

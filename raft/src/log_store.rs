@@ -8,11 +8,12 @@ use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds};
 
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt, stream};
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::{OptionalSend, RaftLogReader};
 use quorate_storage::StorageError;
-use quorate_storage::commit_log::{Done, EntryKind, Flush, GroupLog};
+use quorate_storage::commit_log::{Done, Entry, EntryKind, Flush, GroupLog};
 use tokio::sync::oneshot;
 
 use crate::types::{
@@ -28,11 +29,29 @@ const READ_BYTES_MAX: usize = 1 << 20;
 pub(crate) struct LogStore {
     log: GroupLog,
     flush: Flush,
+    must_be_synced: fn(&Bytes) -> bool,
 }
 
 impl LogStore {
-    pub(crate) fn new(log: GroupLog, flush: Flush) -> Self {
-        Self { log, flush }
+    pub(crate) fn new(log: GroupLog, flush: Flush, must_be_synced: fn(&Bytes) -> bool) -> Self {
+        Self {
+            log,
+            flush,
+            must_be_synced,
+        }
+    }
+
+    /// Membership is never left to a later flush, nor is what the state machine names.
+    fn flush_of(&self, entries: &[Entry]) -> Flush {
+        let must_be_synced = |entry: &Entry| match entry.kind {
+            EntryKind::Blank => false,
+            EntryKind::Membership => true,
+            EntryKind::Command => (self.must_be_synced)(&entry.body),
+        };
+        match self.flush {
+            Flush::Async if entries.iter().any(must_be_synced) => Flush::Sync,
+            flush => flush,
+        }
     }
 
     /// The part of a range that the log holds, as `[start, end)`.
@@ -162,12 +181,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         I: IntoIterator<Item = RaftEntry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let entries: Vec<_> = entries.into_iter().map(to_log_entry).collect();
+        let entries: Vec<Entry> = entries.into_iter().map(to_log_entry).collect();
         let done: Done =
             Box::new(move |result| callback.io_completed(result.map_err(io::Error::from)));
-        // Membership is never left to a later flush.
-        let membership = entries.iter().any(|e| e.kind == EntryKind::Membership);
-        let flush = if membership { Flush::Sync } else { self.flush };
+        let flush = self.flush_of(&entries);
         self.log.append(entries, flush, done)?;
         Ok(())
     }

@@ -11,6 +11,12 @@ pub trait StateMachine: Send + Sync + 'static {
     /// Applies one committed command; the reply goes to whoever proposed it on this node.
     fn apply(&mut self, log_id: LogId, body: &Bytes) -> Bytes;
 
+    /// Says of a command, by its bytes alone, whether a majority has to fsync it before it counts, also
+    /// in a group with [`Flush::Async`](quorate_storage::commit_log::Flush::Async).
+    fn must_be_synced(&self) -> fn(&Bytes) -> bool {
+        |_| false
+    }
+
     /// Called after a run of applies, with the last index applied (commands or not): wake whoever
     /// waits for new state.
     fn applied_batch(&mut self, _applied: LogId) {}

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use quorate_raft::{Flush, HostConfig, LogRetention, ProposeError, RaftEvent};
-use support::{GROUP, PANIC, PATIENCE, TestCluster, TestNode, eventually, leader, propose};
+use support::{GROUP, PANIC, PATIENCE, SYNC, TestCluster, TestNode, eventually, leader, propose};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_group_of_one_leads_itself_and_comes_back() {
@@ -281,6 +281,24 @@ async fn followers_lose_their_tails(count: usize) {
     for node in &nodes {
         node.group.read_barrier(PATIENCE).await.unwrap();
         assert_eq!(node.recorder.0.lock().len(), 12, "node {}", node.id);
+    }
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_must_be_synced_is_synced_in_an_async_group_too() {
+    let mut cluster = TestCluster::new(3);
+    cluster.flush = Flush::Async;
+    let nodes = cluster.start_all().await;
+    let led = leader(&nodes).await;
+    let fsyncs = || nodes.iter().map(|n| n.log.stats().fsyncs);
+    for _ in 0..50 {
+        let before: Vec<u64> = fsyncs().collect();
+        propose(led, SYNC).await;
+        let synced = fsyncs().zip(&before).filter(|(now, before)| now > before);
+        assert!(synced.count() >= 2, "a majority");
     }
     for node in nodes {
         node.stop().await;

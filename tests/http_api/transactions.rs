@@ -142,6 +142,34 @@ async fn a_rollback_shows_nothing_ever() {
 }
 
 #[tokio::test]
+async fn a_transaction_is_synced_on_an_async_topic_too() {
+    const ROUNDS: u64 = 20;
+    let api = Api::start().await.unwrap();
+    let topic = json!({"name": "t", "queues": 1, "flush": "async"});
+    api.post("/v1/topics", &topic).await.expect(201);
+    let mut before = fsyncs(&api).await;
+    for round in 0..ROUNDS {
+        let messages = json!([message("t", 0, "1")]);
+        let id = begin(&api, json!({"producer_group": "p", "messages": messages})).await;
+        // It is recorded, its part is stored, and it is open: one after the other.
+        let begun = fsyncs(&api).await;
+        assert!(begun >= before + 3, "begin {round}: {before}, {begun}");
+        // It is decided, its part is visible, and that is recorded.
+        end(&api, &id, "commit").await.expect(200);
+        before = fsyncs(&api).await;
+        assert!(before >= begun + 3, "commit {round}: {begun}, {before}");
+    }
+}
+
+/// How often the node has fsynced its log.
+async fn fsyncs(api: &Api) -> u64 {
+    let metrics = api.get("/metrics").await.text();
+    let name = "quorate_log_fsyncs_total ";
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name));
+    line.expect("the counter").parse().expect("a number")
+}
+
+#[tokio::test]
 async fn an_empty_transaction_takes_messages_later() {
     let api = Api::start().await.unwrap();
     api.topic("a", 1).await;

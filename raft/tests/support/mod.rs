@@ -26,10 +26,12 @@ use slow_wire::Delay;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const GROUP: RaftGroupId = RaftGroupId(1024);
 
-/// Keeps every command it applied, for tests to look at.
 /// The command that no replica survives.
 pub const PANIC: &str = "panic";
+/// The command that has to be synced whatever the group's flush.
+pub const SYNC: &str = "sync";
 
+/// Keeps every command it applied, for tests to look at.
 #[derive(Debug, Clone, Default)]
 pub struct Recorder(pub Arc<Mutex<Vec<Bytes>>>);
 
@@ -39,6 +41,10 @@ impl StateMachine for Recorder {
         let mut all = self.0.lock();
         all.push(body.clone());
         Bytes::from(all.len().to_string())
+    }
+
+    fn must_be_synced(&self) -> fn(&Bytes) -> bool {
+        |body| body == SYNC
     }
 
     fn checkpoint(&mut self) -> Result<Vec<u8>, StorageError> {

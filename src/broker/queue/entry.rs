@@ -264,6 +264,25 @@ pub fn is_trim(body: &[u8]) -> bool {
     body.first_chunk() == Some(&[VERSION, KIND_TRIM]) && body.len() == HEADER_BYTES + 8
 }
 
+/// Whether another Raft group will remember that this entry was stored: a transaction's coordinator
+/// its parts and its end, a forwarder what it has brought. It must not be forgotten here then.
+pub fn is_remembered_elsewhere(body: &Bytes) -> bool {
+    let Ok(entry) = decode(body) else {
+        return false;
+    };
+    match entry.body {
+        EntryBody::Append(batches) => batches.iter().any(|batch| {
+            matches!(batch.hold, Some(Hold::Transaction { .. }))
+                || matches!(batch.mark, Mark::Forwarded { .. })
+        }),
+        EntryBody::Settle { .. } => true,
+        EntryBody::Fence { .. }
+        | EntryBody::Deliver { .. }
+        | EntryBody::Cancel { .. }
+        | EntryBody::Trim { .. } => false,
+    }
+}
+
 fn put_header(buffer: &mut BytesMut, kind: u8, stamp_ms: u64) {
     buffer.put_u8(VERSION);
     buffer.put_u8(kind);
@@ -559,6 +578,23 @@ mod tests {
         ] {
             let entry = decode(&body).unwrap();
             assert_eq!((entry.stamp_ms, entry.body), (5, expected));
+        }
+    }
+
+    #[test]
+    fn what_other_groups_remember_is_told_from_the_rest() {
+        for place in 0..9 {
+            let (mark, hold) = prefix(place);
+            let remembered = matches!(mark, Mark::Forwarded { .. })
+                || matches!(hold, Some(Hold::Transaction { .. }));
+            let mut builder = AppendBuilder::new(77, 2, 0);
+            assert!(builder.push(&Mark::None, None, &one_batch(b"a")));
+            assert!(builder.push(&mark, hold.as_ref(), &one_batch(b"b")));
+            assert_eq!(is_remembered_elsewhere(&builder.finish()), remembered);
+        }
+        assert!(is_remembered_elsewhere(&settle(5, &[7; 16], false, &[])));
+        for other in [fence(5, 1, 2), deliver(5, 77), trim(5, 3)] {
+            assert!(!is_remembered_elsewhere(&other));
         }
     }
 

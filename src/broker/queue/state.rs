@@ -443,6 +443,10 @@ impl StateMachine for QueueMachine {
         }
     }
 
+    fn must_be_synced(&self) -> fn(&Bytes) -> bool {
+        entry::is_remembered_elsewhere
+    }
+
     fn applied_batch(&mut self, _applied: LogId) {
         self.shared.wake();
     }
