@@ -85,6 +85,7 @@ async fn serve(group: &Group, class: u8, mut body: Bytes) -> Result<Bytes, Bytes
             check_target(group, target)?;
             let head = body.len() - rest.len();
             let request = decode_append(body.split_off(head)).map_err(refuse)?;
+            check_applied(group, &request).map_err(refuse)?;
             group.heard(request.vote.leader_id().term);
             let watcher = CatchUp::default();
             watcher.saw(&request);
@@ -159,7 +160,8 @@ pub(crate) async fn append_stream(
         |state| async move {
             let (receiver, group, watcher, over) = state;
             let bytes = over.run_until_cancelled(receiver.recv()).await??;
-            match decode_append(bytes) {
+            let request = decode_append(bytes).map_err(|error| error.to_string());
+            match request.and_then(|r| check_applied(&group, &r).map(|()| r)) {
                 Ok(request) => {
                     group.heard(request.vote.leader_id().term);
                     if group.tail().is_suspect() {
@@ -184,6 +186,32 @@ pub(crate) async fn append_stream(
             return;
         }
     }
+}
+
+/// What is applied here is only ever taken back by a majority that lost its unsynced tail while this
+/// replica was away. Its state knows of it, and openraft would take the old entries for the new
+/// ones, so it can't go on: the others fill another in its place.
+fn check_applied(group: &Group, request: &AppendEntriesRequest<TypeConfig>) -> Result<(), String> {
+    let Some(applied) = group.applied() else {
+        return Ok(());
+    };
+    let ids = request.prev_log_id.iter();
+    let ids = ids.chain(request.entries.iter().map(|entry| &entry.log_id));
+    // Terms never go down along a log, and a later leader's is higher than any before.
+    let taken_back = ids
+        .take_while(|id| id.index <= applied.index)
+        .find(|id| id.committed_leader_id().term > applied.term);
+    let Some(other) = taken_back else {
+        return Ok(());
+    };
+    let (index, term) = (other.index, other.committed_leader_id().term);
+    let text = format!(
+        "{} has applied up to {applied}, and entry {index} is another now, of term {term}: the \
+         others have lost what they had acknowledged",
+        group.id()
+    );
+    group.log().report_damage(text.clone());
+    Err(text)
 }
 
 /// What a leader has committed in its own term, as a suspect replica hears of it.

@@ -288,6 +288,47 @@ async fn followers_lose_their_tails(count: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_applied_what_a_majority_lost_is_given_up() {
+    let mut cluster = TestCluster::new(3);
+    cluster.flush = Flush::Async;
+    cluster.checkpoint_every = 4;
+    let nodes = start_with_leader_first(&mut cluster).await;
+    let ids: Vec<_> = nodes.iter().map(|n| n.id).collect();
+    propose(&nodes[0], "kept").await;
+    let mut disks = Vec::new();
+    for node in &nodes[..2] {
+        node.group.read_barrier(PATIENCE).await.unwrap();
+        disks.push((node.id, cluster.keep_log(node.id)));
+    }
+    for i in 0..10 {
+        propose(&nodes[0], &format!("lost{i}")).await;
+    }
+    nodes[2].group.read_barrier(PATIENCE).await.unwrap();
+    // The third first: what the others vote for after that is forgotten with their tails.
+    for node in nodes.into_iter().rev() {
+        node.stop().await;
+    }
+    let mut nodes = Vec::new();
+    for (id, disk) in disks {
+        cluster.lose_tail(id, &disk);
+        let start = cluster.start(id, |config| config.tails_suspect = true);
+        nodes.push(start.await);
+    }
+    // The third, away for long, kept all of it.
+    let elected = leader(&nodes).await;
+    assert!(elected.group.tail_lost());
+    propose(elected, "other").await;
+    let third = cluster.start(ids[2], |_| {}).await;
+    eventually("it is given up", || !third.damage.lock().is_empty()).await;
+    let recorded = third.recorder.0.lock().clone();
+    assert!(recorded.iter().all(|command| command != "other"));
+    nodes.push(third);
+    for node in nodes {
+        node.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_must_be_synced_is_synced_in_an_async_group_too() {
     let mut cluster = TestCluster::new(3);
     cluster.flush = Flush::Async;
