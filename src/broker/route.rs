@@ -80,6 +80,15 @@ pub(super) const UNKNOWN: BrokerError = BrokerError::Timeout {
     outcome: Outcome::Unknown,
 };
 
+/// What becomes of a write that has begun: its first steps are done, so that it failed for the moment
+/// must not sound as if nothing had happened.
+pub(super) fn once_begun(error: BrokerError) -> BrokerError {
+    match error.retryable() {
+        true => UNKNOWN,
+        false => error,
+    }
+}
+
 /// Deleting is how a full disk gets room again; the reserve has space for it.
 fn frees_space(group: u64, body: &[u8]) -> bool {
     if group >= FIRST_QUEUE_GROUP {

@@ -17,7 +17,7 @@ pub use sessions::Sessions;
 
 use super::offsets::check_group_name;
 use super::producers::unexpected;
-use super::route::{Attempt, NO_LEADER, UNKNOWN};
+use super::route::{Attempt, NO_LEADER, UNKNOWN, once_begun};
 use super::{Broker, BrokerError, BrokerResult};
 use crate::coordinator::{
     AssignStrategy, CoordinatorCommand, CoordinatorReply, Delivery, GroupStart, GroupSummary,
@@ -94,12 +94,8 @@ impl Broker {
         let topics = newcomer.topics.clone();
         let question = GroupQuestion::Join { group, newcomer };
         let seat = self.ask_for_seat(&request.group, question).await?;
-        // It has joined: that its offsets are not known yet must not sound as if it had not.
         let answer = self.answer_member(&request.group, seat).await;
-        let mut answer = answer.map_err(|error| match error.retryable() {
-            true => UNKNOWN,
-            false => error,
-        })?;
+        let mut answer = answer.map_err(once_begun)?;
         let shapes = self.topic_shapes(&topics).await.into_iter();
         let missing = shapes.filter(|(_, shape)| shape.found.is_none());
         answer.missing_topics = missing.map(|(name, _)| name).collect();
@@ -227,7 +223,8 @@ impl Broker {
         let mut begun = false;
         loop {
             let group = group.to_owned();
-            match self.coordinate(coordinator, &command).await? {
+            let step = self.coordinate(coordinator, &command).await;
+            match step.map_err(|e| if begun { once_begun(e) } else { e })? {
                 CoordinatorReply::GroupDeleted { more: true } => begun = true,
                 CoordinatorReply::GroupDeleted { more: false } => return Ok(()),
                 CoordinatorReply::UnknownGroup if begun => return Ok(()),

@@ -7,6 +7,7 @@ use tokio::time::Instant;
 use super::{LeaseView, ReceiptResult, broken, decode_receipt, not_leased};
 use crate::broker::offsets::check_group_name;
 use crate::broker::producers::unexpected;
+use crate::broker::route::once_begun;
 use crate::broker::{Broker, BrokerError, BrokerResult, TraceKind};
 use crate::coordinator::leases::{
     LeaseCommand, LeaseCounts, LeaseReply, Receipt, ReceiptVerdict, RetryPolicy,
@@ -127,16 +128,17 @@ impl Broker {
         offsets: Vec<QueueOffset>,
     ) -> BrokerResult<()> {
         let mut rest = offsets;
+        let mut begun = false;
         while !rest.is_empty() {
             let offsets = rest.clone();
-            let queues = match self
-                .lease_command(group, LeaseCommand::Seek { offsets })
-                .await?
-            {
+            let step = self.lease_command(group, LeaseCommand::Seek { offsets });
+            let step = step.await;
+            let queues = match step.map_err(|e| if begun { once_begun(e) } else { e })? {
                 LeaseReply::Sought { queues } if queues > 0 => queues as usize,
                 other => return Err(unexpected(&CoordinatorReply::Leases(other))),
             };
             rest.drain(..queues.min(rest.len()));
+            begun = true;
         }
         Ok(())
     }

@@ -15,6 +15,7 @@ use super::{EXPIRE_AT_ONCE, REMOVE_AT_ONCE};
 use crate::catalog::TopicId;
 use crate::coordinator::QueueOffset;
 use crate::coordinator::machine::CoordinatorMachine;
+use crate::coordinator::records::offset_key;
 
 type Touched = BTreeMap<(TopicId, u32), QueueLeases>;
 
@@ -320,6 +321,39 @@ impl CoordinatorMachine {
         })
     }
 
+    /// Removes what the group has of its queues until `limit` records are gone, and says how many are. A
+    /// queue goes whole: keys and deliveries that outlive its cursor would stand in the way for ever.
+    pub(in crate::coordinator) fn forget_leased_queues(
+        &mut self,
+        group: &str,
+        limit: usize,
+    ) -> Result<usize, StorageError> {
+        let mut removed = 0;
+        for (key, _) in self.records.scan(&of_group(b'l', group), None, limit)? {
+            if removed >= limit {
+                break;
+            }
+            let Some((_, topic, queue)) = leases_of_key(&key) else {
+                continue;
+            };
+            let place = Place {
+                group,
+                topic,
+                queue,
+            };
+            removed += self.remove_in_flight(&place)? + 2;
+            self.records.remove(offset_key(group, topic, queue));
+            self.records.remove(key);
+        }
+        Ok(removed)
+    }
+
+    /// Removes all deliveries of a queue with their order, and says how many records that were.
+    fn remove_in_flight(&mut self, place: &Place<'_>) -> Result<usize, StorageError> {
+        let deliveries = self.remove_some(&place.deliveries(), usize::MAX)?;
+        Ok(deliveries + self.remove_some(&place.order(), usize::MAX)?)
+    }
+
     /// Removes up to `limit` records, and says how many.
     fn remove_some(&mut self, prefix: &[u8], limit: usize) -> Result<usize, StorageError> {
         let found = self.records.scan(prefix, None, limit)?;
@@ -348,8 +382,7 @@ impl CoordinatorMachine {
                 topic: to.topic,
                 queue: to.queue,
             };
-            removed += self.remove_some(&place.deliveries(), usize::MAX)?;
-            removed += self.remove_some(&place.order(), usize::MAX)?;
+            removed += self.remove_in_flight(&place)?;
             let queue = QueueLeases {
                 next: to.offset,
                 in_flight: 0,
