@@ -7,10 +7,12 @@ mod support;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use parking_lot::Mutex;
+use quorate::coordinator::owner_of_name;
 use rand::Rng;
 use rand::seq::IndexedRandom;
 use reqwest::{Method, StatusCode};
@@ -23,6 +25,8 @@ use tokio::time::{Instant, sleep, sleep_until};
 const QUEUES: u32 = 8;
 const CONSUMERS: usize = 10;
 const SESSION_MS: u64 = 2_000;
+/// How many there are where the configuration doesn't say.
+const COORDINATORS: usize = 16;
 
 async fn post(client: &Client, path: &str, body: &Value) -> Result<(StatusCode, Value)> {
     client.request(Method::POST, path, Some(body)).await
@@ -34,13 +38,15 @@ fn number(value: &Value, field: &str) -> Result<u64> {
         .with_context(|| format!("no {field} in {value}"))
 }
 
+fn queues_of(assignment: &Value) -> Vec<Value> {
+    let each = assignment.as_array().into_iter().flatten();
+    each.map(|q| json!({"topic": q["topic"], "queue": q["queue"]}))
+        .collect()
+}
+
 /// A member that only lives: its heartbeats tell it what it has.
 async fn beat(client: &Client, id: &str, epoch: u64, assignment: &Value) -> Result<Value> {
-    let owned = assignment.as_array().into_iter().flatten();
-    let owned: Vec<Value> = owned
-        .map(|q| json!({"topic": q["topic"], "queue": q["queue"]}))
-        .collect();
-    let body = json!({"epoch": epoch, "owned": owned});
+    let body = json!({"epoch": epoch, "owned": queues_of(assignment)});
     let path = format!("/v1/groups/g/members/{id}/heartbeat");
     let (status, answer) = post(client, &path, &body).await?;
     ensure!(status == StatusCode::OK, "{status} {answer}");
@@ -108,6 +114,113 @@ async fn no_leaders_death_moves_a_queue() -> Result<()> {
         }
         cluster.node(node).spawn()?;
         cluster.wait_ready().await?;
+    }
+    Ok(())
+}
+
+/// Who leads the coordinator that owns the group, by the nodes' own account.
+async fn leader_for(cluster: &Cluster, group: &str) -> Result<u64> {
+    let holds = format!("coordinator {}", owner_of_name(group, COORDINATORS));
+    for node in &cluster.nodes {
+        let client = cluster.client().only(&node.url);
+        let held = client.get("/v1/cluster/replicas").await?;
+        let mut held = held["replicas"].as_array().into_iter().flatten();
+        if held.any(|r| r["holds"] == holds && r["role"] == "leader") {
+            return Ok(node.id);
+        }
+    }
+    bail!("nobody leads {holds}")
+}
+
+/// Heartbeats at a steady pace, whether the earlier ones are answered or not.
+struct Steady {
+    beating: JoinHandle<()>,
+    answered: Arc<AtomicUsize>,
+    /// Answers that say it is no member, or another one than it was.
+    refused: Arc<Mutex<Vec<Value>>>,
+}
+
+impl Steady {
+    fn begin(client: Client, id: String, epoch: u64, assignment: Value) -> Self {
+        let answered: Arc<AtomicUsize> = Arc::default();
+        let refused: Arc<Mutex<Vec<Value>>> = Arc::default();
+        let (heard, wrong) = (answered.clone(), refused.clone());
+        let beating = tokio::spawn(async move {
+            let owned = queues_of(&assignment);
+            loop {
+                let body = json!({"epoch": epoch, "owned": owned});
+                let path = format!("/v1/groups/g/members/{id}/heartbeat");
+                let client = client.clone();
+                let (heard, wrong) = (heard.clone(), wrong.clone());
+                tokio::spawn(async move {
+                    match post(&client, &path, &body).await {
+                        Ok((StatusCode::OK, answer)) if answer["epoch"] == epoch => {
+                            heard.fetch_add(1, Ordering::SeqCst);
+                        }
+                        Ok((status, answer)) if !status.is_server_error() => {
+                            wrong.lock().push(answer);
+                        }
+                        _ => {}
+                    }
+                });
+                sleep(Duration::from_millis(250)).await;
+            }
+        });
+        Self {
+            beating,
+            answered,
+            refused,
+        }
+    }
+
+    async fn is_answered(&self) -> Result<()> {
+        let before = self.answered.load(Ordering::SeqCst);
+        let refused = eventually("a heartbeat is answered", || async {
+            let refused = self.refused.lock().clone();
+            let answered = self.answered.load(Ordering::SeqCst) > before;
+            ensure!(answered || !refused.is_empty());
+            Ok(refused)
+        });
+        let refused = refused.await?;
+        ensure!(refused.is_empty(), "{refused:?}");
+        Ok(())
+    }
+}
+
+/// Most nodes sleep for longer than the sessions last, and one of them comes back at this moment or
+/// that. The members went on all the time, and stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_majority_is_not_the_members_fault() -> Result<()> {
+    let cluster = Cluster::start(3).await?;
+    let client = cluster.client();
+    client.create_topic("t", 4).await?;
+    let body = json!({"topics": ["t"], "session_timeout_ms": 4_500});
+    let (status, joined) = post(&client, "/v1/groups/g/members", &body).await?;
+    ensure!(status == StatusCode::CREATED, "{status} {joined}");
+    let id = joined["member_id"].as_str().context("no id")?;
+    let epoch = number(&joined, "epoch")?;
+    // What became of the member is asked from the end of its session on, for some seconds.
+    for asleep_ms in [5_000, 5_600] {
+        let leader = eventually("it is led", || leader_for(&cluster, "g")).await?;
+        let awake = cluster.nodes.iter().find(|node| node.id == leader);
+        let at_leader = client.only(&awake.context("a node")?.url);
+        let assignment = joined["assignment"].clone();
+        let steady = Steady::begin(at_leader, id.to_owned(), epoch, assignment);
+        steady.is_answered().await?;
+        let others = cluster.nodes.iter().filter(|node| node.id != leader);
+        let others: Vec<_> = others.collect();
+        for node in &others {
+            node.pause()?;
+        }
+        sleep(Duration::from_millis(asleep_ms)).await;
+        for node in &others {
+            node.resume()?;
+            let answered = steady.is_answered().await;
+            answered.with_context(|| format!("after {asleep_ms} ms"))?;
+        }
+        cluster.wait_ready().await?;
+        steady.is_answered().await?;
+        steady.beating.abort();
     }
     Ok(())
 }

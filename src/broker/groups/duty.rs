@@ -8,9 +8,9 @@ use futures_util::future::join_all;
 use quorate_raft::RaftEvent;
 use quorate_storage::RaftGroupId;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
-use super::leader::{membership, read};
+use super::leader::{PROOF, membership, read};
 use super::seat::shapes;
 use super::sessions::Overdue;
 use crate::broker::Broker;
@@ -44,6 +44,7 @@ pub(in crate::broker) fn start(broker: &Arc<Broker>) {
     let (node, sessions) = (broker.node_id(), broker.sessions.clone());
     let broker = Arc::downgrade(broker);
     tokio::spawn(async move {
+        let mut look_again = Instant::now() + LOOK_AGAIN;
         loop {
             let due = sessions.next_due();
             let over = async {
@@ -71,8 +72,11 @@ pub(in crate::broker) fn start(broker: &Arc<Broker>) {
                     Err(RecvError::Lagged(_)) => News::Everything,
                     Err(RecvError::Closed) => return,
                 },
-                () = sleep(LOOK_AGAIN) => News::Everything,
+                () = sleep_until(look_again) => News::Everything,
             };
+            if let News::Everything = news {
+                look_again = Instant::now() + LOOK_AGAIN;
+            }
             let Some(broker) = broker.upgrade() else {
                 return;
             };
@@ -151,6 +155,7 @@ impl Broker {
     /// Ends the memberships of those that were silent for too long.
     async fn expel(&self, overdue: Overdue) {
         let number = overdue.coordinator;
+        let asked = Instant::now();
         let local = match self.proved_coordinator(number, PATIENCE).await {
             Ok(local) => local,
             Err(PeerError::NotLeader { leader: Some(_) }) => {
@@ -163,7 +168,15 @@ impl Broker {
                 return;
             }
         };
-        let Overdue { group, members, .. } = overdue;
+        // A majority that was not here for this was not here for the members; nor was this node, if it
+        // lost its leadership and has it again.
+        if asked.elapsed() > PROOF || local.group.term() != overdue.term {
+            self.sessions.renew(Some(number));
+            return;
+        }
+        let Some(Overdue { group, members, .. }) = self.sessions.still(overdue) else {
+            return;
+        };
         tracing::info!(group, ?members, "members were not heard of in time");
         let command = CoordinatorCommand::RemoveMembers {
             group: group.clone(),

@@ -1,8 +1,9 @@
 //! What the leader of a coordinator answers about consumer groups.
 //!
-//! Each answer stands on a read barrier: a node that leads no more hears nobody, and one that has
+//! Each answer stands on a read barrier: a node that leads no more answers nobody, and one that has
 //! just begun to lead knows everything that was committed before. The barrier costs no write, and
-//! all who wait share one.
+//! all who wait share one. A member is heard when it knocks, not when the barrier is through: how
+//! long that takes is not its fault.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +24,7 @@ use crate::peer::{PeerError, PeerResult};
 use quorate_storage::StorageError;
 
 /// How long a leader tries to prove that it is one, before another node is asked.
-const PROOF: Duration = Duration::from_secs(1);
+pub(super) const PROOF: Duration = Duration::from_secs(1);
 
 /// What only the leader of a coordinator can answer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -77,9 +78,26 @@ impl Broker {
         timeout: Duration,
     ) -> PeerResult<GroupAnswer> {
         let deadline = Instant::now() + timeout;
-        let local = self
-            .proved_coordinator(coordinator, timeout.min(PROOF))
-            .await?;
+        if let GroupQuestion::Heartbeat {
+            group,
+            member,
+            epoch,
+            ..
+        } = &question
+        {
+            self.sessions.hear(coordinator, group, member, *epoch);
+        }
+        let patience = timeout.min(PROOF);
+        let local = match self.proved_coordinator(coordinator, patience).await {
+            Ok(local) => local,
+            Err(error) => {
+                // Those that could not even knock have waited in vain as well.
+                if patience == PROOF && matches!(error, PeerError::NotLeader { leader: None }) {
+                    self.sessions.renew(Some(coordinator));
+                }
+                return Err(error);
+            }
+        };
         let left = deadline.saturating_duration_since(Instant::now());
         match question {
             GroupQuestion::Join { group, newcomer } => {

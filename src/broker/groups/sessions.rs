@@ -61,6 +61,8 @@ impl Session {
 pub(super) struct Overdue {
     pub coordinator: u32,
     pub group: String,
+    /// In which they were not heard.
+    pub term: u64,
     pub members: Vec<(String, u64)>,
 }
 
@@ -108,6 +110,18 @@ impl Sessions {
         }
     }
 
+    /// A member knocks, with this epoch. It is heard from here on, though it may take a while to prove
+    /// that this node is the one to answer.
+    pub(super) fn hear(&self, coordinator: u32, group: &str, member: &str, epoch: u64) {
+        let mut watched = self.watched.lock();
+        let group = watched.groups.get_mut(&(coordinator, group.to_owned()));
+        let session = group.and_then(|group| group.sessions.get_mut(member));
+        // An earlier life of the member says nothing for this one.
+        if let Some(session) = session.filter(|session| session.joined <= epoch) {
+            session.heard = Instant::now();
+        }
+    }
+
     /// When the next session is over, if nothing is heard before.
     pub(super) fn next_due(&self) -> Option<Instant> {
         let watched = self.watched.lock();
@@ -122,10 +136,21 @@ impl Sessions {
             Overdue {
                 coordinator: *coordinator,
                 group: name.clone(),
+                term: group.term,
                 members: silent.map(|(id, s)| (id.clone(), s.joined)).collect(),
             }
         });
         groups.filter(|o| !o.members.is_empty()).collect()
+    }
+
+    /// Of these members, those that are silent still.
+    pub(super) fn still(&self, overdue: Overdue) -> Option<Overdue> {
+        let now = self.overdue(Instant::now()).into_iter();
+        let mut same = now.filter(|o| o.coordinator == overdue.coordinator);
+        let now = same.find(|o| o.group == overdue.group && o.term == overdue.term)?;
+        let mut still = overdue;
+        still.members.retain(|member| now.members.contains(member));
+        (!still.members.is_empty()).then_some(still)
     }
 
     /// Begins every session of a coordinator anew, or of all: nobody could have been heard.
