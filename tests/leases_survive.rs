@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use support::client::{Client, Produced};
@@ -126,6 +126,54 @@ async fn a_lease_outlives_every_leader() -> Result<()> {
         post(&client, "/v1/groups/g/ack", done.clone())
     })
     .await?;
+    Ok(())
+}
+
+/// Each queue has one replica, and one of the nodes dies: what the others have is received all the
+/// same, and soon enough for a consumer that doesn't wait.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_without_a_replica_holds_up_no_other() -> Result<()> {
+    let mut cluster = Cluster::start(3).await?;
+    let client = cluster.client();
+    let topic = json!({"name": "t", "queues": 3, "replicas": 1});
+    client.create_topic_with(topic).await?;
+    let messages = (0..3).map(|queue| json!({"value": "early", "queue": queue}));
+    let messages: Vec<Value> = messages.collect();
+    client.store("t", &json!({"messages": messages})).await?;
+    // The group has a place in every queue.
+    let early = parking_lot::Mutex::new(BTreeSet::new());
+    eventually("all is received", || async {
+        let received = receive(&client, json!({})).await?;
+        let mut early = early.lock();
+        early.extend(received.iter().map(|m| m["queue"].to_string()));
+        ensure!(early.len() == 3, "{early:?}");
+        Ok(())
+    })
+    .await?;
+    let described = client.get("/v1/topics/t").await?;
+    let on = |queue: usize| described["queues"][queue]["replicas"][0].as_u64();
+    let (lost, dead) = (0, on(0).unwrap_or_default());
+    cluster.node(dead).kill();
+    let left = cluster.nodes.iter().filter(|node| node.id != dead);
+    let client = Client::new(left.map(|node| node.url.clone()).collect());
+    let alive: Vec<usize> = (0..3).filter(|queue| on(*queue) != Some(dead)).collect();
+    ensure!(!alive.is_empty() && !alive.contains(&lost), "{described}");
+    for wait_ms in [0, 1_000] {
+        for queue in &alive {
+            let body = json!({"messages": [{"value": "late", "queue": queue}]});
+            client.store("t", &body).await?;
+        }
+        let found = parking_lot::Mutex::new(BTreeSet::new());
+        eventually("the others' messages come", || async {
+            let received = receive(&client, json!({"wait_ms": wait_ms})).await?;
+            let mut found = found.lock();
+            found.extend(received.iter().map(|m| m["queue"].to_string()));
+            ensure!(found.len() == alive.len(), "{found:?} of {alive:?}");
+            Ok(())
+        })
+        .await
+        .with_context(|| format!("wait_ms {wait_ms}"))?;
+    }
     Ok(())
 }
 

@@ -37,6 +37,7 @@ mod retention;
 mod route;
 mod search;
 pub mod selection;
+mod soon;
 mod topics;
 mod trace;
 mod transactions;

@@ -2,8 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Duration;
 
-use futures_util::future::join_all;
 use quorate_storage::batch::{BatchView, RecordView};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -12,7 +12,9 @@ use crate::broker::batcher::now_ms;
 use crate::broker::fetch::{message, size_of_message, unreadable};
 use crate::broker::local::LocalCoordinator;
 use crate::broker::queue::QueueBounds;
+use crate::broker::route::NO_LEADER;
 use crate::broker::selection::Seen;
+use crate::broker::soon::all_soon;
 use crate::broker::ttl::is_expired;
 use crate::broker::{Broker, BrokerError, BrokerResult, Message, StartAt};
 use crate::catalog::{Topic, TopicId};
@@ -28,6 +30,8 @@ const PARKED_AT_ONCE: usize = 1024;
 /// other consumers, and those that it asks for at once.
 const DUE_LOOKED_AT: usize = 1024;
 const DUE_AT_ONCE: usize = 128;
+/// How long a turn waits for queues that are slower than the others: all consumers of the group do.
+const GRACE: Duration = Duration::from_millis(200);
 
 /// One queue the group leases from.
 #[derive(Debug, Clone)]
@@ -45,6 +49,8 @@ pub(super) type MessagePlace = (TopicId, u32, u64);
 pub(super) struct Plan {
     pub picks: Vec<Pick>,
     pub messages: HashMap<MessagePlace, Message>,
+    /// Some queue had nobody to answer.
+    pub incomplete: bool,
     bytes: usize,
 }
 
@@ -99,7 +105,8 @@ impl Broker {
     }
 
     /// Looks for up to `wanted` messages, each queue with something getting its share. With `prove`
-    /// a queue has no more only if its leader says so.
+    /// a queue has no more only if its leader says so. One that can't be asked is left out, as long as
+    /// there are others.
     pub(super) async fn plan(
         &self,
         local: &LocalCoordinator,
@@ -110,12 +117,10 @@ impl Broker {
         prove: bool,
     ) -> PeerResult<Plan> {
         let mut offers = Vec::new();
-        let mut failed = None;
-        let each = sources.into_iter().map(|source| async move {
-            let bounds = self.bounds_for(request, &source, prove).await;
-            (source, bounds)
-        });
-        for (source, found) in join_all(each).await {
+        let (mut failed, mut answered) = (None, false);
+        let each = sources.iter().map(|s| self.bounds_for(request, s, prove));
+        let found = all_soon(each, self.config.read_timeout, GRACE).await;
+        for (source, found) in sources.into_iter().zip(found) {
             let (bounds, next) = match found {
                 Ok(found) => found,
                 // The others have messages all the same.
@@ -125,6 +130,7 @@ impl Broker {
                     continue;
                 }
             };
+            answered = true;
             let (topic, queue) = (source.topic.id, source.queue);
             let due = local.view.due(
                 &request.group,
@@ -158,8 +164,11 @@ impl Broker {
                 Err(other) => return Err(other),
             }
         }
+        plan.incomplete = failed.is_some();
         match failed {
-            Some(error) if plan.picks.is_empty() => Err(PeerError::Broker(error)),
+            Some(error) if plan.picks.is_empty() && !(answered && error.retryable()) => {
+                Err(PeerError::Broker(error))
+            }
             _ => Ok(plan),
         }
     }
@@ -176,6 +185,11 @@ impl Broker {
             if let Some(bounds) = here.filter(|b| !prove || leases.next < b.end) {
                 return Ok((bounds, leases.next));
             }
+        }
+        if !self.may_be_led(source.group) {
+            return Err(NO_LEADER);
+        }
+        if let Some(leases) = source.leases {
             return Ok((self.proved_bounds(source.group).await?, leases.next));
         }
         let by_time = match request.start {
@@ -340,9 +354,9 @@ impl Broker {
                 }
                 let key = if request.ordered { key_of(&record) } else { 0 };
                 let (topic, queue) = (source.topic.id, source.queue);
-                let busy = local.view.is_key_busy(&request.group, topic, queue, key);
+                let busy = || local.view.is_key_busy(&request.group, topic, queue, key);
                 let waits = key != 0
-                    && (!keys.insert(key) || busy.map_err(|cause| broken(local, cause))?);
+                    && (!keys.insert(key) || busy().map_err(|cause| broken(local, cause))?);
                 if !waits {
                     let message = message(source.group, queue, stored, &view, &record, ordinal);
                     plan.add(pick, message.map_err(PeerError::Broker)?);
@@ -412,7 +426,7 @@ impl Broker {
             Err(error) => return Err(error),
         };
         let Some(stored) = slice.batches.into_iter().next() else {
-            return Err(super::super::route::NO_LEADER);
+            return Err(NO_LEADER);
         };
         let view = BatchView::parse_trusted(stored.batch.clone()).map_err(unreadable)?;
         let ordinal = offset.saturating_sub(stored.place.base_offset);

@@ -35,8 +35,8 @@ const SCAN_AT_LEAST: Duration = Duration::from_secs(1);
 /// What one turn came to.
 enum Turn {
     Leased(ReceiveAnswer),
-    /// Something was looked at, nothing leased: there may be more.
-    Moved,
+    /// Something was looked at, nothing leased: there may be more. With what the consumer still holds.
+    Moved(Vec<Receipt>),
     /// There is nothing, as far as is known.
     Nothing(Idle),
 }
@@ -48,6 +48,8 @@ struct Idle {
     held: Vec<Receipt>,
     /// When it was looked: what was due by then is left to other consumers.
     looked_ms: u64,
+    /// When it is looked again, whatever happens.
+    again: Duration,
 }
 
 impl Broker {
@@ -127,8 +129,13 @@ impl Broker {
             };
             match turn {
                 Turn::Leased(answer) => return Ok(answer),
-                Turn::Moved if Instant::now() < scan_until => {}
-                Turn::Moved => return Ok(ReceiveAnswer::default()),
+                Turn::Moved(_) if Instant::now() < scan_until => {}
+                Turn::Moved(held) => {
+                    return Ok(ReceiveAnswer {
+                        messages: Vec::new(),
+                        held,
+                    });
+                }
                 Turn::Nothing(_) if !proved => {
                     let patience = Instant::now() + self.config.read_timeout;
                     let proof = self.barrier(&local.group, patience).await;
@@ -146,7 +153,7 @@ impl Broker {
                     if full {
                         idle.sources.clear();
                     }
-                    let until = deadline.min(Instant::now() + LOOK_AGAIN);
+                    let until = deadline.min(Instant::now() + idle.again);
                     self.wait_for_messages(&local, request, idle, &mut changed, until)
                         .await?;
                 }
@@ -187,10 +194,11 @@ impl Broker {
         *first = (*first + 1) % count;
         let wanted = request.max_messages.saturating_sub(held.len());
         let known = local.view.lease_group(&request.group).map_err(fail)?;
-        let idle = Idle {
+        let mut idle = Idle {
             sources,
             held,
             looked_ms: now_ms,
+            again: LOOK_AGAIN,
         };
         if wanted == 0 {
             return Ok(Turn::Nothing(idle));
@@ -199,6 +207,9 @@ impl Broker {
         let plan = self
             .plan(local, request, sources, wanted, now_ms, prove)
             .await?;
+        if plan.incomplete {
+            idle.again = LEADERSHIP;
+        }
         if plan.picks.is_empty() && known.is_some() {
             return Ok(Turn::Nothing(idle));
         }
@@ -234,7 +245,7 @@ impl Broker {
         };
         drop(first);
         if granted.leases.is_empty() {
-            return Ok(Turn::Moved);
+            return Ok(Turn::Moved(held));
         }
         let messages = self.gather(&sources, plan, &granted, token, consumer).await;
         self.trace_delivered(&request.group, request.consumer.as_ref(), &messages);
