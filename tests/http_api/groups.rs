@@ -443,6 +443,38 @@ async fn a_members_stream_goes_on_behind_what_its_tag_leaves_out() {
 }
 
 #[tokio::test]
+async fn what_a_members_stream_has_scanned_is_not_scanned_again() {
+    let api = Api::start().await.unwrap();
+    api.topic("t", 2).await;
+    let message = |queue: u32, a: &str| json!({"queue": queue, "headers": {"a": a}});
+    let others: Vec<Value> = (0..5_000).map(|_| message(0, "other")).collect();
+    let store = async |messages: &[Value]| {
+        let body = json!({"messages": messages});
+        api.post("/v1/topics/t/messages", &body).await.expect(200);
+    };
+    store(&[message(1, "100")]).await;
+    // More than a server scans between two looks at the other, paused queue.
+    for _ in 0..6 {
+        store(&others).await;
+    }
+    store(&[message(0, "100")]).await;
+    let wanted: Vec<String> = (0..200).map(|n| format!("headers.a='{n}'")).collect();
+    let member = Member::join(&api, json!({"filter": wanted.join(" or ")})).await;
+    let path = format!(
+        "{}/messages?epoch={}&prefetch=1",
+        member.path(),
+        member.epoch
+    );
+    let mut events = Events::open(&api, &path, None).await;
+    assert_eq!(events.named().await.0, "assignment");
+    for queue in [1, 0] {
+        let next = tokio::time::timeout(PATIENCE, events.named()).await;
+        let (_, message) = next.expect("it is found");
+        assert_eq!(message["queue"], queue, "{message}");
+    }
+}
+
+#[tokio::test]
 async fn a_members_stream_has_its_filter() {
     let api = Api::start().await.unwrap();
     api.topic("t", 1).await;

@@ -1,20 +1,22 @@
 //! A live stream of one queue's messages as server-sent events: `id` is the offset, so that a
 //! client that comes back with `Last-Event-ID` goes on where it was.
 //!
-//! The stream is pulled: a slow client makes fewer fetches, never a longer buffer.
+//! The stream is pulled: a slow client makes fewer fetches, never a longer buffer. A fetch outlives the
+//! pings: what a filter leaves out is scanned once, however long that takes.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use axum::response::Response;
 use bytes::Bytes;
+use futures_util::future::{BoxFuture, FutureExt};
 use futures_util::stream;
 use tokio::time::Instant;
 
 use super::out_of_range;
 use super::query::{Encoding, Fetch};
 use super::render::{MessageOut, value_bytes};
-use crate::broker::{BrokerError, FetchAnswer, FetchRequest, StartAt};
+use crate::broker::{BrokerError, BrokerResult, FetchAnswer, FetchRequest, StartAt};
 use crate::http::HttpState;
 use crate::http::error::ApiError;
 use crate::http::limits::BudgetShare;
@@ -26,6 +28,8 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 struct Live {
     state: HttpState,
     request: FetchRequest,
+    /// The one under way.
+    fetch: Option<BoxFuture<'static, BrokerResult<FetchAnswer>>>,
     /// What the stream began with: a topic that is made again is another one.
     group: u64,
     encoding: Encoding,
@@ -53,6 +57,7 @@ pub async fn response(
         last_sign: Instant::now(),
         state,
         request,
+        fetch: None,
         group: first.group,
         encoding: fetch.encoding,
         on_out_of_range,
@@ -110,33 +115,47 @@ impl Live {
             }
             let ping_at = self.last_sign + self.state.ping_interval;
             let shutdown = self.state.shutdown.clone();
-            tokio::select! {
-                () = shutdown.cancelled() => self.ended = true,
+            let fetch = self.fetch.get_or_insert_with(|| {
+                let (broker, request) = (self.state.broker.clone(), self.request.clone());
+                async move { broker.fetch(request).await }.boxed()
+            });
+            let answer = tokio::select! {
+                () = shutdown.cancelled() => {
+                    self.ended = true;
+                    continue;
+                }
                 () = tokio::time::sleep_until(ping_at) => {
                     self.ready.push_back(Bytes::from_static(sse::PING));
+                    continue;
                 }
-                answer = self.state.broker.fetch(self.request.clone()) => match answer {
-                    Ok(answer) if answer.group != self.group => {
-                        self.ended = true;
-                        let topic = answer.topic;
-                        return Some(sse::error_event(&BrokerError::TopicNotFound { topic }.into()));
-                    }
-                    Ok(answer) => if !self.take(&answer) {
+                answer = fetch => answer,
+            };
+            self.fetch = None;
+            match answer {
+                Ok(answer) if answer.group != self.group => {
+                    self.ended = true;
+                    let topic = answer.topic;
+                    return Some(sse::error_event(
+                        &BrokerError::TopicNotFound { topic }.into(),
+                    ));
+                }
+                Ok(answer) => {
+                    if !self.take(&answer) {
                         pause_until(ping_at).await;
-                    },
-                    // A slow reader, and retention has overtaken it.
-                    Err(BrokerError::OffsetOutOfRange { .. })
-                        if let Some(start) = self.on_out_of_range =>
-                    {
-                        self.request.start = start;
                     }
-                    // Between two leaders: the stream waits, pings go on.
-                    Err(error) if waits(&error) => pause_until(ping_at).await,
-                    Err(error) => {
-                        self.ended = true;
-                        return Some(sse::error_event(&error.into()));
-                    }
-                },
+                }
+                // A slow reader, and retention has overtaken it.
+                Err(BrokerError::OffsetOutOfRange { .. })
+                    if let Some(start) = self.on_out_of_range =>
+                {
+                    self.request.start = start;
+                }
+                // Between two leaders: the stream waits, pings go on.
+                Err(error) if waits(&error) => pause_until(ping_at).await,
+                Err(error) => {
+                    self.ended = true;
+                    return Some(sse::error_event(&error.into()));
+                }
             }
         }
         None

@@ -4,6 +4,9 @@
 //! client that is gone or stuck stops the stream, and with it the heartbeats. The queues follow the
 //! member's assignment. A queue that is taken away is sent no more at once, but counts as owned until
 //! the next heartbeat: in the meantime the client can commit what it has done.
+//!
+//! Each queue that may send has one fetch under way, and keeps it until it is answered: what a filter
+//! leaves out is scanned once, however long that takes and whatever happens meanwhile.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
@@ -11,6 +14,7 @@ use std::time::Duration;
 use axum::response::Response;
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::future::{AbortHandle, Aborted, BoxFuture, FutureExt, abortable};
 use futures_util::stream::{self, FuturesUnordered};
 use serde::Serialize;
 use tokio::time::Instant;
@@ -36,8 +40,11 @@ const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 type QueueKey = (String, u32);
 
+/// What became of a queue's fetch, unless it was given up.
+type Fetched = Result<(QueueKey, BrokerResult<FetchAnswer>), Aborted>;
+
 /// One queue of the stream.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Default)]
 struct Lane {
     /// The next offset to send.
     next: u64,
@@ -45,6 +52,20 @@ struct Lane {
     sent: u64,
     /// What the client has committed, as far as known here.
     committed: u64,
+    /// The fetch from `next` that is under way.
+    fetch: Option<Fetch>,
+    /// After something that may work in a moment: nothing is fetched before.
+    retry_at: Option<Instant>,
+}
+
+/// A fetch, which ends with this.
+#[derive(Debug)]
+struct Fetch(AbortHandle);
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 struct Live {
@@ -56,8 +77,8 @@ struct Live {
     interval: Duration,
     selection: Selection,
     lanes: BTreeMap<QueueKey, Lane>,
-    /// Its turn is over: the queue that was served last.
-    served: Option<QueueKey>,
+    /// Of the lanes. Those that are answered are served in turn.
+    fetches: FuturesUnordered<BoxFuture<'static, Fetched>>,
     ready: VecDeque<Bytes>,
     beat_at: Instant,
     look_at: Instant,
@@ -99,7 +120,7 @@ pub async fn response(
         selection: Selection::parse(answer.tag.as_deref(), answer.filter.as_deref())
             .map_err(BrokerError::from)?,
         lanes: BTreeMap::new(),
-        served: None,
+        fetches: FuturesUnordered::new(),
         ready: VecDeque::new(),
         beat_at: now,
         look_at: now,
@@ -119,6 +140,8 @@ enum Step {
     Look,
     Ping,
     Stop,
+    /// Some lane may be fetched from again.
+    Retry,
     Fetched(QueueKey, BrokerResult<FetchAnswer>),
 }
 
@@ -130,12 +153,8 @@ impl Live {
         let mut lanes = BTreeMap::new();
         for queue in &answer.assignment {
             let key = (queue.topic.clone(), queue.queue);
-            let known = self.lanes.get(&key).copied();
-            let mut lane = known.unwrap_or(Lane {
-                next: queue.offset,
-                sent: queue.offset,
-                committed: queue.offset,
-            });
+            let known = self.lanes.remove(&key);
+            let mut lane = known.unwrap_or_else(|| Lane::at(queue.offset));
             lane.saw_commit(queue.offset);
             lanes.insert(key, lane);
         }
@@ -167,43 +186,69 @@ impl Live {
                 Step::Ping => self.ready.push_back(Bytes::from_static(sse::PING)),
                 Step::Beat => self.beat().await,
                 Step::Look => self.look_at_commits().await,
-                Step::Fetched(key, answer) => self.take(&key, answer).await,
+                Step::Retry => {}
+                Step::Fetched(key, answer) => self.take(&key, answer),
             }
         }
     }
 
     /// Waits for whatever comes first.
-    async fn step(&self) -> Step {
-        // Behind the one that was served last come the others first.
-        let after = self.served.as_ref();
-        let (earlier, later): (Vec<_>, Vec<_>) =
-            self.lanes.iter().partition(|(key, _)| Some(*key) <= after);
-        let turns = later.into_iter().chain(earlier);
-        let open = turns.filter(|(_, lane)| lane.room(self.prefetch) > 0);
-        let fetches = open.map(|(key, lane)| {
-            let request = FetchRequest {
-                topic: key.0.clone(),
-                queue: key.1,
-                start: StartAt::Offset(lane.next),
-                max_messages: lane.room(self.prefetch).min(AT_ONCE) as usize,
-                max_bytes: AT_ONCE_BYTES,
-                // Long enough to cost little: what ends it is a message, or the heartbeat.
-                wait_ms: 15_000,
-                selection: self.selection.clone(),
-                consistency: Consistency::Linearizable,
-            };
-            async move { (key.clone(), self.state.broker.fetch(request).await) }
-        });
-        let mut fetches: FuturesUnordered<_> = fetches.collect();
-        let paused = fetches.len() < self.lanes.len();
+    async fn step(&mut self) -> Step {
+        self.fetch_what_is_open();
+        let paused = self
+            .lanes
+            .values()
+            .any(|lane| lane.room(self.prefetch) == 0);
+        let retry_at = self.lanes.values().filter_map(|lane| lane.retry_at).min();
         let ping_at = self.last_sign + self.state.ping_interval;
+        let fetches = &mut self.fetches;
+        let answered = async {
+            loop {
+                match fetches.next().await {
+                    Some(Ok(answered)) => return answered,
+                    Some(Err(Aborted)) => {}
+                    None => std::future::pending().await,
+                }
+            }
+        };
         tokio::select! {
             biased;
             () = self.state.shutdown.cancelled() => Step::Stop,
             () = tokio::time::sleep_until(self.beat_at) => Step::Beat,
             () = tokio::time::sleep_until(self.look_at), if paused => Step::Look,
-            Some((key, answer)) = fetches.next() => Step::Fetched(key, answer),
+            (key, answer) = answered => Step::Fetched(key, answer),
+            () = tokio::time::sleep_until(retry_at.unwrap_or(ping_at)), if retry_at.is_some() => {
+                Step::Retry
+            }
             () = tokio::time::sleep_until(ping_at) => Step::Ping,
+        }
+    }
+
+    /// Lets every lane that may send have its fetch.
+    fn fetch_what_is_open(&mut self) {
+        let now = Instant::now();
+        for (key, lane) in &mut self.lanes {
+            lane.retry_at = lane.retry_at.filter(|retry_at| *retry_at > now);
+            let room = lane.room(self.prefetch);
+            if lane.fetch.is_some() || lane.retry_at.is_some() || room == 0 {
+                continue;
+            }
+            let request = FetchRequest {
+                topic: key.0.clone(),
+                queue: key.1,
+                start: StartAt::Offset(lane.next),
+                max_messages: room.min(AT_ONCE) as usize,
+                max_bytes: AT_ONCE_BYTES,
+                // Long enough to cost little, short enough that a leader's end is noticed between two.
+                wait_ms: 5_000,
+                selection: self.selection.clone(),
+                consistency: Consistency::Linearizable,
+            };
+            let (key, broker) = (key.clone(), self.state.broker.clone());
+            let fetch = async move { (key, broker.fetch(request).await) };
+            let (fetch, abort) = abortable(fetch);
+            lane.fetch = Some(Fetch(abort));
+            self.fetches.push(fetch.boxed());
         }
     }
 
@@ -221,7 +266,6 @@ impl Live {
     }
 
     async fn look_at_commits(&mut self) {
-        self.look_at = Instant::now() + LOOK_AT_COMMITS;
         let found = self.state.broker.member_offsets(&self.group, &self.member);
         // What can't be read now is looked at again soon.
         for (topic, queue, offset) in found.await.unwrap_or_default() {
@@ -229,13 +273,16 @@ impl Live {
                 lane.saw_commit(offset);
             }
         }
+        // However long that took, the others are served in between.
+        self.look_at = Instant::now() + LOOK_AT_COMMITS;
     }
 
-    async fn take(&mut self, key: &QueueKey, answer: BrokerResult<FetchAnswer>) {
+    fn take(&mut self, key: &QueueKey, answer: BrokerResult<FetchAnswer>) {
         let Some(lane) = self.lanes.get_mut(key) else {
             return;
         };
-        self.served = Some(key.clone());
+        lane.fetch = None;
+        let retry_at = Instant::now() + RETRY_PAUSE.min(self.interval);
         let answer = match answer {
             Ok(answer) => answer,
             // Retention went past it.
@@ -251,8 +298,10 @@ impl Live {
                 self.lanes.remove(key);
                 return;
             }
+            // The others go on.
             Err(error) if waits(&error) => {
-                return tokio::time::sleep(RETRY_PAUSE.min(self.interval)).await;
+                lane.retry_at = Some(retry_at);
+                return;
             }
             Err(error) => return self.end(error),
         };
@@ -260,7 +309,8 @@ impl Live {
         let capacity = bytes * 9 / 8 + answer.messages.len() * 256;
         let mut share = BudgetShare::default();
         if !self.state.budget.take(&mut share, capacity) {
-            return tokio::time::sleep(RETRY_PAUSE.min(self.interval)).await;
+            lane.retry_at = Some(retry_at);
+            return;
         }
         let last = answer.messages.last().map(|message| message.offset);
         lane.fetched(last, answer.next_offset);
@@ -290,10 +340,22 @@ impl Live {
 }
 
 impl Lane {
+    fn at(offset: u64) -> Self {
+        Self {
+            next: offset,
+            sent: offset,
+            committed: offset,
+            ..Self::default()
+        }
+    }
+
     fn saw_commit(&mut self, offset: u64) {
         self.committed = self.committed.max(offset);
         // Committed further than was sent, by whomever: that is done.
-        self.next = self.next.max(offset);
+        if offset > self.next {
+            self.next = offset;
+            self.fetch = None;
+        }
         self.pass_left_out();
     }
 
@@ -327,11 +389,7 @@ mod tests {
 
     #[test]
     fn what_was_left_out_needs_no_commit_once_the_rest_is_done() {
-        let mut lane = Lane {
-            next: 0,
-            sent: 0,
-            committed: 0,
-        };
+        let mut lane = Lane::at(0);
         lane.fetched(None, 3);
         assert_eq!(lane.room(1), 1, "nothing was sent");
         lane.fetched(Some(3), 9);
