@@ -225,6 +225,62 @@ async fn a_lost_majority_is_not_the_members_fault() -> Result<()> {
     Ok(())
 }
 
+/// Where a queue can't tell its end, a member that begins there gets the others, and once it can, that
+/// one too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_without_a_replica_keeps_nobody_out_of_the_others() -> Result<()> {
+    let mut cluster = Cluster::start(3).await?;
+    let client = cluster.client();
+    let topic = json!({"name": "t", "queues": 3, "replicas": 1});
+    client.create_topic_with(topic).await?;
+    let described = client.get("/v1/topics/t").await?;
+    let on = |queue: u64| described["queues"][queue as usize]["replicas"][0].as_u64();
+    let dead = on(0).context("no replica")?;
+    let alive: Vec<u64> = (0..3).filter(|queue| on(*queue) != Some(dead)).collect();
+    cluster.node(dead).kill();
+    let left = cluster.nodes.iter().filter(|node| node.id != dead);
+    let survivors = Client::new(left.map(|node| node.url.clone()).collect());
+    eventually("the coordinator has a leader again", || async {
+        let (status, answer) = survivors.request(Method::GET, "/v1/groups", None).await?;
+        ensure!(status == StatusCode::OK, "{status} {answer}");
+        Ok(())
+    })
+    .await?;
+    let body = json!({"topics": ["t"], "start": "latest", "session_timeout_ms": 60_000});
+    let (status, joined) = post(&survivors, "/v1/groups/g/members", &body).await?;
+    ensure!(status == StatusCode::CREATED, "{status} {joined}");
+    let numbers = |assignment: &Value| -> Vec<u64> {
+        let each = assignment.as_array().into_iter().flatten();
+        each.filter_map(|q| q["queue"].as_u64()).collect()
+    };
+    ensure!(numbers(&joined["assignment"]) == alive, "{joined}");
+    let group = survivors.get("/v1/groups/g").await?;
+    ensure!(
+        group["members"]
+            .as_array()
+            .is_some_and(|all| all.len() == 1),
+        "{group}"
+    );
+    let offsets = survivors.get("/v1/groups/g/offsets?topic=t").await?;
+    for place in [&group["offsets"], &offsets["offsets"]] {
+        let known = place.as_array().into_iter().flatten();
+        let known = known.filter(|q| q["end_offset"].is_u64() && q["lag"].is_u64());
+        let known: Vec<u64> = known.filter_map(|q| q["queue"].as_u64()).collect();
+        ensure!(known == alive, "{place}");
+    }
+
+    cluster.node(dead).spawn()?;
+    cluster.wait_ready().await?;
+    let id = joined["member_id"].as_str().context("no id")?;
+    let epoch = number(&joined, "epoch")?;
+    eventually("the queue is back", || async {
+        let answer = beat(&survivors, id, epoch, &joined["assignment"]).await?;
+        ensure!(numbers(&answer["assignment"]) == [0, 1, 2], "{answer}");
+        Ok(())
+    })
+    .await
+}
+
 /// What all consumers did, as the test sees it.
 #[derive(Default)]
 struct Tally {

@@ -1,14 +1,23 @@
 //! Committed offsets of consumer groups: commit, and how far behind a group is.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use tokio::time::Instant;
 
 use super::batcher::now_ms;
-use super::{Broker, BrokerError, BrokerResult, CommitRequest, GroupOffset, OffsetCommit, StartAt};
+use super::route::NO_LEADER;
+use super::soon::all_soon;
+use super::{
+    Behind, Broker, BrokerError, BrokerResult, CommitRequest, GroupOffset, OffsetCommit, StartAt,
+};
 use crate::coordinator::{
     CommitVerdict, CoordinatorCommand, CoordinatorReply, QueueOffset, owner_of_name,
 };
 use crate::peer::{PeerError, PeerRequest, PeerResult, Proof, ReadRequest};
+
+/// How long an answer about many queues waits for those that are slower than the others.
+const GRACE: Duration = Duration::from_secs(1);
 
 impl Broker {
     /// Commits offsets for a consumer group; one result for each, in order.
@@ -137,48 +146,78 @@ impl Broker {
         let rows = (0u32..).zip(&topic.queues).map(|(queue, placement)| {
             let known = |o: &&QueueOffset| o.topic == topic.id && o.queue == queue;
             let offset = committed.iter().find(known).map(|o| o.offset);
-            (topic.name.clone(), queue, placement.group, offset)
+            (queue, placement.group, offset)
         });
-        let lags = rows.map(|(topic, queue, id, offset)| async move {
-            let found = self.lag(id, offset).await;
-            found.map(|(end_offset, lag, lag_ms)| GroupOffset {
-                topic,
-                queue,
-                offset,
-                end_offset,
-                lag,
-                lag_ms,
-            })
+        let rows: Vec<_> = rows.collect();
+        let places = rows.iter().map(|(_, id, offset)| (*id, *offset));
+        let behind = self.behind(places.collect()).await;
+        let rows = rows.iter().zip(behind).map(|(row, behind)| GroupOffset {
+            topic: topic.name.clone(),
+            queue: row.0,
+            offset: row.2,
+            behind,
         });
-        let rows: BrokerResult<Vec<GroupOffset>> = join_all(lags).await.into_iter().collect();
-        let rows = rows?;
-        for row in &rows {
-            self.metrics
-                .set_group_lag(group, &row.topic, row.queue, row.lag);
-        }
+        let rows: Vec<GroupOffset> = rows.collect();
+        self.show_lag(group, &rows);
         Ok(rows)
     }
 
-    /// The queue's proved end, how many messages are left, and how old the next one is. What
-    /// retention removed before a group had it is left, too.
-    pub(super) async fn lag(&self, id: u64, offset: Option<u64>) -> BrokerResult<(u64, u64, u64)> {
-        let bounds = self.proved_bounds(id).await?;
-        let next = offset.unwrap_or(0).max(bounds.earliest);
-        let lag = bounds.end.saturating_sub(offset.unwrap_or(next));
-        if next >= bounds.end {
-            return Ok((bounds.end, lag, 0));
+    /// How far behind the ends of these Raft groups' queues one is that goes on at these offsets. None
+    /// where that can't be told now: the others are told all the same.
+    pub(super) async fn behind(&self, places: Vec<(u64, Option<u64>)>) -> Vec<Option<Behind>> {
+        let places = places.into_iter();
+        let each = places.map(|(id, offset)| self.behind_end(id, offset));
+        let found = all_soon(each, self.config.read_timeout, GRACE).await;
+        found.into_iter().map(Result::ok).collect()
+    }
+
+    /// By the queue's proved end. What retention removed before a group had it is left, too.
+    async fn behind_end(&self, id: u64, offset: Option<u64>) -> BrokerResult<Behind> {
+        if !self.may_be_led(id) {
+            return Err(NO_LEADER);
         }
-        let request = ReadRequest {
-            group: id,
-            start: StartAt::Offset(next),
-            max_messages: 1,
-            max_bytes: 1,
-            wait_ms: 0,
-            proof: Proof::End,
-        };
-        let slice = self.read(id, &request).await?;
-        let stamp_ms = slice.batches.first().map_or(u64::MAX, |b| b.timestamp_ms);
-        Ok((bounds.end, lag, now_ms().saturating_sub(stamp_ms)))
+        loop {
+            let bounds = self.proved_bounds(id).await?;
+            let next = offset.unwrap_or(0).max(bounds.earliest);
+            let mut behind = Behind {
+                end_offset: bounds.end,
+                lag: bounds.end.saturating_sub(offset.unwrap_or(next)),
+                lag_ms: 0,
+            };
+            if next >= bounds.end {
+                return Ok(behind);
+            }
+            let request = ReadRequest {
+                group: id,
+                start: StartAt::Offset(next),
+                max_messages: 1,
+                max_bytes: 1,
+                wait_ms: 0,
+                proof: Proof::End,
+            };
+            let slice = match self.read(id, &request).await {
+                // Trimmed meanwhile.
+                Err(BrokerError::OffsetOutOfRange { .. }) => continue,
+                slice => slice?,
+            };
+            let stamp_ms = slice.batches.first().map_or(u64::MAX, |b| b.timestamp_ms);
+            behind.lag_ms = now_ms().saturating_sub(stamp_ms);
+            return Ok(behind);
+        }
+    }
+
+    /// Shows what is known in the metrics.
+    pub(super) fn show_lag<'a>(
+        &self,
+        group: &str,
+        places: impl IntoIterator<Item = &'a GroupOffset>,
+    ) {
+        for place in places {
+            if let Some(behind) = place.behind {
+                self.metrics
+                    .set_group_lag(group, &place.topic, place.queue, behind.lag);
+            }
+        }
     }
 
     /// Everything a consumer group has committed, proved to be the newest.
@@ -191,14 +230,14 @@ impl Broker {
         }
         let catalog = self.catalog();
         let Some(placement) = catalog.coordinators.get(coordinator as usize) else {
-            return Err(super::route::NO_LEADER);
+            return Err(NO_LEADER);
         };
         let request = PeerRequest::GroupOffsets {
             coordinator,
             consumer_group: group.to_owned(),
         };
-        let wait = std::time::Duration::ZERO;
-        self.ask_replicas(placement.group, &request, wait).await
+        self.ask_replicas(placement.group, &request, Duration::ZERO)
+            .await
     }
 
     /// The same from this node's replica of the coordinator.

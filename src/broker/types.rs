@@ -325,6 +325,13 @@ pub struct GroupOffset {
     pub queue: u32,
     /// None when the group never committed here.
     pub offset: Option<u64>,
+    /// None while the queue can't tell where it ends.
+    pub behind: Option<Behind>,
+}
+
+/// How far a consumer group is behind a queue's end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Behind {
     pub end_offset: u64,
     pub lag: u64,
     /// Age of the oldest message not yet consumed, 0 when there is none.

@@ -122,7 +122,7 @@ pub async fn run(client: &Client, out: Output, command: GroupCommand) -> Result<
                 text("mode"),
                 text("strategy"),
                 answer["epoch"],
-                answer["lag"],
+                or_dash(answer["lag"].as_u64()),
             ))?;
             if answer["members"].as_array().is_some_and(|m| !m.is_empty()) {
                 out.table(&member_table(&answer))?;

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use crate::broker::{Broker, BrokerResult, GroupOffset};
@@ -116,7 +115,7 @@ impl Broker {
             }
         });
         let members = members.collect();
-        let offsets = self.group_places(group, &state, true).await?;
+        let offsets = self.group_places(group, &state, true).await;
         Ok(GroupDescription {
             mode: state.mode,
             delivery: membership.delivery,
@@ -134,7 +133,7 @@ impl Broker {
         group: &str,
     ) -> BrokerResult<Vec<GroupOffset>> {
         let state = self.group_state(group).await?;
-        let places = self.group_places(group, &state, false).await?.into_iter();
+        let places = self.group_places(group, &state, false).await.into_iter();
         let common = places.filter(|place| place.instance.is_none());
         Ok(common.map(|place| place.offset).collect())
     }
@@ -146,7 +145,7 @@ impl Broker {
         group: &str,
         state: &GroupState,
         whole_topics: bool,
-    ) -> BrokerResult<Vec<QueueOwner>> {
+    ) -> Vec<QueueOwner> {
         let membership = &state.membership;
         let id = |o: &QueueOffset| QueueId {
             topic: o.topic,
@@ -185,41 +184,37 @@ impl Broker {
                 }
             }
         }
-        let asked =
+        let known =
             places
                 .into_iter()
                 .filter_map(|((instance, queue), Place { owner, offset })| {
                     let topic = catalog.topics.get(&queue.topic)?;
                     let raft_group = topic.queues.get(queue.queue as usize)?.group;
-                    let name = topic.name.clone();
-                    Some(async move {
-                        let (end_offset, lag, lag_ms) = self.lag(raft_group, offset).await?;
-                        let offset = GroupOffset {
-                            topic: name,
+                    let row = QueueOwner {
+                        offset: GroupOffset {
+                            topic: topic.name.clone(),
                             queue: queue.queue,
                             offset,
-                            end_offset,
-                            lag,
-                            lag_ms,
-                        };
-                        Ok(QueueOwner {
-                            offset,
-                            member: owner,
-                            instance,
-                        })
-                    })
+                            behind: None,
+                        },
+                        member: owner,
+                        instance,
+                    };
+                    Some((raft_group, row))
                 });
-        let rows: BrokerResult<Vec<QueueOwner>> = join_all(asked).await.into_iter().collect();
-        let mut rows = rows?;
+        let (raft_groups, mut rows): (Vec<u64>, Vec<QueueOwner>) = known.unzip();
+        let offsets = rows.iter().map(|row| row.offset.offset);
+        let asked = raft_groups.into_iter().zip(offsets).collect();
+        let behind = self.behind(asked).await;
+        for (row, behind) in rows.iter_mut().zip(behind) {
+            row.offset.behind = behind;
+        }
         rows.sort_by(|a, b| {
             let key = |o: &QueueOwner| (o.instance.clone(), o.offset.topic.clone(), o.offset.queue);
             key(a).cmp(&key(b))
         });
-        for row in rows.iter().filter(|row| row.instance.is_none()) {
-            let place = &row.offset;
-            self.metrics
-                .set_group_lag(group, &place.topic, place.queue, place.lag);
-        }
-        Ok(rows)
+        let common = rows.iter().filter(|row| row.instance.is_none());
+        self.show_lag(group, common.map(|row| &row.offset));
+        rows
     }
 }

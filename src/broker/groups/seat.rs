@@ -1,16 +1,20 @@
 //! From a member's seat to what it is told: names of topics, and the offsets to begin with.
 
-use std::collections::{BTreeMap, HashMap};
-
-use futures_util::future::join_all;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
 use super::leader::Seat;
 use super::{AssignedQueue, MemberAnswer};
+use crate::broker::route::NO_LEADER;
+use crate::broker::soon::all_soon;
 use crate::broker::{Broker, BrokerResult};
 use crate::catalog::CatalogState;
 use crate::coordinator::{
     CoordinatorCommand, CoordinatorReply, GroupStart, QueueId, QueueOffset, TopicShape,
 };
+
+/// How much of a session the search for a start may take: one part in so many.
+const SHARE_OF_A_SESSION: u64 = 5;
 
 /// A queue on its way into an answer.
 struct Place {
@@ -52,9 +56,9 @@ impl Broker {
         group: &str,
         seat: Seat,
     ) -> BrokerResult<MemberAnswer> {
-        let places = self.places(&seat).await?;
+        let mut places = self.places(&seat).await?;
         let mut offsets = self.earliest(&places).await;
-        let begun = self.begin(group, &seat, &places).await?;
+        let begun = self.begin(group, &seat, &mut places).await?;
         offsets.extend(begun);
         let mut assignment: Vec<AssignedQueue> = places
             .into_iter()
@@ -124,18 +128,22 @@ impl Broker {
     }
 
     /// Finds where a start at the end or at a time is, and commits it: whoever gets the queue next
-    /// goes on from there, and nothing that came after the first start is passed over.
+    /// goes on from there, and nothing that came after the first start is passed over. A queue that
+    /// can't tell is taken out of the places: the member hears of it in a later heartbeat.
     async fn begin(
         &self,
         group: &str,
         seat: &Seat,
-        places: &[Place],
+        places: &mut Vec<Place>,
     ) -> BrokerResult<Vec<(QueueId, u64)>> {
         if seat.start == GroupStart::Earliest {
             return Ok(Vec::new());
         }
         let fresh = places.iter().filter(|place| place.committed.is_none());
         let found = fresh.map(|place| async move {
+            if !self.may_be_led(place.group) {
+                return Err(NO_LEADER);
+            }
             let offset = match seat.start {
                 GroupStart::Timestamp(ms) => self.offset_at_time(place.group, ms).await?,
                 _ => self.proved_bounds(place.group).await?.end,
@@ -146,18 +154,20 @@ impl Broker {
                 offset,
             })
         });
-        let found: BrokerResult<Vec<QueueOffset>> = join_all(found).await.into_iter().collect();
-        let offsets = found?;
+        // A member that waits for its answer sends no heartbeat.
+        let patience = Duration::from_millis(seat.session_timeout_ms / SHARE_OF_A_SESSION);
+        let found = all_soon(found, patience, patience).await.into_iter();
+        let offsets: Vec<QueueOffset> = found.filter_map(Result::ok).collect();
+        let ids = offsets.iter().map(|o| QueueId {
+            topic: o.topic,
+            queue: o.queue,
+        });
+        let ids: Vec<QueueId> = ids.collect();
+        let begun: HashSet<QueueId> = ids.iter().copied().collect();
+        places.retain(|place| place.committed.is_some() || begun.contains(&place.id));
         if offsets.is_empty() {
             return Ok(Vec::new());
         }
-        let ids: Vec<QueueId> = offsets
-            .iter()
-            .map(|o| QueueId {
-                topic: o.topic,
-                queue: o.queue,
-            })
-            .collect();
         let command = CoordinatorCommand::Begin {
             group: group.to_owned(),
             instance: seat.instance.clone(),

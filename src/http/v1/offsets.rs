@@ -153,10 +153,11 @@ struct GroupOffsetBody<'a> {
     queue: u32,
     /// Null where the group never committed.
     offset: Option<u64>,
-    end_offset: u64,
-    lag: u64,
+    /// Null, as the lag, while the queue can't tell: it has no leader.
+    end_offset: Option<u64>,
+    lag: Option<u64>,
     /// Age of the oldest message not consumed, 0 when there is none.
-    lag_ms: u64,
+    lag_ms: Option<u64>,
 }
 
 impl<'a> From<&'a GroupOffset> for GroupOffsetBody<'a> {
@@ -165,9 +166,9 @@ impl<'a> From<&'a GroupOffset> for GroupOffsetBody<'a> {
             topic: &place.topic,
             queue: place.queue,
             offset: place.offset,
-            end_offset: place.end_offset,
-            lag: place.lag,
-            lag_ms: place.lag_ms,
+            end_offset: place.behind.map(|behind| behind.end_offset),
+            lag: place.behind.map(|behind| behind.lag),
+            lag_ms: place.behind.map(|behind| behind.lag_ms),
         }
     }
 }
@@ -197,11 +198,6 @@ pub async fn list(
         checked_topic(topic)?;
     }
     let offsets = state.broker.group_offsets(&group, topic).await?;
-    for place in &offsets {
-        state
-            .metrics
-            .set_group_lag(&group, &place.topic, place.queue, place.lag);
-    }
     let offsets = offsets.iter().map(GroupOffsetBody::from).collect();
     Ok(json(StatusCode::OK, &GroupOffsetsBody { offsets }))
 }

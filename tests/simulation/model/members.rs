@@ -318,8 +318,9 @@ impl Members {
         *last = offset.max(*last);
     }
 
-    /// The committed offsets, none of them behind what anybody knew.
-    async fn offsets(&self, actor: &mut Actor) -> Option<(u64, BTreeMap<u32, u64>)> {
+    /// How many messages are left, where each queue can tell, and the committed offsets, none of them
+    /// behind what anybody knew.
+    async fn offsets(&self, actor: &mut Actor) -> Option<(Option<u64>, BTreeMap<u32, u64>)> {
         let before = self.seen.lock().committed.clone();
         let called = actor
             .call(|broker| async move { broker.group_offsets(GROUP, Some(TOPIC)).await })
@@ -327,7 +328,8 @@ impl Members {
         let Called::Done(rows) = called else {
             return None;
         };
-        let lag = rows.iter().map(|row| row.lag).sum();
+        let lag = rows.iter().map(|row| row.behind.map(|behind| behind.lag));
+        let lag: Option<u64> = lag.sum();
         let found = rows.iter().map(|row| (row.queue, row.offset.unwrap_or(0)));
         let found: BTreeMap<u32, u64> = found.collect();
         for (queue, committed) in before {
@@ -344,7 +346,7 @@ impl Members {
         while !self.scene.is_done() {
             actor.pause(300..1500).await;
             if let Some((lag, offsets)) = self.offsets(&mut actor).await {
-                actor.note(format_args!("{offsets:?} committed, {lag} to go"));
+                actor.note(format_args!("{offsets:?} committed, {lag:?} to go"));
                 let mut seen = self.seen.lock();
                 for (queue, offset) in offsets {
                     let last = seen.committed.entry(queue).or_default();
@@ -380,7 +382,7 @@ impl Work for Members {
                 return Some(format!("{left:?} are not processed by any member"));
             }
             match self.offsets(actor).await {
-                Some((0, _)) => None,
+                Some((Some(0), _)) => None,
                 offsets => Some(format!("members have to commit: {offsets:?}")),
             }
         }

@@ -321,8 +321,8 @@ pub struct GroupBody {
     epoch: u64,
     members: Vec<GroupMemberBody>,
     offsets: Vec<GroupQueueBody>,
-    /// Of all queues.
-    lag: u64,
+    /// Of all queues; null while one of them can't tell.
+    lag: Option<u64>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -365,9 +365,10 @@ struct GroupQueueBody {
     queue: u32,
     /// Null where nothing was committed.
     offset: Option<u64>,
-    end_offset: u64,
-    lag: u64,
-    lag_ms: u64,
+    /// Null, as the lag, while the queue can't tell: it has no leader.
+    end_offset: Option<u64>,
+    lag: Option<u64>,
+    lag_ms: Option<u64>,
     /// Who owns the queue.
     member_id: Option<String>,
     /// Of a broadcast group: whose offset this is.
@@ -382,9 +383,9 @@ impl From<QueueOwner> for GroupQueueBody {
             topic: place.topic,
             queue: place.queue,
             offset: place.offset,
-            end_offset: place.end_offset,
-            lag: place.lag,
-            lag_ms: place.lag_ms,
+            end_offset: place.behind.map(|behind| behind.end_offset),
+            lag: place.behind.map(|behind| behind.lag),
+            lag_ms: place.behind.map(|behind| behind.lag_ms),
             member_id: queue.member,
             instance_id: queue.instance,
         }
