@@ -37,7 +37,8 @@ impl Broker {
             let below = format!("headers.{BELOW_HEADER} > {}", message.offset);
             let of_queue = key_of(topic.id, message.queue, About::Below(0));
             let (of_all, cut) = self.trace_events(&message, of_queue, Some(&below)).await?;
-            more |= cut && of_all.is_empty();
+            // Another group's first may be behind them.
+            more |= cut;
             let first = first_of_each(&own, of_all);
             events.extend(own);
             events.extend(first);
