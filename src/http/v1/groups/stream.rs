@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use super::super::consume::{Encoding, MessageOut, value_bytes};
 use super::wire::{AssignedBody, assigned};
-use crate::broker::groups::MemberAnswer;
+use crate::broker::groups::{AssignedQueue, MemberAnswer};
 use crate::broker::{
     BrokerError, BrokerResult, Consistency, FetchAnswer, FetchRequest, Selection, StartAt,
 };
@@ -150,16 +150,24 @@ impl Live {
     fn follow(&mut self, answer: MemberAnswer) {
         let now = Instant::now();
         self.beat_at = now + self.interval;
+        let key = |queue: &AssignedQueue| (queue.topic.clone(), queue.queue);
+        // A queue whose start had to be looked for comes later in the same epoch.
+        let is_news = answer.epoch != self.epoch
+            || answer.assignment.len() != self.lanes.len()
+            || !answer
+                .assignment
+                .iter()
+                .all(|q| self.lanes.contains_key(&key(q)));
         let mut lanes = BTreeMap::new();
         for queue in &answer.assignment {
-            let key = (queue.topic.clone(), queue.queue);
+            let key = key(queue);
             let known = self.lanes.remove(&key);
             let mut lane = known.unwrap_or_else(|| Lane::at(queue.offset));
             lane.saw_commit(queue.offset);
             lanes.insert(key, lane);
         }
         self.lanes = lanes;
-        if answer.epoch != self.epoch {
+        if is_news {
             self.epoch = answer.epoch;
             let event = AssignmentEvent {
                 epoch: answer.epoch,
