@@ -17,6 +17,9 @@ pub enum Interest {
     Settled,
 }
 
+/// More than this are looked through for those that nobody waits for.
+const WAITING_KEPT: usize = 1024;
+
 /// One coordinator's signals on this node.
 #[derive(Debug)]
 pub struct LeaseSignals {
@@ -40,6 +43,9 @@ impl LeaseSignals {
     /// Changes when something happens to the group.
     pub fn subscribe(&self, group: &str, interest: Interest) -> watch::Receiver<u64> {
         let mut waiting = self.waiting.lock();
+        if waiting.len() > WAITING_KEPT {
+            waiting.retain(|_, sender| sender.receiver_count() > 0);
+        }
         waiting
             .entry((group.to_owned(), interest))
             .or_default()
