@@ -1,7 +1,11 @@
 //! What the catalog, the coordinators and the disk keep, through one real node.
 
+use std::time::Duration;
+
+use tokio::time::Instant;
+
 use super::path_tests::{fetch, message, put, request, single};
-use super::testing::topic;
+use super::testing::{PATIENCE, topic};
 use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -77,6 +81,38 @@ async fn consumer_groups_commit_lag_and_reset() {
         .timestamp_ms;
     assert_eq!(broker.offset_at("t", 0, stamp).await.unwrap(), 0);
     assert_eq!(broker.offset_at("t", 0, u64::MAX).await.unwrap(), 4);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_committed_in_a_deleted_topic_is_forgotten() {
+    let (_cluster, node) = single().await;
+    let broker = &node.broker;
+    for name in ["kept", "gone"] {
+        broker.create_topic(name, topic(1, 0)).await.unwrap();
+        let commit = CommitRequest {
+            group: "g".to_owned(),
+            offsets: vec![OffsetCommit {
+                topic: name.to_owned(),
+                queue: 0,
+                offset: 0,
+            }],
+            member: None,
+            allow_rewind: false,
+        };
+        assert!(broker.commit_offsets(commit).await.unwrap()[0].is_ok());
+    }
+    let kept = broker.find_topic("kept").await.unwrap().id;
+    broker.delete_topic("gone").await.unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let committed = broker.committed("g").await.unwrap();
+        let topics: Vec<_> = committed.iter().map(|offset| offset.topic).collect();
+        if topics == [kept] {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{topics:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -206,6 +206,12 @@ impl CatalogState {
         topic < self.next_topic && !self.topics.contains_key(&topic)
     }
 
+    /// How many topics were deleted so far.
+    pub fn deleted_topics(&self) -> u64 {
+        let given = self.next_topic.saturating_sub(1);
+        given.saturating_sub(self.topics.len() as u64)
+    }
+
     /// The id that the next queue's group gets; every lower one was given.
     pub fn next_queue_group(&self) -> u64 {
         self.next_group

@@ -2,7 +2,7 @@
 //!
 //! In the log each command follows its stamp, eight bytes, big-endian: the leader's clock in ms.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
@@ -86,6 +86,11 @@ pub enum CoordinatorCommand {
     DeleteGroup {
         group: String,
     },
+    /// Removes what the group, or an instance of it, has committed in topics that are no more.
+    ForgetTopics {
+        group: String,
+        topics: BTreeSet<TopicId>,
+    },
 }
 
 /// How a consumer group goes through its messages. Its first use decides, for its whole life.
@@ -144,6 +149,7 @@ pub enum CoordinatorReply {
     Begun(Vec<u64>),
     Invalid(String),
     Transaction(TransactionReply),
+    TopicsForgotten,
 }
 
 /// The log entry of a command that its leader proposes at `now_ms`.

@@ -1,10 +1,14 @@
-//! Deleting a consumer group: everything any part of the coordinator keeps of it.
+//! Deleting a consumer group, everything any part of the coordinator keeps of it, and forgetting what
+//! it has committed in topics that are no more.
+
+use std::collections::BTreeSet;
 
 use quorate_storage::StorageError;
 
-use super::command::CoordinatorReply;
+use super::command::{CoordinatorReply, GroupMode};
 use super::machine::CoordinatorMachine;
-use super::records::group_record_prefix;
+use super::records::{COMMITTED_KINDS, committed_in, group_record_prefix};
+use crate::catalog::TopicId;
 
 /// Kinds of records that belong to a consumer group, each with a key of kind, group, and the rest,
 /// beside the queues that it leases from. How the group works comes last: as long as anything else is
@@ -40,5 +44,25 @@ impl CoordinatorMachine {
             AT_ONCE => CoordinatorReply::UnknownGroup,
             _ => CoordinatorReply::GroupDeleted { more: false },
         })
+    }
+
+    /// What a group leases from has its offset together with its deliveries, and goes with them.
+    pub(super) fn forget_topics(
+        &mut self,
+        group: &str,
+        topics: &BTreeSet<TopicId>,
+    ) -> Result<CoordinatorReply, StorageError> {
+        if let Some(other @ GroupMode::Leases) = self.mode_of(group)? {
+            return Ok(CoordinatorReply::OtherMode(other));
+        }
+        for kind in COMMITTED_KINDS {
+            let prefix = group_record_prefix(*kind, group);
+            for (key, _) in self.records.scan(&prefix, None, usize::MAX)? {
+                if committed_in(&key).is_some_and(|(_, topic)| topics.contains(&topic)) {
+                    self.records.remove(key);
+                }
+            }
+        }
+        Ok(CoordinatorReply::TopicsForgotten)
     }
 }

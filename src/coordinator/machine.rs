@@ -117,6 +117,9 @@ impl CoordinatorMachine {
                 offsets,
             } => self.begin(&group, instance.as_deref(), &offsets)?,
             CoordinatorCommand::DeleteGroup { group } => self.delete_group(&group)?,
+            CoordinatorCommand::ForgetTopics { group, topics } => {
+                self.forget_topics(&group, &topics)?
+            }
         })
     }
 

@@ -342,6 +342,47 @@ fn an_instance_of_a_broadcast_group_has_offsets_of_its_own() {
 }
 
 #[test]
+fn deleted_topics_are_forgotten() {
+    let mut machine = Fixture::new(0);
+    verdict(&mut machine, commit("g", 2, 7, false));
+    verdict(&mut machine, commit("h", 2, 7, false));
+    let begin = |topic| CoordinatorCommand::Begin {
+        group: "b".to_owned(),
+        instance: Some("one".to_owned()),
+        offsets: vec![QueueOffset {
+            topic,
+            queue: 0,
+            offset: 5,
+        }],
+    };
+    machine.apply(join("b", "a", Some("one")));
+    machine.apply(begin(1));
+    machine.apply(begin(2));
+    let known = |machine: &Fixture| machine.machine.view().committed_topics().unwrap();
+    let all = [("b", 1), ("b", 2), ("g", 1), ("h", 1)];
+    assert!(
+        known(&machine)
+            .iter()
+            .map(|(g, t)| (g.as_str(), *t))
+            .eq(all)
+    );
+    for group in ["b", "g"] {
+        let forget = CoordinatorCommand::ForgetTopics {
+            group: group.to_owned(),
+            topics: [1, 7].into(),
+        };
+        assert_eq!(machine.apply(forget), CoordinatorReply::TopicsForgotten);
+    }
+    let left = [("b", 2), ("h", 1)];
+    assert!(
+        known(&machine)
+            .iter()
+            .map(|(g, t)| (g.as_str(), *t))
+            .eq(left)
+    );
+}
+
+#[test]
 fn a_start_is_committed_once() {
     let mut machine = Fixture::new(0);
     machine.apply(join("g", "m", None));
@@ -454,6 +495,10 @@ fn group_command() -> impl Strategy<Value = CoordinatorCommand> {
         3 => CoordinatorCommand::RemoveMembers {
             group,
             members: vec![(member, number)],
+        },
+        4 if flag && number == 0 => CoordinatorCommand::ForgetTopics {
+            group,
+            topics: [1].into(),
         },
         4 => CoordinatorCommand::SeeTopics {
             group,

@@ -15,7 +15,7 @@
 //!
 //! Keys are made of the store's ordered fields, numbers in values are big-endian.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -28,6 +28,7 @@ use tokio::sync::watch;
 
 use super::leases::LeaseSignals;
 use super::{GroupMode, Membership, QueueOffset};
+use crate::catalog::TopicId;
 
 pub(super) type Content = BTreeMap<Vec<u8>, Vec<u8>>;
 /// A key and its value.
@@ -228,6 +229,23 @@ impl CoordinatorView {
         Ok(offsets.collect())
     }
 
+    /// Every topic in which a group that commits offsets, or an instance of it, has committed.
+    pub fn committed_topics(&self) -> Result<BTreeSet<(String, TopicId)>, StorageError> {
+        let mut topics = BTreeSet::new();
+        for kind in COMMITTED_KINDS {
+            let found = self.records.scan(&[*kind])?;
+            topics.extend(found.iter().filter_map(|(key, _)| committed_in(key)));
+        }
+        let mut modes = BTreeMap::new();
+        for (group, _) in &topics {
+            if !modes.contains_key(group) {
+                modes.insert(group.clone(), self.group_mode(group)?);
+            }
+        }
+        topics.retain(|(group, _)| modes.get(group) != Some(&Some(GroupMode::Leases)));
+        Ok(topics)
+    }
+
     /// A group's members; none if it never had any.
     pub fn membership(&self, group: &str) -> Result<Option<Membership>, StorageError> {
         self.read(&membership_key(group))
@@ -301,6 +319,21 @@ pub(super) fn instance_offset_key(group: &str, instance: &str, topic: u64, queue
 
 pub(super) fn membership_key(group: &str) -> Vec<u8> {
     group_record_prefix(b'm', group)
+}
+
+/// Kinds of records that are committed offsets.
+pub(super) const COMMITTED_KINDS: &[u8] = b"oM";
+
+/// Whose offset the record of this key is, and in which topic.
+pub(super) fn committed_in(key: &[u8]) -> Option<(String, TopicId)> {
+    let mut fields = KeyReader::new(key);
+    let kind = fields.u8()?;
+    let group = fields.text()?;
+    if kind == b'M' {
+        // The instance.
+        fields.text()?;
+    }
+    Some((group, fields.u64()?))
 }
 
 /// Every record of this kind that belongs to the group begins so.

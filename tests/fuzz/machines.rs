@@ -619,7 +619,12 @@ fn coordinator() {
     ];
     let transactions =
         transactions().map(|(name, command)| (name, CoordinatorCommand::Transaction(command)));
+    let forget = CoordinatorCommand::ForgetTopics {
+        group: "billing".to_owned(),
+        topics: [1, 2].into(),
+    };
     let commands = commands.into_iter().chain(transactions);
+    let commands = commands.chain([("u-forget", forget)]);
     for (time, (name, command)) in (1_000..).zip(commands) {
         keep("coordinator", name, &stamp(time, &written(&command)));
     }

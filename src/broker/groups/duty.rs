@@ -1,6 +1,8 @@
-//! The duty of whoever leads a coordinator: expel members that were silent for too long, and tell
-//! groups of what became of their topics. It sleeps until something is due.
+//! The duty of whoever leads a coordinator: expel members that were silent for too long, tell groups of
+//! what became of their topics, and forget what they have committed in topics that are no more. It
+//! sleeps until something is due.
 
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -15,7 +17,7 @@ use super::seat::shapes;
 use super::sessions::Overdue;
 use crate::broker::Broker;
 use crate::broker::local::LocalCoordinator;
-use crate::catalog::GroupOwner;
+use crate::catalog::{GroupOwner, TopicId};
 use crate::coordinator::{CoordinatorCommand, CoordinatorView, Membership};
 use crate::peer::{PeerError, PeerResult};
 
@@ -38,6 +40,9 @@ enum News {
     Nothing,
 }
 
+/// By coordinator: in which term and after how many deletions nothing was left of deleted topics.
+type Forgotten = HashMap<u32, (u64, u64)>;
+
 /// Runs the duty until the broker goes.
 pub(in crate::broker) fn start(broker: &Arc<Broker>) {
     let (mut raft, mut catalog) = (broker.host.events(), broker.catalog.clone());
@@ -45,6 +50,7 @@ pub(in crate::broker) fn start(broker: &Arc<Broker>) {
     let broker = Arc::downgrade(broker);
     tokio::spawn(async move {
         let mut look_again = Instant::now() + LOOK_AGAIN;
+        let mut forgotten = Forgotten::new();
         loop {
             let due = sessions.next_due();
             let over = async {
@@ -80,7 +86,11 @@ pub(in crate::broker) fn start(broker: &Arc<Broker>) {
             let Some(broker) = broker.upgrade() else {
                 return;
             };
+            let may_be_more = matches!(news, News::Topics | News::Leads(_) | News::Everything);
             broker.tend_groups(news).await;
+            if may_be_more {
+                broker.forget_deleted(&mut forgotten).await;
+            }
         }
     });
 }
@@ -211,6 +221,44 @@ impl Broker {
         if let Err(error) = shown.await {
             tracing::debug!(group, %error, "its topics are looked at again later");
         }
+    }
+
+    /// Looks through what was committed only where a topic was deleted since the last time.
+    async fn forget_deleted(&self, forgotten: &mut Forgotten) {
+        let deleted = self.catalog().deleted_topics();
+        for number in self.coordinators_led_here() {
+            let Some(local) = self.local.coordinator(number) else {
+                continue;
+            };
+            let now = (local.group.term(), deleted);
+            if forgotten.get(&number) == Some(&now) {
+                continue;
+            }
+            match self.forget_in(number).await {
+                Ok(()) => drop(forgotten.insert(number, now)),
+                Err(error) => tracing::debug!(number, %error, "deleted topics are forgotten later"),
+            }
+        }
+    }
+
+    async fn forget_in(&self, number: u32) -> PeerResult<()> {
+        let catalog = self.catalog();
+        if catalog.deleted_topics() == 0 {
+            return Ok(());
+        }
+        let local = self.proved_coordinator(number, PATIENCE).await?;
+        let committed = read(&local, CoordinatorView::committed_topics)?;
+        let mut gone: BTreeMap<String, BTreeSet<TopicId>> = BTreeMap::new();
+        for (group, topic) in committed {
+            if catalog.was_deleted(topic) {
+                gone.entry(group).or_default().insert(topic);
+            }
+        }
+        for (group, topics) in gone {
+            let command = CoordinatorCommand::ForgetTopics { group, topics };
+            self.propose_group(&local, &command, PATIENCE).await?;
+        }
+        Ok(())
     }
 
     async fn change(
