@@ -64,11 +64,11 @@ no-member-check                 quorate          lib         coordinator::machin
 hand-over-at-once               quorate          lib         coordinator::membership::tests::no_queue_is_ever_owned_twice
 any-member-commits              quorate          lib         coordinator::membership::tests::no_queue_is_ever_owned_twice
 any-member-commits              quorate          lib         coordinator::membership::tests::commits_are_of_the_owner_in_an_epoch_in_which_it_had_the_queue
-lease-twice                     quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
-lease-twice                     quorate          lib         coordinator::leases::machine_tests::a_stale_cursor_takes_nothing_new
-forget-acks                     quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
-ack-of-any-lease                quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
-ignore-earlier-of-key           quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
+lease-twice                     quorate          lib         coordinator::leases::machine_tests::model::leases_keep_their_word
+lease-twice                     quorate          lib         coordinator::leases::machine_tests::granting::a_stale_cursor_takes_nothing_new
+forget-acks                     quorate          lib         coordinator::leases::machine_tests::model::leases_keep_their_word
+ack-of-any-lease                quorate          lib         coordinator::leases::machine_tests::model::leases_keep_their_word
+ignore-earlier-of-key           quorate          lib         coordinator::leases::machine_tests::model::leases_keep_their_word
 take-forwarded-again            quorate          lib         broker::queue::state::tests::what_a_forwarder_brings_again_is_stored_once_however_late
 deliver-by-log-time             quorate          lib         broker::queue::held_tests::another_leaders_fast_clock_makes_nothing_due
 deliver-cancelled               quorate          lib         broker::queue::held_tests::a_delayed_batch_is_either_cancelled_or_delivered
@@ -86,7 +86,7 @@ ignore-in-flight                quorate          http_api    backlog::of_many_at
 refuse-on-a-guess               quorate          http_api    backlog::of_many_at_once_exactly_as_many_are_taken_as_fit
 believe-key-index               quorate          lib         broker::path_tests::what_the_key_index_names_is_compared_with_the_key
 skip-members-in-snapshots       quorate          lib         coordinator::machine::tests::replicas_agree_whenever_they_restart
-skip-leases-in-snapshots        quorate          lib         coordinator::leases::machine_tests::leases_keep_their_word
+skip-leases-in-snapshots        quorate          lib         coordinator::leases::machine_tests::model::leases_keep_their_word
 skip-transactions-in-snapshots  quorate          lib         coordinator::transactions::random_tests::decisions_stand_and_replicas_agree
 skip-held-in-snapshots          quorate          lib         broker::queue::held_tests::held_batches_come_through_every_beginning
 "
