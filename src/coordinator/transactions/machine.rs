@@ -334,6 +334,7 @@ fn add_parts(
         PartRecord {
             part,
             state: PartState::Recorded,
+            prepare_by_ms,
             place: None,
         }
     }));
@@ -344,11 +345,19 @@ fn add_parts(
     })
 }
 
+fn is_waited_for(part: &PartRecord) -> bool {
+    part.state == PartState::Recorded
+}
+
 /// After participants were recorded, prepared or given up: is there still something to wait for?
 fn settle_preparation(transaction: &mut Transaction) {
     if transaction.is_prepared() {
         transaction.prepare_by_ms = None;
         transaction.opened = true;
+    } else if transaction.opened {
+        // Each request has its own time: one that nobody goes on with does not wait for others.
+        let waiting = transaction.parts.iter().filter(|p| is_waited_for(p));
+        transaction.prepare_by_ms = waiting.map(|p| p.prepare_by_ms).min();
     }
 }
 
@@ -359,12 +368,8 @@ fn extend(transaction: &mut Transaction, parts: Vec<Part>, prepare_by_ms: u64) -
     if !transaction.opened {
         return TransactionReply::NotPrepared;
     }
-    // Each request has its time, and the last to end counts: one that is being prepared beside
-    // this one is not late for it. The messages of a transaction are bounded, so is this.
-    let earlier = transaction.prepare_by_ms;
     match add_parts(transaction, parts, prepare_by_ms) {
         Ok(reply) => {
-            transaction.prepare_by_ms = earlier.max(transaction.prepare_by_ms);
             settle_preparation(transaction);
             reply
         }
@@ -445,9 +450,9 @@ fn due(transaction: &mut Transaction, now_ms: u64) -> TransactionReply {
             return decide(transaction, Decision::Rollback, now_ms);
         }
         // Nobody was told that these are there: the transaction stays what it was told to be.
-        let late = |p: &&mut PartRecord| p.state == PartState::Recorded;
-        let parts = transaction.parts.iter_mut().filter(late);
-        parts.for_each(|p| p.state = PartState::GivenUp);
+        let parts = transaction.parts.iter_mut();
+        let late = parts.filter(|p| is_waited_for(p) && p.prepare_by_ms <= now_ms);
+        late.for_each(|p| p.state = PartState::GivenUp);
         settle_preparation(transaction);
     }
     if transaction.opened && transaction.next_check_ms <= now_ms {

@@ -239,6 +239,8 @@ pub enum PartState {
 pub struct PartRecord {
     pub part: Part,
     pub state: PartState,
+    /// Given up if it is not prepared then.
+    pub prepare_by_ms: u64,
     /// Once committed in its queue.
     pub place: Option<Place>,
 }
@@ -268,7 +270,7 @@ pub struct Transaction {
     pub settled_queues: BTreeSet<u64>,
     /// All that was recorded at the beginning was prepared once.
     pub opened: bool,
-    /// Set while something recorded is not prepared.
+    /// When the first of what is recorded and not prepared is given up.
     pub prepare_by_ms: Option<u64>,
     /// How often it was due for a check so far.
     pub checks: u32,
