@@ -2,6 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -17,11 +18,20 @@ const CACHE_BYTES: u64 = 8 * 1024 * 1024;
 /// sled gives its file lock back some time after the last handle is dropped.
 const LOCK_ATTEMPTS: u32 = 40;
 const LOCK_PAUSE: Duration = Duration::from_millis(50);
+/// sled writes each full buffer of 512 KiB by one of seven threads, and by the same threads it
+/// shortens its file. When all of them wait for a lock whose holder waits for the file to be
+/// shortened, nothing goes on any more. So sled is never left with more than a few buffers: after
+/// this many bytes somebody waits until all are written.
+const UNWRITTEN_BYTES: usize = 512 << 10;
+/// Of each change, at most: its page is written anew after a few of them.
+const PAGE_BYTES: usize = 1536;
 
 pub(super) struct Disk {
     path: PathBuf,
     db: sled::Db,
     clearing: sled::Tree,
+    /// Since all was written.
+    unwritten_bytes: AtomicUsize,
 }
 
 /// sled's own `Debug` prints the whole content.
@@ -53,6 +63,7 @@ impl Disk {
                         path: path.to_path_buf(),
                         db,
                         clearing,
+                        unwritten_bytes: AtomicUsize::new(0),
                     });
                 }
                 Err(error) if attempts < LOCK_ATTEMPTS && is_lock(&error) => {
@@ -97,13 +108,21 @@ impl Engine for Disk {
 
     fn apply(&self, tree: Tree, batch: Vec<DerivedWrite>) -> Result<(), StorageError> {
         let mut out = sled::Batch::default();
+        let mut bytes = 0;
         for (key, value) in batch {
+            bytes += PAGE_BYTES + key.len() + value.as_ref().map_or(0, |value| value.len());
             match value {
                 Some(value) => out.insert(key, value),
                 None => out.remove(key),
             }
         }
-        guarded(&self.path, || self.tree(tree).apply_batch(out))
+        guarded(&self.path, || self.tree(tree).apply_batch(out))?;
+        let unwritten = self.unwritten_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if unwritten < UNWRITTEN_BYTES {
+            return Ok(());
+        }
+        self.unwritten_bytes.store(0, Ordering::Relaxed);
+        self.flush()
     }
 
     fn flush(&self) -> Result<(), StorageError> {
